@@ -1,0 +1,117 @@
+"""Data sets of problems with solutions and answers, from the Hub or from local files, checked before they are used."""
+
+import json
+import logging
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_dataset
+
+logger = logging.getLogger(__name__)
+
+LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_problems(name: str, split: str = "train", config: str | None = None, revision: str | None = None) -> Dataset:
+    """
+    Load one split of a data set.
+
+    Args:
+        name: a Hub id; or a local json, jsonl or parquet file; or a local folder of such files (searched recursively;
+            where file names start with split names, as on the Hub, only those of `split` are taken).
+        split: name of the split.
+        config: configuration of a Hub data set.
+        revision: commit, tag or branch of a Hub data set.
+
+    Raises:
+        FileNotFoundError: a local path that does not exist, or a folder without any data file.
+        ValueError: a file that cannot be parsed (with the line), an unknown suffix, an unknown split, an empty split.
+    """
+    path = Path(name).expanduser()
+    looks_local = path.suffix in LOADERS or name.startswith((".", "/", "~"))
+    if path.exists():
+        dataset = _load_files(path, split)
+    elif looks_local:
+        raise FileNotFoundError(
+            f"--dataset_name {name}: no such file or folder; give an existing path or the id of a Hub data set"
+        )
+    else:
+        loaded = load_dataset(name, config, revision=revision)
+        if not isinstance(loaded, DatasetDict) or split not in loaded:
+            raise ValueError(f"--dataset_split {split}: {name} has the splits {', '.join(map(str, loaded))}")
+        dataset = loaded[split]
+    if len(dataset) == 0:
+        raise ValueError(f"--dataset_name {name}: the split {split} is empty")
+    return dataset
+
+
+def _load_files(path: Path, split: str) -> Dataset:
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in LOADERS)
+        files = [file for file in files if file.name.startswith(split)] or files
+        if not files:
+            raise FileNotFoundError(f"--dataset_name {path}: the folder has no file ending in {', '.join(LOADERS)}")
+    suffixes = {file.suffix for file in files}
+    if path.suffix not in LOADERS and path.is_file():
+        raise ValueError(f"--dataset_name {path}: unknown suffix {path.suffix!r}; use one of {', '.join(LOADERS)}")
+    if len({LOADERS[suffix] for suffix in suffixes}) > 1:
+        raise ValueError(f"--dataset_name {path}: the folder mixes parquet with json files; name one of the files")
+    if all(file.stat().st_size == 0 for file in files):
+        raise ValueError(f"--dataset_name {path}: the file is empty")
+    try:
+        return load_dataset(LOADERS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+    except Exception as error:
+        for file in files:
+            _check_json(file)
+        raise ValueError(f"--dataset_name {path}: not a readable {files[0].suffix} file: {error}") from error
+
+
+def _check_json(file: Path) -> None:
+    """Raise `ValueError` naming the line at which `file` stops being JSON; parquet files pass."""
+    if file.suffix == ".parquet":
+        return
+    text = file.read_text(encoding="utf-8")
+    documents = enumerate(text.splitlines(), 1) if file.suffix == ".jsonl" else [(1, text)]
+    for line, document in documents:
+        if not document.strip():
+            continue
+        try:
+            json.loads(document)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--dataset_name {file}, line {line + error.lineno - 1}: not JSON ({error.msg} at column {error.colno})"
+            ) from error
+
+
+def keep_usable(dataset: Dataset, **columns: str) -> Dataset:
+    """
+    Drop the rows in which one of the needed texts is missing or blank, and say how many these were.
+
+    Args:
+        dataset: rows of texts.
+        columns: flag name -> column name, as in `problem_column="problem"`.
+
+    Raises:
+        ValueError: a column that does not exist (naming those that do), one that does not hold text, or no row left.
+    """
+    for flag, column in columns.items():
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"--{flag} {column}: the data set has no such column; it has {', '.join(dataset.column_names)}"
+            )
+        if not all(isinstance(value, str) or value is None for value in dataset[:100][column]):
+            raise ValueError(f"--{flag} {column}: the column does not hold text but {dataset.features[column]}")
+    usable = dataset.filter(
+        lambda *values: all(value is not None and value.strip() for value in values),
+        input_columns=list(columns.values()),
+    )
+    if len(usable) == 0:
+        blank = [column for column in columns.values() if not any((value or "").strip() for value in dataset[column])]
+        raise ValueError(
+            f"no usable row among {len(dataset)}: "
+            + (f"the column {blank[0]!r} is empty in all of them" if blank else "each lacks one of the needed texts")
+            + f"; choose other columns with {' and '.join('--' + flag for flag in columns)}"
+        )
+    if dropped := len(dataset) - len(usable):
+        logger.warning("left out %d of %d examples with an empty %s", dropped, len(dataset), " or ".join(columns.values()))
+    return usable
