@@ -75,7 +75,6 @@ class SelfDistillationDataCollator:
         student_thinking, teacher_thinking: thinking mode of the chat template, for each role.
         teacher_sees_solution: `False` gives the teacher the student's prompt (a control: nothing is to be learned).
         max_prompt_length: in tokens, for each role; `None` for no limit.
-        problem_column, solution_column: where the two texts are in an example.
 
     Raises:
         ValueError: for a template with missing or unknown placeholders, and for a tokenizer without chat template.
@@ -91,8 +90,6 @@ class SelfDistillationDataCollator:
         teacher_thinking: bool = True,
         teacher_sees_solution: bool = True,
         max_prompt_length: int | None = None,
-        problem_column: str = "problem",
-        solution_column: str = "solution",
     ):
         check_template("student_prompt", student_prompt, {"problem"})
         check_template("teacher_prompt", teacher_prompt, {"problem", "solution"})
@@ -108,8 +105,6 @@ class SelfDistillationDataCollator:
         self.teacher_thinking = teacher_thinking
         self.teacher_sees_solution = teacher_sees_solution
         self.max_prompt_length = max_prompt_length
-        self.problem_column = problem_column
-        self.solution_column = solution_column
 
     def _fits(self, prompt_ids: list[int]) -> bool:
         return self.max_prompt_length is None or len(prompt_ids) <= self.max_prompt_length
@@ -138,13 +133,13 @@ class SelfDistillationDataCollator:
 
     def encode(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """
-        Prompt token ids of both roles.
+        Prompt token ids of both roles, from the texts `problem` and `solution` of an example.
 
         Returns:
             `student_prompt_ids` and `teacher_prompt_ids` (lists of int), and `length_status`: "kept", "shortened" (the
             solution was cut in its middle) or "dropped" (both lists are empty: leave the example out).
         """
-        problem, solution = example[self.problem_column], example[self.solution_column]
+        problem, solution = example["problem"], example["solution"]
         status = "kept"
         student_ids = self._encode_student(problem)
         if self.teacher_sees_solution:
@@ -157,14 +152,14 @@ class SelfDistillationDataCollator:
             status, student_ids, teacher_ids = "dropped", [], []
         return {"student_prompt_ids": student_ids, "teacher_prompt_ids": teacher_ids, "length_status": status}
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
         Left-pad the prompts of encoded examples.
 
         Returns:
             int64 tensors: `prompts` and `prompt_attention_mask` of shape (batch, longest student prompt), under the
             names that TRL's GOLD trainer samples from; `teacher_prompts` and `teacher_prompt_attention_mask` of shape
-            (batch, longest teacher prompt).
+            (batch, longest teacher prompt). And `answer`, a list of strings, where the examples have one.
         """
         pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         batch = {}
@@ -174,4 +169,6 @@ class SelfDistillationDataCollator:
             batch[f"{prefix}prompt_attention_mask"] = pad(
                 [torch.ones_like(prompt) for prompt in prompts], padding_value=0, padding_side="left"
             )
+        if "answer" in features[0]:
+            batch["answer"] = [feature["answer"] for feature in features]
         return batch

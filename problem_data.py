@@ -113,5 +113,7 @@ def keep_usable(dataset: Dataset, **columns: str) -> Dataset:
             + f"; choose other columns with {' and '.join('--' + flag for flag in columns)}"
         )
     if dropped := len(dataset) - len(usable):
-        logger.warning("left out %d of %d examples with an empty %s", dropped, len(dataset), " or ".join(columns.values()))
+        logger.warning(
+            "left out %d of %d examples with an empty %s", dropped, len(dataset), " or ".join(columns.values())
+        )
     return usable

@@ -1,0 +1,450 @@
+"""On-policy self-distillation: one model samples as student and teaches itself as teacher (arXiv 2601.18734)."""
+
+import json
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from trl.experimental.gold import GOLDConfig, GOLDTrainer
+from trl.trainer.utils import RepeatSampler, global_then_local_main_first
+
+from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, SelfDistillationDataCollator, check_template
+from opsd_loss import CLIP_MODES, TokenStatistics, generalized_jsd, sampled_token_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class OPSDConfig(GOLDConfig):
+    """
+    Settings of `OPSDTrainer`, on top of those of TRL's `GOLDConfig`. Defaults are those of the release's Qwen3-1.7B run.
+
+    Raises:
+        ValueError: for settings outside their range or against each other, naming the flags and the way out.
+    """
+
+    output_dir: str | None = field(default="outputs", metadata={"help": "Folder of the run, or of the runs."})
+    learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate of AdamW."})
+    max_grad_norm: float = field(default=0.1, metadata={"help": "Maximum norm of the gradient."})
+    lmbda: float = field(default=1.0, metadata={"help": "Share of on-policy rollouts. OPSD is on-policy: always 1."})
+    beta: float = field(
+        default=0.0,
+        metadata={
+            "help": "0: KL(teacher||student), 1: KL(student||teacher), between: generalized JSD (0.5 in paper v1)."
+        },
+    )
+    temperature: float = field(
+        default=1.1, metadata={"help": "Temperature of the rollouts and of both softmaxes in the loss."}
+    )
+    top_p: float = field(default=0.95, metadata={"help": "Nucleus of the rollouts; 1 switches it off."})
+    top_k: int = field(default=20, metadata={"help": "Top-k of the rollouts; 0 switches it off."})
+    max_length: int | None = field(
+        default=20000,
+        metadata={"help": "Prompt and completion together, in tokens. Longer solutions are cut in their middle."},
+    )
+    max_completion_length: int = field(default=1024, metadata={"help": "Tokens of a rollout at most."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator picks its columns."})
+
+    fixed_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher is the initial policy: the same model with its LoRA adapter off (needs --use_peft). "
+            "Otherwise the teacher is the current policy."
+        },
+    )
+    teacher_sees_solution: bool = field(
+        default=True,
+        metadata={"help": "False gives the teacher the student's prompt: a control that must not learn anything."},
+    )
+    student_thinking: bool = field(default=False, metadata={"help": "Thinking mode in the student's prompt."})
+    teacher_thinking: bool = field(default=True, metadata={"help": "Thinking mode in the teacher's prompt."})
+    student_prompt: str = field(
+        default=STUDENT_PROMPT, metadata={"help": "Template of the student's prompt, with {problem}."}
+    )
+    teacher_prompt: str = field(
+        default=TEACHER_PROMPT, metadata={"help": "Template of the teacher's prompt, with {problem} and {solution}."}
+    )
+    jsd_token_clip: float = field(
+        default=0.05,
+        metadata={"help": "Cap on each (token, vocabulary entry) summand of the divergence, in nats; 0: no cap."},
+    )
+    jsd_clip_mode: str = field(
+        default="pointwise",
+        metadata={
+            "help": "pointwise: cap each summand, as the release does. token: cap each token's sum.",
+            "choices": CLIP_MODES,
+        },
+    )
+    top_k_loss: int = field(
+        default=0, metadata={"help": "Divergence over the teacher's k most probable entries only; 0: full vocabulary."}
+    )
+    use_tinker_loss: bool = field(
+        default=False,
+        metadata={"help": "Policy gradient on the sampled tokens (paper eq. 9) in place of the full divergence."},
+    )
+    save_completions: bool = field(
+        default=True, metadata={"help": "Keep the rollouts: OUTPUT_DIR/completions/completions_STEP.jsonl."}
+    )
+
+    def __post_init__(self):
+        for flag, valid, requirement in (
+            ("lmbda", self.lmbda == 1.0, "be 1: OPSD learns from the student's own rollouts only"),
+            ("beta", 0.0 <= self.beta <= 1.0, "lie in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 JSD"),
+            ("temperature", self.temperature > 0.0, "be positive, since it also divides the logits in the loss"),
+            ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
+            ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
+            ("top_k_loss", self.top_k_loss >= 0, "not be negative; 0 takes the full vocabulary"),
+            ("max_completion_length", self.max_completion_length >= 1, "be at least 1"),
+            ("seq_kd", not self.seq_kd, "stay off: there is no off-policy part"),
+            ("use_uld_loss", not self.use_uld_loss, "stay off: both roles share one tokenizer"),
+            ("use_vllm", not self.use_vllm, "stay off: vLLM rollouts are not built yet; transformers generates"),
+            (
+                "teacher_model_name_or_path",
+                self.teacher_model_name_or_path is None,
+                "stay unset: the model is its own teacher",
+            ),
+        ):
+            if not valid:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must {requirement}")
+        if self.max_length is not None and self.max_completion_length >= self.max_length:
+            raise ValueError(
+                f"--max_completion_length {self.max_completion_length} leaves no room for a prompt in --max_length "
+                f"{self.max_length}; lower the first or raise the second"
+            )
+        check_template("student_prompt", self.student_prompt, {"problem"})
+        check_template("teacher_prompt", self.teacher_prompt, {"problem", "solution"})
+        super().__post_init__()
+
+
+class _NoTeacherModel(nn.Module):
+    """Takes the place of the second model that GOLD's constructor asks for; it has no weights."""
+
+    config = PreTrainedConfig()
+
+    def resize_token_embeddings(self, *args: Any) -> None:
+        pass
+
+
+class OPSDTrainer(GOLDTrainer):
+    """
+    Trains a model to match itself: the student's distribution, given the problem, follows the teacher's, which is
+    also given the reference solution, at every token that the student samples.
+
+    What differs from GOLD: there is no second model, the teacher has a prompt of its own, the loss has a clip and the
+    denominator of the whole optimizer step. Sampling order, the rollout buffer and generation are inherited.
+
+    Args:
+        model: model, or its path or Hub id.
+        args: settings.
+        train_dataset, eval_dataset: rows with the texts `problem` and `solution`. Evaluation is on-policy too.
+        processing_class: the tokenizer; by default the model's.
+        peft_config: LoRA configuration; needed by `fixed_teacher` unless `model` is a PEFT model.
+        kwargs: further arguments of `GOLDTrainer`.
+
+    Raises:
+        ValueError: `fixed_teacher` without an adapter, a tokenizer without chat template, or too few examples.
+    """
+
+    _tag_names = ["trl", "opsd"]
+    _name = "OPSD"
+    _paper = {
+        "title": "Self-Distilled Reasoner: On-Policy Self-Distillation for Large Language Models",
+        "id": "2601.18734",
+    }
+    _MODEL_INPUT_RESERVED_KEYS = GOLDTrainer._MODEL_INPUT_RESERVED_KEYS | {
+        "teacher_prompts",
+        "teacher_prompt_attention_mask",
+    }
+    loss_is_scaled_for_ga = True  # the denominator covers the optimizer step: no division by accumulation steps
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel | str,
+        args: OPSDConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        if args.fixed_teacher and peft_config is None and not isinstance(model, PeftModel):
+            raise ValueError(
+                "--fixed_teacher needs --use_peft: the fixed teacher is the model with its LoRA adapter off. Add "
+                "--use_peft, or drop --fixed_teacher to learn from the current policy"
+            )
+        if args.fixed_teacher and getattr(peft_config, "bias", "none") != "none":
+            raise ValueError(
+                f"bias={peft_config.bias!r} in the LoRA configuration trains weights that stay when the adapter is "
+                "off, so that --fixed_teacher would move; use bias='none'"
+            )
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        self.data_collator = self.make_collator(processing_class, args)
+        super().__init__(
+            model,
+            teacher_model=_NoTeacherModel(),
+            args=args,
+            data_collator=self.data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        del self.teacher_model
+        self._clip = args.jsd_token_clip or None
+        self._top_k_loss = args.top_k_loss or None
+        self._num_loss_tokens: Tensor | None = None  # of the running optimizer step, over all processes
+        self._token_sums = torch.zeros(
+            len(TokenStatistics._fields) + 2, dtype=torch.float64, device=self.accelerator.device
+        )
+        self._seconds: dict[str, float] = defaultdict(float)
+        # Different noise in each process, or all of them would draw their rollouts with the same random numbers.
+        set_seed(args.seed, device_specific=True)
+
+    # Data
+
+    @staticmethod
+    def make_collator(tokenizer: PreTrainedTokenizerBase, args: OPSDConfig) -> SelfDistillationDataCollator:
+        """The collator with the prompts and the prompt budget of `args`; raises `ValueError` as it does."""
+        return SelfDistillationDataCollator(
+            tokenizer,
+            student_prompt=args.student_prompt,
+            teacher_prompt=args.teacher_prompt,
+            student_thinking=args.student_thinking,
+            teacher_thinking=args.teacher_thinking,
+            teacher_sees_solution=args.teacher_sees_solution,
+            max_prompt_length=None if args.max_length is None else args.max_length - args.max_completion_length,
+        )
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing, formatting_func, dataset_name: str):
+        """Encode the prompts of both roles once; leave out what does not fit and say how much that is."""
+        with global_then_local_main_first():
+            dataset = dataset.map(
+                self.data_collator.encode,
+                num_proc=args.dataset_num_proc,
+                desc=f"Encoding the prompts of the {dataset_name} dataset",
+            )
+            status = dataset["length_status"]
+            dataset = dataset.filter(lambda status: status != "dropped", input_columns="length_status")
+        dropped, shortened = status[:].count("dropped"), status[:].count("shortened")
+        if dropped or shortened:
+            logger.warning(
+                "%s dataset, prompts over %d tokens (--max_length less --max_completion_length): %d of %d examples left "
+                "out for their problem's length, %d solutions cut in their middle",
+                dataset_name, self.data_collator.max_prompt_length, dropped, len(status), shortened,
+            )  # fmt: skip
+        needed = args.generation_batch_size * args.world_size if dataset_name == "train" else 1
+        if len(dataset) < needed:
+            raise ValueError(
+                f"the {dataset_name} dataset has {len(dataset)} usable examples, fewer than one step takes ({needed}); "
+                "lower --per_device_train_batch_size or --gradient_accumulation_steps, or raise --max_length"
+            )
+        return dataset
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # TRL's sampler draws each epoch's order from where the last one left its generator, which a resumed run does
+        # not know: let it depend on the epoch alone.
+        self._train_sampler.generator.manual_seed(self.args.seed + epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    # Teacher
+
+    @torch.no_grad()
+    def _teacher_logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits of the teacher, (N, V): the model with its adapter off (`fixed_teacher`) or the current policy."""
+        policy = self.accelerator.unwrap_model(model)
+        with policy.disable_adapter() if self.args.fixed_teacher else nullcontext():
+            return self._completion_logits(model, inputs, "teacher_")
+
+    # Rollout
+
+    def _prepare_inputs(self, generation_batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        self._fill_buffer(generation_batch, 1)
+        (inputs,), self._buffered_inputs = self._buffered_inputs, None
+        return inputs
+
+    def _fill_buffer(self, generation_batch: dict[str, Tensor], buffer_steps: int) -> None:
+        """Sample the completions of a whole optimizer step, as GOLD does, and count its tokens over all processes."""
+        with self._timed("rollout"), self.accelerator.autocast():
+            super()._fill_buffer(generation_batch, buffer_steps)
+        self._buffered_inputs = [self._pair_completions(rollout) for rollout in self._buffered_inputs]
+        lengths = torch.cat([inputs["completion_mask"].sum(1) for inputs in self._buffered_inputs])  # (rollouts,)
+        truncated = torch.cat([self._is_truncated(inputs) for inputs in self._buffered_inputs])  # (rollouts,)
+        all_lengths, all_truncated = self.accelerator.gather((lengths, truncated))
+        self._num_loss_tokens = all_lengths.sum()
+
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["completions/mean_length"].append(all_lengths.float().mean().item())
+        self._metrics[mode]["completions/min_length"].append(all_lengths.min().item())
+        self._metrics[mode]["completions/max_length"].append(all_lengths.max().item())
+        self._metrics[mode]["completions/truncated_ratio"].append(all_truncated.float().mean().item())
+        if mode == "train":
+            # In the state that checkpoints hold, so that a resumed run counts on
+            saved = self.state.stateful_callbacks.setdefault("OPSDTrainer", {"num_generated_tokens": 0})
+            saved["num_generated_tokens"] += self._num_loss_tokens.item()
+            self._metrics[mode]["num_generated_tokens"] = [saved["num_generated_tokens"]]
+            if self.args.save_completions:
+                self._save_completions(lengths.tolist(), truncated.tolist())
+
+    def _pair_completions(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        """
+        Put the sampled token ids beside the prompts of both roles, without the padding that all rows share.
+
+        Returns:
+            `prompts`, `teacher_prompts` and their `_attention_mask`s, left-padded; `completion_ids` and
+            `completion_mask`, right-padded, of shape (batch, longest completion); `answer`, a list.
+        """
+        inputs: dict[str, Any] = {}
+        for role in ("", "teacher_"):
+            mask = rollout[f"{role}prompt_attention_mask"]
+            width = mask.sum(1).max()
+            inputs[f"{role}prompts"] = rollout[f"{role}prompts"][:, -width:]
+            inputs[f"{role}prompt_attention_mask"] = mask[:, -width:]
+        start = rollout["prompts"].shape[1]
+        completion_mask = rollout["labels"][:, start:] != -100
+        width = completion_mask.sum(1).max()
+        inputs["completion_ids"] = rollout["input_ids"][:, start : start + width]
+        inputs["completion_mask"] = completion_mask[:, :width]
+        inputs["answer"] = rollout.get("answer", [None] * len(completion_mask))
+        return inputs
+
+    def _is_truncated(self, inputs: dict[str, Tensor]) -> Tensor:
+        """(batch,), true where a completion ran to its limit without an end-of-sequence token."""
+        completion_ids, mask = inputs["completion_ids"], inputs["completion_mask"]
+        end_ids = torch.as_tensor(self.generation_config.eos_token_id, device=completion_ids.device)
+        return ~(torch.isin(completion_ids, end_ids) & mask).any(1)
+
+    def _save_completions(self, lengths: list[int], truncated: list[bool]) -> None:
+        """Write the step's rollouts of all processes; a resumed run writes the steps that it repeats anew."""
+        step = self.state.global_step + 1
+        texts = [text for logs in self._buffered_text_logs for text in zip(*logs, strict=True)]
+        answers = [answer for inputs in self._buffered_inputs for answer in inputs["answer"]]
+        columns = ("prompt", "completion", "num_tokens", "truncated", "answer")
+        records = gather_object(
+            [
+                {"step": step} | dict(zip(columns, (*text, *values), strict=True))
+                for text, *values in zip(texts, lengths, truncated, answers, strict=True)
+            ]
+        )
+        if self.accelerator.is_main_process:
+            path = Path(self.args.output_dir, "completions", f"completions_{step:05d}.jsonl")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+    # Loss
+
+    def _completion_logits(self, model: nn.Module, inputs: dict[str, Tensor], role: str) -> Tensor:
+        """
+        Logits that predict the completion's tokens behind the prompt of one role.
+
+        Args:
+            model: the wrapped model.
+            inputs: as `_pair_completions` returns them.
+            role: "" for the student, "teacher_" for the teacher.
+
+        Returns:
+            (N, V), one row for each token of the completions that counts, in the same order for both roles.
+        """
+        completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
+        attention_mask = torch.cat([inputs[f"{role}prompt_attention_mask"], completion_mask.long()], dim=1)
+        outputs = model(
+            input_ids=torch.cat([inputs[f"{role}prompts"], completion_ids], dim=1),
+            attention_mask=attention_mask,
+            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),  # as without the padding on the left
+            logits_to_keep=completion_ids.shape[1] + 1,
+            use_cache=False,
+        )
+        return outputs.logits[:, :-1][completion_mask]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch=None
+    ) -> Tensor:
+        """The micro-batch's share of the loss: its sum over the mean's denominator, the tokens of the optimizer step."""
+        with self._timed("teacher"):
+            teacher_logits = self._teacher_logits(model, inputs)  # (N, V)
+        student_logits = self._completion_logits(model, inputs, "")  # (N, V)
+        per_token, statistics = generalized_jsd(
+            student_logits,
+            teacher_logits,
+            beta=self.beta,
+            temperature=self.temperature,
+            clip=self._clip,
+            clip_mode=self.args.jsd_clip_mode,
+            top_k=self._top_k_loss,
+            return_statistics=True,
+        )  # (N,)
+        if self.args.use_tinker_loss:
+            token_ids = inputs["completion_ids"][inputs["completion_mask"]]
+            per_token = sampled_token_loss(student_logits, teacher_logits, token_ids, temperature=self.temperature)
+
+        entries = per_token.numel()
+        if self.args.jsd_clip_mode == "pointwise":
+            entries *= self._top_k_loss or student_logits.shape[-1]
+        self._token_sums += torch.tensor(
+            [per_token.numel(), entries, *(value.sum(dtype=torch.float64) for value in statistics)],
+            dtype=torch.float64,
+        )
+        # DDP, ZeRO and FSDP average the gradients of the processes
+        return per_token.sum() * self.accelerator.num_processes / self._num_loss_tokens.clamp(min=1)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
+        with self._timed("step"):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._record_token_statistics("train")
+            seconds, self._seconds = self._seconds, defaultdict(float)
+            for phase in ("rollout", "teacher"):
+                self._metrics["train"][f"seconds/{phase}"].append(seconds[phase])
+            student_seconds = seconds["step"] - seconds["rollout"] - seconds["teacher"]  # forward, loss and backward
+            self._metrics["train"]["seconds/student"].append(student_seconds)
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any):
+        result = super().prediction_step(*args, **kwargs)
+        self._record_token_statistics("eval")
+        self._seconds.clear()  # those of a training step are reported
+        return result
+
+    # Logging
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds that the block takes on this process, what it started on the accelerator included."""
+        start = time.perf_counter()
+        yield
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
+        self._seconds[phase] += time.perf_counter() - start
+
+    def _record_token_statistics(self, mode: str) -> None:
+        """Turn the sums since the last call, over all processes, into means per token and shares."""
+        sums = self.accelerator.reduce(self._token_sums, "sum")
+        self._token_sums.zero_()
+        num_tokens, num_entries = sums[:2].clamp(min=1).tolist()
+        total = TokenStatistics(*sums[2:].tolist())
+        for name, value in (
+            ("divergence", total.divergence / num_tokens),
+            ("clip/entries_ratio", total.clipped_entries / num_entries),
+            ("clip/mass_ratio", total.clipped_mass / total.positive_mass if total.positive_mass else 0.0),
+            ("entropy/student", total.student_entropy / num_tokens),
+            ("entropy/teacher", total.teacher_entropy / num_tokens),
+        ):
+            self._metrics[mode][name].append(value)
