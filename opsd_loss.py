@@ -62,16 +62,15 @@ def _summands(s: Tensor, t: Tensor, beta: float) -> Tensor:
         return p_t * (t - s)  # KL(p_T || p_S)
     if beta == 1.0:
         return p_s * (s - t)  # KL(p_S || p_T)
-    # log p_m - s and log p_m - t, from the difference alone and from the side on which nothing overflows. The gradient
-    # through log p_m is zero: d/ds of beta p_T (t - log p_m) + (1 - beta) p_S (s - log p_m) has
-    # -(beta p_T + (1 - beta) p_S) d(log p_m)/ds + (1 - beta) p_S = 0 besides (1 - beta) p_S (s - log p_m).
+    # log p_m - s and log p_m - t, from their difference alone and from the larger side, where nothing cancels or
+    # overflows. The gradient through log p_m is zero: that of beta p_T (t - log p_m) + (1 - beta) p_S (s - log p_m) is
+    # (1 - beta) p_S (s - log p_m) + (1 - beta) p_S - (beta p_T + (1 - beta) p_S) d(log p_m)/ds, and the last two cancel.
     delta = (t - s).detach()
-    mixture_minus_s = torch.where(
-        delta > 0,
-        delta + torch.log1p((1 - beta) * torch.expm1(-delta.abs())),
-        torch.log1p(beta * torch.expm1(-delta.abs())),
-    )
-    return -beta * p_t * (mixture_minus_s - delta) - (1 - beta) * p_s * mixture_minus_s
+    decay = torch.expm1(-delta.abs())
+    mixture_to_larger = torch.where(delta > 0, torch.log1p((1 - beta) * decay), torch.log1p(beta * decay))
+    mixture_to_s = mixture_to_larger + delta.clamp(min=0)
+    mixture_to_t = mixture_to_larger - delta.clamp(max=0)
+    return -beta * p_t * mixture_to_t - (1 - beta) * p_s * mixture_to_s
 
 
 def generalized_jsd(

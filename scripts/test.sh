@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Set up what is missing, then lint and test. Arguments go to pytest: bash scripts/test.sh tests/test_opsd_loss.py -k clip
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup_env.sh
+source .venv/bin/activate
+
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TRL_EXPERIMENTAL_SILENCE=1
+ruff check .
+ruff format --check .
+for script in scripts/*.sh eval/*.sh .ci/run; do [ ! -e "$script" ] || bash -n "$script"; done
+exec python -m pytest "$@"

@@ -1,0 +1,151 @@
+"""Prompts, budgets and padding of the collator, on the tiny model's real tokenizer."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from data_collator import ELLIPSIS, STUDENT_PROMPT, TEACHER_PROMPT, SelfDistillationDataCollator, fill_template
+
+EXAMPLE = {"problem": "What is 12+34?", "solution": "Ones 6, tens 4, hence \\boxed{46}."}
+LONG = {"problem": "What is 12+34?", "solution": "begin " + "12+34=46. " * 200 + "\\boxed{46}."}
+
+STUDENT_TEXT = (
+    "<|im_start|>user\n"
+    "Problem: What is 12+34?\n\n"
+    "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+TEACHER_TEXT = (
+    "<|im_start|>user\n"
+    "Problem: What is 12+34?\n\n"
+    "Here is a reference solution:\n"
+    "--- reference solution begins ---\n"
+    "Ones 6, tens 4, hence \\boxed{46}.\n"
+    "--- reference solution ends ---\n\n"
+    "After understanding the reference solution, please try to solve this problem using your own approach below.\n"
+    "Derive every step yourself; do not copy or paraphrase the reference solution.\n\n"
+    "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+NO_THINKING = "<think>\n\n</think>\n\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model_dir):
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+@pytest.mark.parametrize("student_thinking", [False, True])
+@pytest.mark.parametrize("teacher_thinking", [False, True])
+def test_decoded_prompts(tokenizer, student_thinking, teacher_thinking):
+    collator = SelfDistillationDataCollator(
+        tokenizer, student_thinking=student_thinking, teacher_thinking=teacher_thinking
+    )
+    encoded = collator.encode(EXAMPLE)
+    assert tokenizer.decode(encoded["student_prompt_ids"]) == STUDENT_TEXT + ("" if student_thinking else NO_THINKING)
+    assert tokenizer.decode(encoded["teacher_prompt_ids"]) == TEACHER_TEXT + ("" if teacher_thinking else NO_THINKING)
+    assert encoded["length_status"] == "kept"
+
+
+def test_default_thinking_modes_are_off_for_the_student_and_on_for_the_teacher(tokenizer):
+    encoded = SelfDistillationDataCollator(tokenizer).encode(EXAMPLE)
+    assert tokenizer.decode(encoded["student_prompt_ids"]).endswith(NO_THINKING)
+    assert tokenizer.decode(encoded["teacher_prompt_ids"]).endswith("assistant\n")
+
+
+def test_teacher_without_solution_has_the_students_prompt(tokenizer):
+    encoded = SelfDistillationDataCollator(tokenizer, teacher_sees_solution=False).encode(EXAMPLE)
+    assert encoded["teacher_prompt_ids"] == encoded["student_prompt_ids"]
+
+
+def test_own_templates(tokenizer):
+    collator = SelfDistillationDataCollator(
+        tokenizer,
+        student_prompt="Q {problem} \\boxed{}",
+        teacher_prompt="{solution} | {problem}",
+        teacher_thinking=False,
+    )
+    encoded = collator.encode(EXAMPLE)
+    assert "user\nQ What is 12+34? \\boxed{}<" in tokenizer.decode(encoded["student_prompt_ids"])
+    assert "user\nOnes 6, tens 4, hence \\boxed{46}. | What is 12+34?<" in tokenizer.decode(
+        encoded["teacher_prompt_ids"]
+    )
+
+
+def test_braces_inside_the_texts_stay_as_they_are():
+    text = fill_template(TEACHER_PROMPT, problem="Let {solution} = {x}", solution="{problem} \\boxed{\\frac{1}{2}}")
+    assert "Problem: Let {solution} = {x}\n" in text
+    assert "\n{problem} \\boxed{\\frac{1}{2}}\n" in text
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        ({"student_prompt": "no placeholder"}, r"--student_prompt lacks the placeholder \{problem\}"),
+        ({"teacher_prompt": "{problem}"}, r"--teacher_prompt lacks the placeholder \{solution\}"),
+        ({"student_prompt": "{problem} {solution}"}, r"--student_prompt has the unknown placeholder \{solution\}"),
+        ({"teacher_prompt": "{problem} {solution} {hint}"}, r"--teacher_prompt has the unknown placeholder \{hint\}"),
+    ],
+)
+def test_template_errors(tokenizer, templates, message):
+    with pytest.raises(ValueError, match=message):
+        SelfDistillationDataCollator(tokenizer, **templates)
+
+
+def test_tokenizer_without_chat_template(tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        SelfDistillationDataCollator(tokenizer)
+
+
+def test_long_solution_is_cut_in_its_middle_and_the_template_stays(tokenizer):
+    full = SelfDistillationDataCollator(tokenizer).encode(LONG)
+    budget = len(full["teacher_prompt_ids"]) // 2
+    encoded = SelfDistillationDataCollator(tokenizer, max_prompt_length=budget).encode(LONG)
+    assert encoded["length_status"] == "shortened"
+    assert encoded["student_prompt_ids"] == full["student_prompt_ids"]
+    assert budget - 40 < len(encoded["teacher_prompt_ids"]) <= budget  # as much as fits
+    text = tokenizer.decode(encoded["teacher_prompt_ids"])
+    before, after = TEACHER_TEXT.split(EXAMPLE["solution"])
+    assert text.startswith(before + "begin 12+34=46.")
+    assert text.endswith("\\boxed{46}." + after)
+    assert text.count(ELLIPSIS) == 1
+
+
+def test_long_problem_is_dropped(tokenizer):
+    example = EXAMPLE | {"problem": "What is 12+34? " * 100}
+    encoded = SelfDistillationDataCollator(tokenizer, max_prompt_length=150).encode(example)
+    assert encoded == {"student_prompt_ids": [], "teacher_prompt_ids": [], "length_status": "dropped"}
+
+
+def test_budget_below_the_template_drops(tokenizer):
+    student_length = len(SelfDistillationDataCollator(tokenizer).encode(LONG)["student_prompt_ids"])
+    encoded = SelfDistillationDataCollator(tokenizer, max_prompt_length=student_length).encode(LONG)
+    assert encoded["length_status"] == "dropped"  # the student's prompt fits, the teacher's cannot
+
+
+def test_prompts_that_just_fit_are_kept(tokenizer):
+    encoded = SelfDistillationDataCollator(tokenizer).encode(EXAMPLE)
+    exact = SelfDistillationDataCollator(tokenizer, max_prompt_length=len(encoded["teacher_prompt_ids"]))
+    assert exact.encode(EXAMPLE) == encoded
+
+
+def test_batches_are_padded_on_the_left(tokenizer):
+    collator = SelfDistillationDataCollator(tokenizer)
+    short = collator.encode(EXAMPLE | {"answer": "46"})
+    long = collator.encode(EXAMPLE | {"problem": "What is 12+34, and why?"})
+    batch = collator([short | {"answer": "46"}, long | {"answer": "46"}])
+    for prefix, column in (("", "student_prompt_ids"), ("teacher_", "teacher_prompt_ids")):
+        prompts, mask = batch[f"{prefix}prompts"], batch[f"{prefix}prompt_attention_mask"]
+        assert prompts.shape == mask.shape == (2, len(long[column]))
+        assert mask.dtype == prompts.dtype == torch.int64
+        for row, encoded in enumerate((short, long)):
+            assert prompts[row][mask[row].bool()].tolist() == encoded[column]
+            assert mask[row].diff().min() >= 0  # zeros first, then ones
+    assert batch["answer"] == ["46", "46"]
+
+
+def test_prompts_name_their_placeholders():
+    assert "{problem}" in STUDENT_PROMPT and "{solution}" not in STUDENT_PROMPT
+    assert "\\boxed{}" in STUDENT_PROMPT and "\\boxed{}" in TEACHER_PROMPT

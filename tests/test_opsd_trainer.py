@@ -1,0 +1,388 @@
+"""The trainer on the tiny model: roles, gradients, teacher, resuming, logging."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoTokenizer, TrainerCallback
+
+from opsd_loss import generalized_jsd
+from opsd_trainer import OPSDConfig
+
+
+class Recorder(TrainerCallback):
+    """Keeps what was logged."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(logs)
+
+    def values(self, name):
+        return [logs[name] for logs in self.logs if name in logs]
+
+
+def rollout(trainer, size=4, steps=1):
+    """The paired batches of one optimizer step, sampled by the student."""
+    trainer.model.train()
+    features = [trainer.train_dataset[i] for i in range(size)]
+    trainer._fill_buffer(trainer.data_collator(features), steps)
+    return trainer._buffered_inputs
+
+
+# One step
+
+
+def test_both_roles_score_the_same_tokens_behind_their_own_prompts(make_trainer, tiny_model_dir):
+    trainer = make_trainer()
+    seen = []
+    handle = trainer.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+    )
+    (inputs,) = rollout(trainer)
+    seen.clear()
+    trainer.compute_loss(trainer.model, inputs)
+    handle.remove()
+    teacher, student = seen
+    for row in range(4):
+        example = trainer.train_dataset[row]
+        length = inputs["completion_mask"][row].sum()
+        completion = inputs["completion_ids"][row, :length].tolist()
+        for kwargs, column in ((student, "student_prompt_ids"), (teacher, "teacher_prompt_ids")):
+            mask = kwargs["attention_mask"][row].bool()
+            assert kwargs["input_ids"][row][mask].tolist() == example[column] + completion
+            assert kwargs["position_ids"][row][mask].tolist() == list(range(mask.sum()))
+    lengths = inputs["completion_mask"].sum(1)
+    assert lengths.min() < lengths.max() == inputs["completion_mask"].shape[1]  # no padding that all rows share
+    text = AutoTokenizer.from_pretrained(tiny_model_dir).decode(
+        student["input_ids"][0][student["attention_mask"][0] == 1]
+    )
+    assert text.startswith("<|im_start|>user\nProblem: ") and "\\boxed{" in text
+
+
+def test_end_of_sequence_token_keeps_its_loss_when_it_is_the_padding(make_trainer):
+    trainer = make_trainer()
+    tokenizer = trainer.processing_class
+    trainer.pad_token_id = tokenizer.pad_token_id = tokenizer.eos_token_id
+    trainer.generation_config.pad_token_id = tokenizer.eos_token_id
+    (inputs,) = rollout(trainer)
+    last = [
+        ids[mask][-1].item() for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)
+    ]
+    assert last == [tokenizer.eos_token_id] * 4
+    assert inputs["completion_mask"].sum(1).min() < inputs["completion_mask"].shape[1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_padding_changes_nothing(make_trainer, problems, batch_size):
+    """Per-token divergence of a padded micro-batch against plain forward passes without any padding."""
+    rows = [row | {"solution": row["solution"] * (1 + 8 * i)} for i, row in enumerate(problems.select(range(4)))]
+    trainer = make_trainer(Dataset.from_list(rows), lora_settings={"init_lora_weights": False})
+    inputs = rollout(trainer, size=batch_size)[0]
+    lengths = inputs["teacher_prompt_attention_mask"].sum(1)
+    assert batch_size == 1 or lengths.max() > 3 * lengths.min()
+    with torch.no_grad():
+        padded = generalized_jsd(
+            trainer._completion_logits(trainer.model, inputs, ""),
+            trainer._teacher_logits(trainer.model, inputs),
+            beta=0.5,
+        )
+        alone = []
+        for row in range(batch_size):
+            length = inputs["completion_mask"][row].sum()
+            completion = inputs["completion_ids"][row, :length]
+            example = trainer.train_dataset[row]
+
+            def logits(prompt_ids, completion=completion, length=length):
+                input_ids = torch.cat([torch.tensor(prompt_ids), completion])[None]
+                return trainer.model(input_ids=input_ids).logits[0, -length - 1 : -1]
+
+            student = logits(example["student_prompt_ids"])
+            with trainer.model.disable_adapter():
+                teacher = logits(example["teacher_prompt_ids"])
+            alone.append(generalized_jsd(student, teacher, beta=0.5))
+    assert padded.mean() > 1e-2
+    assert_close(padded, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_equal_prompts_give_no_loss_and_no_update(make_trainer):
+    recorder = Recorder()
+    trainer = make_trainer(teacher_sees_solution=False, callbacks=[recorder], max_steps=2)
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    assert recorder.values("loss") == [0.0, 0.0]
+    assert recorder.values("grad_norm") == [0.0, 0.0]
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+
+
+# The gradient of an optimizer step
+
+
+def gradient_of_one_step(make_trainer, accumulation, prompts_per_process=8, **settings):
+    """Gradient, loss and token count of the first optimizer step, always on the same 8 prompts, sampled greedily."""
+    gradients = []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).clone())
+
+    trainer = make_trainer(
+        per_device_train_batch_size=prompts_per_process // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=1e9,
+        top_k=1,
+        lora_settings={"init_lora_weights": False},
+        callbacks=[Keep(), recorder := Recorder()],
+        **settings,
+    )
+    trainer.train()
+    return gradients[0], recorder.values("loss")[0], recorder.values("num_generated_tokens")[0]
+
+
+@pytest.mark.parametrize("settings", [{"beta": 0.5}, {"beta": 0.0, "jsd_token_clip": 0.05}], ids=["jsd", "clipped"])
+def test_gradient_does_not_depend_on_accumulation(make_trainer, settings):
+    gradient, loss, num_tokens = gradient_of_one_step(make_trainer, 1, **settings)
+    assert gradient.norm() > 1e-3
+    for accumulation in (2, 4):
+        other, other_loss, other_tokens = gradient_of_one_step(make_trainer, accumulation, **settings)
+        assert other_tokens == num_tokens
+        assert (other - gradient).norm() <= 1e-5 * gradient.norm()
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_gradient_does_not_depend_on_the_number_of_processes(make_trainer, tmp_path):
+    """Two processes under DDP, and in each of them accumulation 1, 2 and 4, against one process."""
+    gradient, loss, num_tokens = gradient_of_one_step(make_trainer, 1)
+    result = tmp_path / "gradients.pt"
+    worker = Path(__file__).with_name("gradient_worker.py")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker, result],
+        check=True,
+        timeout=600,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(worker.parents[1])},
+    )
+    runs = torch.load(result)
+    assert runs["backend"] == "gloo" and runs["world_size"] == 2 and runs["distributed_type"] == "MULTI_CPU"
+    assert sorted(runs["steps"]) == [1, 2, 4]
+    for accumulation, (other, other_loss, other_tokens) in runs["steps"].items():
+        assert other_tokens == num_tokens, accumulation
+        assert (other - gradient).norm() <= 1e-5 * gradient.norm(), accumulation
+        assert other_loss == pytest.approx(loss, rel=1e-5), accumulation
+    first, second = runs["noise"]
+    assert not torch.equal(first, second)  # each process draws its rollouts with random numbers of its own
+
+
+# The teacher
+
+
+def test_fixed_teacher_stays_and_the_student_moves(make_trainer):
+    trainer = make_trainer(max_steps=3, learning_rate=1e-2)
+    base = {n: w.clone() for n, w in trainer.model.named_parameters() if not w.requires_grad}
+    (inputs,) = rollout(trainer)
+    teacher = trainer._teacher_logits(trainer.model, inputs)
+    student = trainer._completion_logits(trainer.model, inputs, "").detach()
+    trainer.train()
+    assert torch.equal(trainer._teacher_logits(trainer.model, inputs), teacher)
+    assert not torch.allclose(trainer._completion_logits(trainer.model, inputs, ""), student, atol=1e-3)
+    for name, weight in trainer.model.named_parameters():
+        assert weight.requires_grad or torch.equal(weight, base[name])
+    assert any(not w.requires_grad for w in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_current_policy_as_teacher(make_trainer, lora):
+    trainer = make_trainer(lora=lora, fixed_teacher=False, max_steps=2, learning_rate=1e-2)
+    (inputs,) = rollout(trainer)
+    before = trainer._teacher_logits(trainer.model, inputs)
+    assert not before.requires_grad
+    trainer.train()
+    after = trainer._teacher_logits(trainer.model, inputs)
+    assert not torch.allclose(after, before, atol=1e-3)
+    with torch.no_grad():
+        assert_close(after, trainer._completion_logits(trainer.model, inputs, "teacher_"), rtol=0, atol=0)
+
+
+def test_there_is_no_second_copy_of_the_weights(make_trainer, tiny_model_dir):
+    trainer = make_trainer()
+    trainer.train()
+    modules = [value for value in vars(trainer).values() if isinstance(value, torch.nn.Module)]
+    parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
+    stored = sum(weight.numel() for weight in load_file(tiny_model_dir / "model.safetensors").values())
+    adapter = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert sum(parameters.values()) == stored + adapter
+
+
+def test_adapter_with_trained_biases_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="bias='all'"):
+        make_trainer(lora_settings={"bias": "all"})
+
+
+def test_fixed_teacher_without_adapter_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="--fixed_teacher needs --use_peft"):
+        make_trainer(lora=False, fixed_teacher=True)
+
+
+# Data
+
+
+def test_what_does_not_fit_is_counted_once(make_trainer, problems, caplog):
+    rows = problems.to_list()[:12]
+    rows[3]["problem"] = rows[3]["problem"] * 200
+    rows[5]["solution"] = rows[5]["solution"] * 60
+    trainer = make_trainer(Dataset.from_list(rows), max_length=340)
+    assert len(trainer.train_dataset) == 11
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "opsd_trainer"]
+    assert "over 300 tokens" in message and "1 of 12 examples left out" in message and "1 solutions cut" in message
+    assert max(map(len, trainer.train_dataset["teacher_prompt_ids"])) <= 300
+
+
+def test_too_few_examples(make_trainer, problems):
+    with pytest.raises(ValueError, match=r"3 usable examples, fewer than one step takes \(4\)"):
+        make_trainer(problems.select(range(3)))
+
+
+# Stop and go on
+
+
+@pytest.mark.parametrize("stop_at", [3, 7], ids=["first epoch", "second epoch"])
+def test_resumed_run_equals_the_uninterrupted_one(make_trainer, problems, tmp_path, stop_at):
+    settings = {"max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings |= {
+        "save_strategy": "steps",
+        "save_steps": stop_at,
+        "dataset": problems.select(range(16)),
+    }  # 4 steps an epoch
+    whole, resumed = Recorder(), Recorder()
+    make_trainer(callbacks=[whole], **settings).train()
+    run = tmp_path / "run"
+    rollouts = {file.name: file.read_text() for file in (run / "completions").iterdir()}
+
+    trainer = make_trainer(callbacks=[resumed], **settings)
+    trainer.train(resume_from_checkpoint=str(run / f"checkpoint-{stop_at}"))
+    assert len(resumed.values("loss")) == 8 - stop_at
+    for name in ("loss", "grad_norm", "learning_rate", "num_generated_tokens", "divergence"):
+        assert resumed.values(name) == pytest.approx(whole.values(name)[stop_at:], rel=1e-6, abs=1e-9), name
+    assert len(set(rollouts.values())) == 8
+    assert {file.name: file.read_text() for file in (run / "completions").iterdir()} == rollouts
+
+
+# Logging and variants
+
+
+def test_logged_values_agree_with_the_saved_rollouts(make_trainer, problems, tmp_path):
+    recorder = Recorder()
+    trainer = make_trainer(callbacks=[recorder], gradient_accumulation_steps=2, max_completion_length=12)
+    trainer.train()
+    steps = [
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for file in sorted((tmp_path / "run" / "completions").iterdir())
+    ]
+    assert len(steps) == 2 and all(len(records) == 8 for records in steps)
+    answers = {f"Problem: {row['problem']}\n": row["answer"] for row in problems}
+    total = 0
+    for logs, records in zip(recorder.logs, steps, strict=False):
+        lengths = [record["num_tokens"] for record in records]
+        total += sum(lengths)
+        assert logs["completions/mean_length"] == pytest.approx(sum(lengths) / 8)
+        assert (logs["completions/min_length"], logs["completions/max_length"]) == (min(lengths), max(lengths))
+        assert logs["completions/truncated_ratio"] == sum(record["truncated"] for record in records) / 8
+        assert logs["num_generated_tokens"] == total
+        assert logs["divergence"] == pytest.approx(logs["loss"], rel=1e-5)  # no cap here
+        assert logs["clip/entries_ratio"] == logs["clip/mass_ratio"] == 0.0
+        assert logs["entropy/teacher"] > 0.0 and logs["entropy/student"] > 0.0
+        assert all(logs[f"seconds/{phase}"] > 0.0 for phase in ("rollout", "teacher", "student"))
+        for record in records:
+            assert [answer for prompt, answer in answers.items() if prompt in record["prompt"]] == [record["answer"]]
+            ended = record["completion"].endswith("<|im_end|>")
+            assert record["truncated"] != ended and (ended or record["num_tokens"] == 12)
+    assert recorder.values("completions/truncated_ratio")[0] > 0.0
+
+
+def test_clip_is_applied_and_reported(make_trainer):
+    recorder = Recorder()
+    make_trainer(callbacks=[recorder], jsd_token_clip=0.05, beta=0.0).train()
+    for logs in recorder.logs[:2]:
+        assert logs["loss"] < logs["divergence"]
+        assert 0.0 < logs["clip/entries_ratio"] < 0.05
+        assert 0.0 < logs["clip/mass_ratio"] < 1.0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_tinker_loss": True},
+        {"top_k_loss": 5, "jsd_clip_mode": "token", "jsd_token_clip": 0.5},
+        {"num_generations": 2, "per_device_train_batch_size": 32},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_variants_learn(make_trainer, settings):
+    recorder = Recorder()
+    settings = {"per_device_train_batch_size": 16, "max_steps": 30, "learning_rate": 3e-3} | settings
+    make_trainer(callbacks=[recorder], lr_scheduler_type="constant", **settings).train()
+    divergence = recorder.values("divergence")
+    assert sum(divergence[-5:]) < 0.7 * sum(divergence[:5])
+
+
+def test_evaluation_is_on_policy_and_leaves_the_training_alone(make_trainer, problems, tmp_path):
+    recorder = Recorder()
+    evaluation = problems.select(range(8))
+    trainer = make_trainer(
+        callbacks=[recorder],
+        eval_dataset=evaluation,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=4,
+    )
+    trainer.train()
+    assert len(recorder.values("eval_loss")) == 2
+    assert recorder.values("eval_divergence") == pytest.approx(recorder.values("eval_loss"), rel=0.2)
+    assert all(value > 0.0 for value in recorder.values("eval_loss"))
+    assert len(list((tmp_path / "run" / "completions").iterdir())) == 2
+    with_evaluation = recorder.values("num_generated_tokens")[0]
+    assert with_evaluation == recorder.values("completions/mean_length")[0] * 4
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 1.2}, "--beta 1.2: must lie in"),
+        ({"beta": -0.5}, "--beta -0.5: must lie in"),
+        ({"jsd_token_clip": -0.1}, "--jsd_token_clip -0.1: must not be negative"),
+        ({"jsd_clip_mode": "row"}, "--jsd_clip_mode row: must be one of pointwise, token"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be positive"),
+        ({"lmbda": 0.5}, "--lmbda 0.5: must be 1"),
+        ({"max_completion_length": 100, "max_length": 100}, "--max_completion_length 100 leaves no room"),
+        ({"student_prompt": "{question}"}, "--student_prompt lacks the placeholder {problem}"),
+        ({"top_k_loss": -1}, "--top_k_loss -1"),
+        ({"use_vllm": True}, "--use_vllm True"),
+        ({"teacher_model_name_or_path": "x"}, "--teacher_model_name_or_path x"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message.replace("{", r"\{")):
+        OPSDConfig(use_cpu=True, bf16=False, **settings)
+
+
+def test_defaults_are_those_of_the_release():
+    config = OPSDConfig(use_cpu=True, bf16=False)
+    assert (config.beta, config.jsd_token_clip, config.jsd_clip_mode, config.lmbda) == (0.0, 0.05, "pointwise", 1.0)
+    assert (config.temperature, config.top_p, config.top_k) == (1.1, 0.95, 20)
+    assert (config.max_completion_length, config.max_length) == (1024, 20000)
+    assert (config.student_thinking, config.teacher_thinking, config.fixed_teacher) == (False, True, False)
+    assert (config.learning_rate, config.max_grad_norm) == (5e-6, 0.1)

@@ -1,0 +1,98 @@
+"""Loading of local data sets, and what is said about bad ones."""
+
+import json
+import re
+
+import pytest
+from datasets import Dataset
+
+from problem_data import keep_usable, load_problems
+
+ROWS = [{"problem": f"{i}+1", "solution": f"\\boxed{{{i + 1}}}"} for i in range(3)]
+
+
+def write_jsonl(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write(path, suffix):
+    if suffix == ".jsonl":
+        return write_jsonl(path / "data.jsonl")
+    if suffix == ".json":
+        (path / "data.json").write_text(json.dumps(ROWS, indent=1))
+        return path / "data.json"
+    Dataset.from_list(ROWS).to_parquet(path / "data.parquet")
+    return path / "data.parquet"
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_files_and_folders(tmp_path, suffix):
+    file = write(tmp_path, suffix)
+    assert load_problems(str(file)).to_list() == ROWS
+    assert load_problems(str(tmp_path)).to_list() == ROWS
+
+
+def test_folder_with_several_splits(tmp_path):
+    (tmp_path / "data").mkdir()
+    Dataset.from_list(ROWS[:1]).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    Dataset.from_list(ROWS[1:]).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
+    assert load_problems(str(tmp_path), "train").to_list() == ROWS[:1]
+    assert load_problems(str(tmp_path), "test").to_list() == ROWS[1:]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_problems(str(tmp_path / "none.jsonl"))
+    with pytest.raises(FileNotFoundError, match="no file ending in"):
+        load_problems(str(tmp_path))
+
+
+def test_unknown_suffix(tmp_path):
+    (tmp_path / "data.csv").write_text("problem,solution\n")
+    with pytest.raises(ValueError, match="unknown suffix '.csv'"):
+        load_problems(str(tmp_path / "data.csv"))
+
+
+def test_not_json_says_the_line(tmp_path):
+    file = write_jsonl(tmp_path / "data.jsonl")
+    file.write_text(file.read_text() + '{"problem": "4+1", "solution\n')
+    with pytest.raises(ValueError, match=re.escape(f"{file}, line 4: not JSON")):
+        load_problems(str(file))
+    (tmp_path / "list.json").write_text('[\n {"problem": "4+1"},\n {"problem" 3}\n]')
+    with pytest.raises(ValueError, match="list.json, line 3: not JSON"):
+        load_problems(str(tmp_path / "list.json"))
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "data.jsonl").touch()
+    with pytest.raises(ValueError, match="empty"):
+        load_problems(str(tmp_path / "data.jsonl"))
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"blank.jsonl"):
+        load_problems(str(tmp_path / "blank.jsonl"))
+
+
+def test_missing_column_names_those_that_exist():
+    with pytest.raises(
+        ValueError, match="--solution_column proof: the data set has no such column; it has problem, sol"
+    ):
+        keep_usable(Dataset.from_list(ROWS), problem_column="problem", solution_column="proof")
+
+
+def test_column_that_is_not_text():
+    with pytest.raises(ValueError, match="--problem_column id: the column does not hold text"):
+        keep_usable(Dataset.from_list([{"id": 1}]), problem_column="id")
+
+
+def test_blank_rows_are_left_out_and_counted(caplog):
+    rows = [*ROWS, {"problem": "5+1", "solution": "  "}, {"problem": None, "solution": "6"}]
+    usable = keep_usable(Dataset.from_list(rows), problem_column="problem", solution_column="solution")
+    assert usable.to_list() == ROWS
+    assert "left out 2 of 5 examples" in caplog.text
+
+
+def test_only_blank_solutions():
+    rows = [{"problem": "1+1", "solution": ""}, {"problem": "1+2", "solution": None}]
+    with pytest.raises(ValueError, match="no usable row among 2: the column 'solution' is empty in all of them"):
+        keep_usable(Dataset.from_list(rows), problem_column="problem", solution_column="solution")
