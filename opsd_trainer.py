@@ -128,9 +128,13 @@ class OPSDConfig(GOLDConfig):
 
 
 class _NoTeacherModel(nn.Module):
-    """Takes the place of the second model that GOLD's constructor asks for; it has no weights."""
+    """Takes the place of the second model that GOLD's constructor asks for, with the one weight that ZeRO-3 asks for."""
 
     config = PreTrainedConfig()
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
 
     def resize_token_embeddings(self, *args: Any) -> None:
         pass

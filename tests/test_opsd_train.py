@@ -1,0 +1,181 @@
+"""The entry point: what it says of bad input before a model is loaded, and whole runs on the tiny model."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+import opsd_train
+
+AIME = Path(__file__).parents[2] / "shared" / "data" / "eval" / "aime24"
+
+
+@pytest.fixture
+def train_file(tmp_path, problems):
+    file = tmp_path / "train.jsonl"
+    problems.to_json(file)
+    return file
+
+
+@pytest.fixture
+def run(tiny_model_dir, train_file, tmp_path):
+    """A function that runs the program on the tiny model; arguments replace and add to the ones below."""
+
+    def run(*arguments):
+        opsd_train.main(
+            [
+                *("--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(train_file)),
+                *("--config", str(Path(opsd_train.__file__).with_name("quickstart") / "opsd.yaml")),
+                *("--output_dir", str(tmp_path / "out"), "--per_device_train_batch_size", "4", "--max_steps", "2"),
+                *("--save_steps", "1", "--logging_steps", "1", "--disable_tqdm", "true", *arguments),
+            ]
+        )
+        return tmp_path / "out"
+
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a model would have been loaded")
+
+    monkeypatch.setattr(opsd_train.OPSDTrainer, "__init__", fail)
+
+
+def write(file, *lines):
+    file.write_text("".join(line + "\n" for line in lines))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--use_peft", "false"], "--fixed_teacher needs --use_peft"),
+        (["--beta", "1.5"], "--beta 1.5: must lie in [0, 1]"),
+        (["--jsd_token_clip", "-1"], "--jsd_token_clip -1.0: must not be negative"),
+        (["--temperature", "0"], "--temperature 0.0: must be positive"),
+        (["--lmbda", "0.5"], "--lmbda 0.5: must be 1"),
+        (["--max_completion_length", "1024"], "--max_completion_length 1024 leaves no room"),
+        (["--teacher_prompt", "{problem}"], "--teacher_prompt lacks the placeholder {solution}"),
+        (["--dataset_name", "missing/train.jsonl"], "--dataset_name missing/train.jsonl: no such file"),
+        (["--solution_column", "proof"], "--solution_column proof: the data set has no such column; it has problem"),
+        (["--answer_column", "key"], "--answer_column key: the data set has no such column"),
+        (["--resume_from_checkpoint", "true"], "there is no checkpoint in"),
+        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a checkpoint folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(run, no_model, arguments, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run(*arguments)
+
+
+def test_missing_model_name(no_model):
+    with pytest.raises(SystemExit, match="--model_name_or_path is missing"):
+        opsd_train.main(["--use_cpu", "--bf16", "false"])
+
+
+def test_bad_data_is_refused_before_a_model_is_loaded(run, no_model, tmp_path):
+    blank = write(
+        tmp_path / "blank.jsonl", '{"problem": "1+1", "solution": ""}', '{"problem": "2+2", "solution": " "}'
+    )
+    with pytest.raises(SystemExit, match="the column 'solution' is empty in all of them"):
+        run("--dataset_name", blank)
+    with pytest.raises(SystemExit, match=r"empty"):
+        run("--dataset_name", write(tmp_path / "empty.jsonl"))
+    broken = write(tmp_path / "broken.jsonl", '{"problem": "1+1", "solution": "2"}', '{"problem": "2+2", ')
+    with pytest.raises(SystemExit, match=r"broken.jsonl, line 2: not JSON"):
+        run("--dataset_name", broken)
+
+
+def test_tokenizer_without_chat_template(run, no_model, tiny_model_dir, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "bare")
+    (tmp_path / "bare" / "config.json").write_text((tiny_model_dir / "config.json").read_text())
+    with pytest.raises(SystemExit, match="has no chat template"):
+        run("--model_name_or_path", str(tmp_path / "bare"))
+
+
+def test_run_stops_resumes_and_starts_anew(run, monkeypatch, problems):
+    out = run("--answer_column", "answer")
+    assert {"adapter_model.safetensors", "tokenizer.json", "run_config.json", "checkpoint-1", "checkpoint-2"} <= set(
+        os.listdir(out)
+    )
+    configuration = json.loads((out / "run_config.json").read_text())
+    assert configuration["training"]["beta"] == 0.5 and configuration["training"]["max_completion_length"] == 64
+    assert configuration["model"]["lora_r"] == 16 and configuration["script"]["problem_column"] == "problem"
+    assert {"torch", "transformers", "trl"} <= set(configuration["versions"])
+    (first, *_) = [json.loads(line) for line in (out / "completions" / "completions_00001.jsonl").open()]
+    assert first["answer"] in problems["answer"][:]
+
+    with pytest.raises(SystemExit, match="holds checkpoint-2: continue with --resume_from_checkpoint true"):
+        run()
+    run("--resume_from_checkpoint", "true", "--max_steps", "3")
+    state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
+
+    run("--overwrite_output_dir", "--max_steps", "1")
+    assert not (out / "checkpoint-3").exists() and (out / "checkpoint-1").exists()
+
+
+def test_names_of_runs(tiny_model_dir, tmp_path):
+    def name(*arguments, run_config=None):
+        script = opsd_train.ScriptArguments(run_config=run_config)
+        training = opsd_train.OPSDConfig(
+            use_cpu=True, bf16=False, per_device_train_batch_size=4, gradient_accumulation_steps=2, **dict(arguments)
+        )
+        opsd_train.name_run(script, training, opsd_train.ModelArguments(model_name_or_path="Qwen/Qwen3-1.7B"))
+        return training.run_name, training.output_dir
+
+    composed = "opsd_Qwen3-1.7B_lr5e-06_bs8_tok1024"
+    assert name() == (composed, os.path.join("outputs", composed))
+    assert name(run_config="trial") == ("trial", os.path.join("outputs", "trial"))
+    assert name(("output_dir", "here")) == (composed, "here")
+    assert name(("output_dir", "here"), run_config="trial") == ("trial", os.path.join("here", "trial"))
+    assert name(("run_name", "mine"), run_config="trial") == ("mine", os.path.join("outputs", "trial"))
+
+
+def test_released_spellings():
+    parser = opsd_train.TrlParser((opsd_train.ScriptArguments, opsd_train.OPSDConfig, opsd_train.ModelArguments))
+    script, _, model = parser.parse_args_and_config(
+        ["--use_cpu", "--bf16", "false", "--torch_dtype", "bfloat16", "--dataset_train_split", "all"]
+    )
+    assert (model.dtype, script.dataset_split) == ("bfloat16", "all")
+
+
+def test_attention_falls_back_and_says_so(caplog):
+    with caplog.at_level("INFO"):
+        assert opsd_train.choose_attention("flash_attention_2") == "sdpa"
+        assert opsd_train.choose_attention(None) == "sdpa"
+    assert caplog.text.count("attention: sdpa") == 2
+    assert opsd_train.choose_attention("eager") == "eager"
+
+
+def test_wandb_offline(run, monkeypatch, tmp_path):
+    for variable, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(variable, value)
+    for variable in ("WANDB_PROJECT", "WANDB_ENTITY"):
+        monkeypatch.setenv(variable, "replaced below")
+    run("--report_to", "wandb", "--wandb_project", "project", "--wandb_entity", "entity", "--run_name", "named")
+    import wandb
+
+    assert wandb.run is not None and wandb.run.settings.mode == "offline"
+    assert (wandb.run.project, wandb.run.entity, wandb.run.name) == ("project", "entity", "named")
+    assert wandb.run.summary["train/divergence"] > 0.0 and wandb.run.summary["train/num_generated_tokens"] > 0
+    wandb.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+@pytest.mark.skipif(not AIME.exists(), reason="the AIME 2024 problems are not beside the project")
+def test_real_mathematics(run, tmp_path):
+    out = run(
+        *("--dataset_name", str(AIME), "--max_length", "4096", "--max_completion_length", "16", "--max_steps", "2"),
+        *("--teacher_thinking", "true", "--beta", "0", "--jsd_token_clip", "0.05"),
+    )
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    assert all(entry["divergence"] > 0.0 for entry in state["log_history"] if "divergence" in entry)
