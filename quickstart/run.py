@@ -30,6 +30,7 @@ from quickstart import addition, base_model
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = dict(os.environ)  # as it is before vLLM's engine adds to it
 
 # name -> (training file, further flags)
 METHODS = {
@@ -60,7 +61,7 @@ def train(model: Path, dataset: Path, run_dir: Path, steps: int, seed: int, flag
     command = [sys.executable, "opsd_train.py", "--config", "quickstart/opsd.yaml", "--overwrite_output_dir"]
     command += ["--model_name_or_path", model, "--dataset_name", dataset, "--answer_column", "answer"]
     command += ["--output_dir", run_dir, "--seed", seed, "--max_steps", steps, "--save_steps", max(1, steps // 5)]
-    subprocess.run([str(part) for part in [*command, *flags]], check=True, cwd=ROOT)
+    subprocess.run([str(part) for part in [*command, *flags]], check=True, cwd=ROOT, env=ENVIRONMENT)
     state = json.loads((run_dir / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     return {"steps": steps, "generated_tokens": state["stateful_callbacks"]["OPSDTrainer"]["num_generated_tokens"]}
 
@@ -129,11 +130,11 @@ def main() -> None:
         test_file = str(data_dir / "test.jsonl")
         questions = load_questions(test_file, tokenizer, thinking=False)
         privileged = load_questions(test_file, tokenizer, thinking=False, privileged=True)
-        engine = start_engine(str(model), max_lora_rank=16, max_model_len=512)
+        engine = start_engine(str(model), lora_rank=16, max_model_len=512)
         sampling = Sampling(val_n=4, max_new_tokens=64, greedy=True)
 
         def measure(questions, checkpoint: Path | None = None) -> dict[str, float]:
-            adapter = None if checkpoint is None else str(checkpoint)
+            adapter = None if checkpoint is None else os.path.relpath(checkpoint)
             result = evaluate(engine, questions, sampling, thinking=False, checkpoint=adapter)
             return {
                 "avg_at_4": result["avg_at_k"],

@@ -4,4 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup_env.sh
 source .venv/bin/activate
+
+# One thread is the fastest for a tiny model
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TRL_EXPERIMENTAL_SILENCE=1
 exec python quickstart/run.py "$@"
