@@ -87,7 +87,7 @@ def markdown_table(report: dict[str, Any]) -> str:
 
 def plot_accuracy(report: dict[str, Any], file: Path) -> None:
     """Accuracy over training steps as a PNG: base, OPSD's curve, the teacher's level, controls where there are any."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     steps, accuracies = zip(*((point["step"], point["avg_at_4"]) for point in report["curve"]), strict=True)
     axes.plot(steps, accuracies, marker="o", color="tab:blue", label=LABELS["opsd"])
@@ -96,11 +96,11 @@ def plot_accuracy(report: dict[str, Any], file: Path) -> None:
     for name, marker in (("no_privilege", "s"), ("shuffled_solutions", "x")):
         if name in report:
             point = report[name]
-            axes.plot(point["steps"], point["avg_at_4"], marker, color="tab:red", label=LABELS[name], linestyle="")
+            axes.plot(point["steps"], point["avg_at_4"], marker, color="tab:red", label=LABELS[name], clip_on=False)
     axes.set(xlabel="optimizer steps of 32 rollouts", ylabel="Avg@4, held-out problems", ylim=(-0.02, 1.02))
     axes.set_title("A tiny model teaches itself to carry (3-digit addition)")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(file, dpi=150)
 
 
@@ -124,6 +124,9 @@ def main() -> None:
         addition.write_data(data_dir, args.seed)
         config = base_model.BaseModelConfig(seed=args.seed)
         model = base_model.build_base_model(ROOT / "outputs" / "quickstart" / "base", config)
+        link = output_dir / "model"  # a name to find it by
+        link.unlink(missing_ok=True)
+        link.symlink_to(model)
 
     with phase("evaluate the base model, without and with the solution in its prompt", seconds):
         tokenizer = AutoTokenizer.from_pretrained(model)
