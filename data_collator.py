@@ -65,8 +65,8 @@ class SelfDistillationDataCollator:
     Encodes examples into the prompts of both roles, once, and pads batches of them.
 
     Prompts longer than `max_prompt_length` never lose a part of the template. A reference solution that is too long
-    is cut in its middle (its beginning has the approach, its end the answer); an example whose problem alone is too
-    long is dropped, since a problem that is cut is another problem.
+    is cut in its middle (its beginning has the approach, its end the answer); an example is dropped if that leaves less
+    than a quarter of it, or if its problem is too long, since a problem that is cut is another problem.
 
     Args:
         tokenizer: its chat template wraps both prompts; it may take `enable_thinking`.
@@ -118,8 +118,8 @@ class SelfDistillationDataCollator:
         return encode_chat_prompt(self.tokenizer, content, self.teacher_thinking)
 
     def _shorten(self, problem: str, solution: str) -> list[int] | None:
-        """The teacher's prompt with as much of the solution's two ends as fits; `None` if not even the problem does."""
-        low, high = 0, len(solution) // 2 - 1  # characters kept at each end; bisected for the most that fit
+        """The teacher's prompt with as much of the solution's two ends as fits, or `None`."""
+        low, high = len(solution) // 8, len(solution) // 2 - 1  # characters kept at each end; bisected for the most
         best = None
         while low <= high:
             kept = (low + high) // 2

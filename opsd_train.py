@@ -1,8 +1,8 @@
 """
 Train a model with on-policy self-distillation (OPSD).
 
-    accelerate launch --config_file accelerate.yaml opsd_train.py --model_name_or_path Qwen/Qwen3-1.7B \
-        --dataset_name siyanzhao/Openthoughts_math_30k_opsd --use_peft --fixed_teacher ...
+    accelerate launch opsd_train.py --model_name_or_path Qwen/Qwen3-1.7B --dtype bfloat16 \
+        --dataset_name siyanzhao/Openthoughts_math_30k_opsd --use_peft --lora_target_modules all-linear --fixed_teacher
 
 All flags: `python opsd_train.py --help`. They may also stand in a YAML file: `--config FILE`.
 """
@@ -18,8 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import transformers
+import yaml
+from datasets import Dataset
 from transformers import AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import is_flash_attn_2_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -43,6 +44,7 @@ class ScriptArguments:
         default="train", metadata={"help": "Split to train on.", "aliases": ["--dataset_train_split"]}
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Data set for --eval_strategy, likewise."})
+    eval_dataset_split: str = field(default="test", metadata={"help": "Split of a Hub data set to evaluate on."})
     problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
     solution_column: str = field(default="solution", metadata={"help": "Column of the reference solution."})
     answer_column: str | None = field(
@@ -65,7 +67,8 @@ class ModelArguments(ModelConfig):
     dtype: str | None = field(
         default="float32",
         metadata={
-            "help": "Data type of the weights: bfloat16 with --use_peft (adapters stay in float32), else float32.",
+            "help": "Data type in which the weights are loaded. bfloat16 goes with --use_peft, whose adapters stay in "
+            "float32; without an adapter the optimizer needs float32.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
             "aliases": ["--torch_dtype"],
         },
@@ -85,7 +88,7 @@ def name_run(script_args: ScriptArguments, training_args: OPSDConfig, model_args
     )
     name = script_args.run_config or composed
     training_args.run_name = training_args.run_name or name
-    if script_args.run_config or training_args.output_dir == OPSDConfig.output_dir:
+    if script_args.run_config or os.path.normpath(training_args.output_dir) == OPSDConfig.output_dir:
         training_args.output_dir = os.path.join(training_args.output_dir, name)
     for variable, value in (("WANDB_PROJECT", script_args.wandb_project), ("WANDB_ENTITY", script_args.wandb_entity)):
         if value is not None:
@@ -97,33 +100,38 @@ def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool) -> str
     The checkpoint to continue from, or `None` to start from the beginning.
 
     Raises:
-        ValueError: checkpoints in the way, or none where one is asked for.
+        ValueError: checkpoints in the way, or none that is complete where one is asked for.
     """
-    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    checkpoints = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     if resume is None or resume.lower() in ("false", "none", ""):
-        if last is not None and not overwrite:
+        if checkpoints and not overwrite:
             raise ValueError(
-                f"--output_dir {output_dir} holds {Path(last).name}: continue with --resume_from_checkpoint true, "
+                f"--output_dir {output_dir} holds {checkpoints[-1].name}: continue with --resume_from_checkpoint true, "
                 "start anew with --overwrite_output_dir, or choose another folder"
             )
         return None
     if resume.lower() in ("true", "latest"):
-        if last is None:
-            raise ValueError(f"--resume_from_checkpoint {resume}: there is no checkpoint in {output_dir}")
-        return last
-    if not os.path.isfile(os.path.join(resume, "trainer_state.json")):
+        for checkpoint in reversed(checkpoints):
+            if is_complete(checkpoint):
+                return str(checkpoint)
+            logger.warning("%s is not complete: passing over it", checkpoint)
+        raise ValueError(f"--resume_from_checkpoint {resume}: there is no complete checkpoint in {output_dir}")
+    if not is_complete(Path(resume)):
         raise ValueError(
-            f"--resume_from_checkpoint {resume}: not a checkpoint folder (no trainer_state.json); say true for the "
-            "last one of the output folder"
+            f"--resume_from_checkpoint {resume}: not a complete checkpoint (it needs trainer_state.json and the random "
+            "state, which --save_only_model leaves out); say true for the last complete one of the output folder"
         )
     return resume
 
 
-def load_training_data(name: str, script_args: ScriptArguments):
+def is_complete(checkpoint: Path) -> bool:
+    """Whether training can go on from a folder: the trainer's state is what is written last."""
+    return (checkpoint / "trainer_state.json").is_file() and any(checkpoint.glob("rng_state*"))
+
+
+def load_training_data(name: str, split: str, script_args: ScriptArguments) -> Dataset:
     """Rows of the texts `problem` and `solution` (and `answer`, where --answer_column is given)."""
-    dataset = load_problems(
-        name, script_args.dataset_split, config=script_args.dataset_config, revision=script_args.dataset_revision
-    )
+    dataset = load_problems(name, split, config=script_args.dataset_config, revision=script_args.dataset_revision)
     columns = {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
     dataset = keep_usable(dataset, **columns)
     columns = {column: flag.removesuffix("_column") for flag, column in columns.items()}
@@ -137,13 +145,14 @@ def load_training_data(name: str, script_args: ScriptArguments):
     return dataset.select_columns(list(columns)).rename_columns(columns)
 
 
-def choose_attention(requested: str | None) -> str:
-    """FlashAttention 2 where it is installed and wanted, else PyTorch's own attention, and say so."""
+def choose_attention(requested: str | None, dtype: str, training_args: OPSDConfig) -> str:
+    """FlashAttention 2 where it is installed and can run, unless another one is requested; else PyTorch's, and say so."""
     if requested not in (None, "flash_attention_2"):
         return requested
-    if is_flash_attn_2_available():
+    half_precision = training_args.bf16 or training_args.fp16 or dtype in ("bfloat16", "float16")
+    if is_flash_attn_2_available() and half_precision and not training_args.use_cpu:
         return "flash_attention_2"
-    logger.info("attention: sdpa, since flash-attn is not installed or there is no GPU for it")
+    logger.info("attention: sdpa; flash_attention_2 needs flash-attn, a GPU and half precision")
     return "sdpa"
 
 
@@ -179,28 +188,31 @@ def main(arguments: list[str] | None = None) -> None:
         checkpoint = find_checkpoint(
             training_args.output_dir, training_args.resume_from_checkpoint, script_args.overwrite_output_dir
         )
-        train_dataset = load_training_data(script_args.dataset_name, script_args)
+        train_dataset = load_training_data(script_args.dataset_name, script_args.dataset_split, script_args)
+        OPSDTrainer.check_size(len(train_dataset), training_args)
         eval_dataset = None
+        if (script_args.eval_dataset_name is None) != (training_args.eval_strategy == "no"):
+            raise ValueError("--eval_dataset_name and --eval_strategy need each other: give both, or none of them")
         if script_args.eval_dataset_name is not None:
-            eval_dataset = load_training_data(script_args.eval_dataset_name, script_args)
+            eval_dataset = load_training_data(
+                script_args.eval_dataset_name, script_args.eval_dataset_split, script_args
+            )
+        model_path = model_args.model_name_or_path
+        if model_path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(model_path)):
+            raise ValueError(f"--model_name_or_path {model_path}: no such folder; give a model's folder or Hub id")
         tokenizer = AutoTokenizer.from_pretrained(
             model_args.model_name_or_path,
             revision=model_args.model_revision,
             trust_remote_code=training_args.trust_remote_code,
         )
         OPSDTrainer.make_collator(tokenizer, training_args)  # checks the chat template before a model is loaded
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"opsd_train.py: error: {error}")
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:  # OSError: no file, no connection, no such model
+        sys.exit(f"opsd_train.py: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
 
-    output_dir = Path(training_args.output_dir)
-    if checkpoint is None and training_args.process_index == 0:
-        for old in output_dir.glob("checkpoint-*"):
-            shutil.rmtree(old)
-            logger.info("--overwrite_output_dir: deleted %s", old)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
-        "attn_implementation": choose_attention(model_args.attn_implementation),
+        "attn_implementation": choose_attention(model_args.attn_implementation, model_args.dtype, training_args),
     }
     if (quantization_config := get_quantization_config(model_args)) is not None:
         training_args.model_init_kwargs["quantization_config"] = quantization_config
@@ -213,10 +225,16 @@ def main(arguments: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
+    output_dir = Path(training_args.output_dir)
     if trainer.accelerator.is_main_process:
+        if checkpoint is None:
+            for old in (*output_dir.glob("checkpoint-*"), *output_dir.glob("completions")):
+                shutil.rmtree(old)
+                logger.info("--overwrite_output_dir: deleted %s", old)
         save_run_configuration(
             output_dir / "run_config.json", script=script_args, training=training_args, model=model_args
         )
+    trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()  # the adapter, or the whole model without --use_peft; and the tokenizer
     trainer.accelerator.print(f"saved to {output_dir}")

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class OPSDConfig(GOLDConfig):
     """
-    Settings of `OPSDTrainer`, on top of those of TRL's `GOLDConfig`. Defaults are those of the release's Qwen3-1.7B run.
+    Settings of `OPSDTrainer`, on top of those of TRL's `GOLDConfig`. Those of sampling and loss default to the release's.
 
     Raises:
         ValueError: for settings outside their range or against each other, naming the flags and the way out.
@@ -91,7 +91,16 @@ class OPSDConfig(GOLDConfig):
     )
     use_tinker_loss: bool = field(
         default=False,
-        metadata={"help": "Policy gradient on the sampled tokens (paper eq. 9) in place of the full divergence."},
+        metadata={
+            "help": "Policy gradient on the sampled tokens (paper eq. 9) in place of the full divergence; beta, clip and "
+            "top_k_loss then shape what is logged only."
+        },
+    )
+    log_completions_steps: int = field(
+        default=10, metadata={"help": "With --log_completions: show rollouts at logging steps that this divides."}
+    )
+    num_completions_to_print: int | None = field(
+        default=4, metadata={"help": "With --log_completions: how many rollouts to show."}
     )
     save_completions: bool = field(
         default=True, metadata={"help": "Keep the rollouts: OUTPUT_DIR/completions/completions_STEP.jsonl."}
@@ -102,12 +111,15 @@ class OPSDConfig(GOLDConfig):
             ("lmbda", self.lmbda == 1.0, "be 1: OPSD learns from the student's own rollouts only"),
             ("beta", 0.0 <= self.beta <= 1.0, "lie in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 JSD"),
             ("temperature", self.temperature > 0.0, "be positive, since it also divides the logits in the loss"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]; 1 switches it off"),
+            ("top_k", self.top_k >= 0, "not be negative; 0 switches it off"),
             ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
             ("top_k_loss", self.top_k_loss >= 0, "not be negative; 0 takes the full vocabulary"),
             ("max_completion_length", self.max_completion_length >= 1, "be at least 1"),
             ("seq_kd", not self.seq_kd, "stay off: there is no off-policy part"),
             ("use_uld_loss", not self.use_uld_loss, "stay off: both roles share one tokenizer"),
+            ("remove_unused_columns", not self.remove_unused_columns, "stay off: the collator picks its columns"),
             ("use_vllm", not self.use_vllm, "stay off: vLLM rollouts are not built yet; transformers generates"),
             (
                 "teacher_model_name_or_path",
@@ -152,7 +164,7 @@ class OPSDTrainer(GOLDTrainer):
         model: model, or its path or Hub id.
         args: settings.
         train_dataset, eval_dataset: rows with the texts `problem` and `solution`. Evaluation is on-policy too.
-        processing_class: the tokenizer; by default the model's.
+        processing_class: the model's tokenizer.
         peft_config: LoRA configuration; needed by `fixed_teacher` unless `model` is a PEFT model.
         kwargs: further arguments of `GOLDTrainer`.
 
@@ -207,12 +219,15 @@ class OPSDTrainer(GOLDTrainer):
             **kwargs,
         )
         del self.teacher_model
+        if self.generation_config.eos_token_id is None:
+            self.generation_config.eos_token_id = processing_class.eos_token_id
         self._clip = args.jsd_token_clip or None
         self._top_k_loss = args.top_k_loss or None
         self._num_loss_tokens: Tensor | None = None  # of the running optimizer step, over all processes
-        self._token_sums = torch.zeros(
-            len(TokenStatistics._fields) + 2, dtype=torch.float64, device=self.accelerator.device
-        )
+        # Since the last log, or in the running evaluation
+        self._token_sums = {mode: self._zero_sums() for mode in ("train", "eval")}
+        self._lengths: dict[str, list[int]] = {"train": [], "eval": []}  # of the completions of all processes, tokens
+        self._truncated: dict[str, list[bool]] = {"train": [], "eval": []}
         self._seconds: dict[str, float] = defaultdict(float)
         # Different noise in each process, or all of them would draw their rollouts with the same random numbers.
         set_seed(args.seed, device_specific=True)
@@ -246,16 +261,22 @@ class OPSDTrainer(GOLDTrainer):
         if dropped or shortened:
             logger.warning(
                 "%s dataset, prompts over %d tokens (--max_length less --max_completion_length): %d of %d examples left "
-                "out for their problem's length, %d solutions cut in their middle",
+                "out as too long, %d solutions cut in their middle",
                 dataset_name, self.data_collator.max_prompt_length, dropped, len(status), shortened,
             )  # fmt: skip
-        needed = args.generation_batch_size * args.world_size if dataset_name == "train" else 1
-        if len(dataset) < needed:
-            raise ValueError(
-                f"the {dataset_name} dataset has {len(dataset)} usable examples, fewer than one step takes ({needed}); "
-                "lower --per_device_train_batch_size or --gradient_accumulation_steps, or raise --max_length"
-            )
+        if dataset_name == "train":
+            self.check_size(len(dataset), args)
         return dataset
+
+    @staticmethod
+    def check_size(num_examples: int, args: OPSDConfig) -> None:
+        """Raise `ValueError` if there are fewer examples than one optimizer step takes over all processes."""
+        needed = args.generation_batch_size * args.world_size
+        if num_examples < needed:
+            raise ValueError(
+                f"the train dataset has {num_examples} usable examples, fewer than one step takes ({needed}); lower "
+                "--per_device_train_batch_size or --gradient_accumulation_steps, or raise --max_length"
+            )
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
         self._train_sampler = super()._get_train_sampler(dataset)
@@ -287,7 +308,7 @@ class OPSDTrainer(GOLDTrainer):
 
     def _fill_buffer(self, generation_batch: dict[str, Tensor], buffer_steps: int) -> None:
         """Sample the completions of a whole optimizer step, as GOLD does, and count its tokens over all processes."""
-        with self._timed("rollout"), self.accelerator.autocast():
+        with self._timed("rollout"), self._rollout_settings():
             super()._fill_buffer(generation_batch, buffer_steps)
         self._buffered_inputs = [self._pair_completions(rollout) for rollout in self._buffered_inputs]
         lengths = torch.cat([inputs["completion_mask"].sum(1) for inputs in self._buffered_inputs])  # (rollouts,)
@@ -296,17 +317,26 @@ class OPSDTrainer(GOLDTrainer):
         self._num_loss_tokens = all_lengths.sum()
 
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["completions/mean_length"].append(all_lengths.float().mean().item())
-        self._metrics[mode]["completions/min_length"].append(all_lengths.min().item())
-        self._metrics[mode]["completions/max_length"].append(all_lengths.max().item())
-        self._metrics[mode]["completions/truncated_ratio"].append(all_truncated.float().mean().item())
+        self._lengths[mode] += all_lengths.tolist()
+        self._truncated[mode] += all_truncated.tolist()
         if mode == "train":
             # In the state that checkpoints hold, so that a resumed run counts on
             saved = self.state.stateful_callbacks.setdefault("OPSDTrainer", {"num_generated_tokens": 0})
             saved["num_generated_tokens"] += self._num_loss_tokens.item()
-            self._metrics[mode]["num_generated_tokens"] = [saved["num_generated_tokens"]]
             if self.args.save_completions:
                 self._save_completions(lengths.tolist(), truncated.tolist())
+
+    @contextmanager
+    def _rollout_settings(self) -> Iterator[None]:
+        """Sample in training's precision, and with none of the sampling settings that the model was published with."""
+        policy = self.accelerator.unwrap_model(self.model)
+        policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        published, policy.generation_config = policy.generation_config, self.generation_config
+        try:
+            with self.accelerator.autocast():
+                yield
+        finally:
+            policy.generation_config = published
 
     def _pair_completions(self, rollout: dict[str, Any]) -> dict[str, Any]:
         """
@@ -390,7 +420,7 @@ class OPSDTrainer(GOLDTrainer):
             teacher_logits,
             beta=self.beta,
             temperature=self.temperature,
-            clip=self._clip,
+            clip=None if self.args.use_tinker_loss else self._clip,
             clip_mode=self.args.jsd_clip_mode,
             top_k=self._top_k_loss,
             return_statistics=True,
@@ -399,13 +429,12 @@ class OPSDTrainer(GOLDTrainer):
             token_ids = inputs["completion_ids"][inputs["completion_mask"]]
             per_token = sampled_token_loss(student_logits, teacher_logits, token_ids, temperature=self.temperature)
 
-        entries = per_token.numel()
+        num_entries = per_token.numel()
         if self.args.jsd_clip_mode == "pointwise":
-            entries *= self._top_k_loss or student_logits.shape[-1]
-        self._token_sums += torch.tensor(
-            [per_token.numel(), entries, *(value.sum(dtype=torch.float64) for value in statistics)],
-            dtype=torch.float64,
-        )
+            num_entries *= self._top_k_loss or student_logits.shape[-1]
+        sums = self._token_sums["train" if self.model.training else "eval"]
+        sums[:2] += sums.new_tensor([per_token.numel(), num_entries])
+        sums[2:] += torch.stack([value.sum(dtype=torch.float64) for value in statistics])
         # DDP, ZeRO and FSDP average the gradients of the processes
         return per_token.sum() * self.accelerator.num_processes / self._num_loss_tokens.clamp(min=1)
 
@@ -413,19 +442,12 @@ class OPSDTrainer(GOLDTrainer):
         with self._timed("step"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
-            self._record_token_statistics("train")
             seconds, self._seconds = self._seconds, defaultdict(float)
             for phase in ("rollout", "teacher"):
                 self._metrics["train"][f"seconds/{phase}"].append(seconds[phase])
             student_seconds = seconds["step"] - seconds["rollout"] - seconds["teacher"]  # forward, loss and backward
             self._metrics["train"]["seconds/student"].append(student_seconds)
         return loss
-
-    def prediction_step(self, *args: Any, **kwargs: Any):
-        result = super().prediction_step(*args, **kwargs)
-        self._record_token_statistics("eval")
-        self._seconds.clear()  # those of a training step are reported
-        return result
 
     # Logging
 
@@ -436,19 +458,34 @@ class OPSDTrainer(GOLDTrainer):
         yield
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)
-        self._seconds[phase] += time.perf_counter() - start
+        if self.model.training:
+            self._seconds[phase] += time.perf_counter() - start
 
-    def _record_token_statistics(self, mode: str) -> None:
-        """Turn the sums since the last call, over all processes, into means per token and shares."""
-        sums = self.accelerator.reduce(self._token_sums, "sum")
-        self._token_sums.zero_()
-        num_tokens, num_entries = sums[:2].clamp(min=1).tolist()
-        total = TokenStatistics(*sums[2:].tolist())
-        for name, value in (
-            ("divergence", total.divergence / num_tokens),
-            ("clip/entries_ratio", total.clipped_entries / num_entries),
-            ("clip/mass_ratio", total.clipped_mass / total.positive_mass if total.positive_mass else 0.0),
-            ("entropy/student", total.student_entropy / num_tokens),
-            ("entropy/teacher", total.teacher_entropy / num_tokens),
-        ):
-            self._metrics[mode][name].append(value)
+    def _zero_sums(self) -> Tensor:
+        """Sums over tokens: their number, that of the summands that the cap applies to, and `TokenStatistics`."""
+        return torch.zeros(2 + len(TokenStatistics._fields), dtype=torch.float64, device=self.accelerator.device)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was summed up since the last log, over all processes, to what is logged."""
+        mode = "train" if self.model.training else "eval"
+        self._on_policy_step_equiv = 0.0  # GOLD would repeat the loss under a second name
+        if lengths := self._lengths[mode]:
+            sums = self.accelerator.reduce(self._token_sums[mode], "sum")
+            num_tokens, num_entries = sums[:2].clamp(min=1).tolist()
+            total = TokenStatistics(*sums[2:].tolist())
+            values = {
+                "divergence": total.divergence / num_tokens,
+                "clip/entries_ratio": total.clipped_entries / num_entries,
+                "clip/mass_ratio": total.clipped_mass / total.positive_mass if total.positive_mass else 0.0,
+                "entropy/student": total.student_entropy / num_tokens,
+                "entropy/teacher": total.teacher_entropy / num_tokens,
+                "completions/mean_length": sum(lengths) / len(lengths),
+                "completions/min_length": min(lengths),
+                "completions/max_length": max(lengths),
+                "completions/truncated_ratio": sum(self._truncated[mode]) / len(lengths),
+            }
+            if mode == "train":
+                values["num_generated_tokens"] = self.state.stateful_callbacks["OPSDTrainer"]["num_generated_tokens"]
+            self._metrics[mode].update({name: [value] for name, value in values.items()})
+            self._token_sums[mode], self._lengths[mode], self._truncated[mode] = self._zero_sums(), [], []
+        super().log(logs, start_time)

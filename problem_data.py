@@ -2,12 +2,14 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 
 logger = logging.getLogger(__name__)
 
+SPLIT_FILE = re.compile(r"(train|test|validation)(?:-\d+-of-\d+)?")
 LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -17,13 +19,13 @@ def load_problems(name: str, split: str = "train", config: str | None = None, re
 
     Args:
         name: a Hub id; or a local json, jsonl or parquet file; or a local folder of such files (searched recursively;
-            where file names start with split names, as on the Hub, only those of `split` are taken).
-        split: name of the split.
+            where files are named after splits, as in `test-00000-of-00001.parquet`, only those of `split` are taken).
+        split: name of the split. A single file is taken whole.
         config: configuration of a Hub data set.
         revision: commit, tag or branch of a Hub data set.
 
     Raises:
-        FileNotFoundError: a local path that does not exist, or a folder without any data file.
+        FileNotFoundError: a path that does not exist, or a folder without any data file.
         ValueError: a file that cannot be parsed (with the line), an unknown suffix, an unknown split, an empty split.
     """
     path = Path(name).expanduser()
@@ -35,7 +37,12 @@ def load_problems(name: str, split: str = "train", config: str | None = None, re
             f"--dataset_name {name}: no such file or folder; give an existing path or the id of a Hub data set"
         )
     else:
-        loaded = load_dataset(name, config, revision=revision)
+        try:
+            loaded = load_dataset(name, config, revision=revision)
+        except OSError as error:  # no connection, or no such data set
+            raise FileNotFoundError(
+                f"--dataset_name {name}: neither a file or folder here, nor to be had from the Hub ({error})"
+            ) from error
         if not isinstance(loaded, DatasetDict) or split not in loaded:
             raise ValueError(f"--dataset_split {split}: {name} has the splits {', '.join(map(str, loaded))}")
         dataset = loaded[split]
@@ -48,7 +55,13 @@ def _load_files(path: Path, split: str) -> Dataset:
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in LOADERS)
-        files = [file for file in files if file.name.startswith(split)] or files
+        splits = {file: match[1] for file in files if (match := SPLIT_FILE.fullmatch(file.stem))}
+        of_split = [file for file in files if splits.get(file, file.stem) == split]
+        if splits and not of_split:
+            raise ValueError(
+                f"--dataset_split {split}: the folder {path} has the splits {', '.join(sorted(set(splits.values())))}"
+            )
+        files = of_split or files
         if not files:
             raise FileNotFoundError(f"--dataset_name {path}: the folder has no file ending in {', '.join(LOADERS)}")
     suffixes = {file.suffix for file in files}
@@ -63,7 +76,8 @@ def _load_files(path: Path, split: str) -> Dataset:
     except Exception as error:
         for file in files:
             _check_json(file)
-        raise ValueError(f"--dataset_name {path}: not a readable {files[0].suffix} file: {error}") from error
+        reason = error.__cause__ or error
+        raise ValueError(f"--dataset_name {path}: not readable as {files[0].suffix}: {reason}") from error
 
 
 def _check_json(file: Path) -> None:
@@ -71,7 +85,8 @@ def _check_json(file: Path) -> None:
     if file.suffix == ".parquet":
         return
     text = file.read_text(encoding="utf-8")
-    documents = enumerate(text.splitlines(), 1) if file.suffix == ".jsonl" else [(1, text)]
+    lines = text.split("\n")  # not at the other line ends of Unicode, which may stand inside a string
+    documents = list(enumerate(lines, 1)) if file.suffix == ".jsonl" or _is_json(lines[0]) else [(1, text)]
     for line, document in documents:
         if not document.strip():
             continue
@@ -81,6 +96,14 @@ def _check_json(file: Path) -> None:
             raise ValueError(
                 f"--dataset_name {file}, line {line + error.lineno - 1}: not JSON ({error.msg} at column {error.colno})"
             ) from error
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def keep_usable(dataset: Dataset, **columns: str) -> Dataset:
@@ -99,7 +122,7 @@ def keep_usable(dataset: Dataset, **columns: str) -> Dataset:
             raise ValueError(
                 f"--{flag} {column}: the data set has no such column; it has {', '.join(dataset.column_names)}"
             )
-        if not all(isinstance(value, str) or value is None for value in dataset[:100][column]):
+        if dataset.features[column].dtype not in ("string", "large_string", "null"):
             raise ValueError(f"--{flag} {column}: the column does not hold text but {dataset.features[column]}")
     usable = dataset.filter(
         lambda *values: all(value is not None and value.strip() for value in values),

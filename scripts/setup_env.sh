@@ -21,7 +21,9 @@ done
 command -v g++ >/dev/null || echo "setup_env.sh: no g++ found; DeepSpeed compiles an extension when it is first used" >&2
 
 echo "setup_env.sh: installing the $device set into .venv with $("$python" --version)"
-suitable .venv/bin/python || "$python" -m venv --clear .venv
+installed=$(cut -d' ' -f1 .venv/complete 2>/dev/null || true)
+if ! suitable .venv/bin/python || [ "${installed:-$device}" != "$device" ]; then "$python" -m venv --clear .venv; fi
+rm -f .venv/complete
 .venv/bin/python -m pip install --quiet uv 2> >(grep -v 'is ignored: it is neither' >&2)
 
 # uv does not read pip's configuration

@@ -125,6 +125,14 @@ def test_budget_below_the_template_drops(tokenizer):
     assert encoded["length_status"] == "dropped"  # the student's prompt fits, the teacher's cannot
 
 
+def test_too_little_of_a_solution_drops(tokenizer):
+    full = SelfDistillationDataCollator(tokenizer).encode(LONG)
+    template = len(SelfDistillationDataCollator(tokenizer).encode(LONG | {"solution": "x"})["teacher_prompt_ids"])
+    share = (len(full["teacher_prompt_ids"]) - template) // 6
+    encoded = SelfDistillationDataCollator(tokenizer, max_prompt_length=template + share).encode(LONG)
+    assert encoded["length_status"] == "dropped"
+
+
 def test_prompts_that_just_fit_are_kept(tokenizer):
     encoded = SelfDistillationDataCollator(tokenizer).encode(EXAMPLE)
     exact = SelfDistillationDataCollator(tokenizer, max_prompt_length=len(encoded["teacher_prompt_ids"]))

@@ -64,8 +64,11 @@ def write(file, *lines):
         (["--dataset_name", "missing/train.jsonl"], "--dataset_name missing/train.jsonl: no such file"),
         (["--solution_column", "proof"], "--solution_column proof: the data set has no such column; it has problem"),
         (["--answer_column", "key"], "--answer_column key: the data set has no such column"),
-        (["--resume_from_checkpoint", "true"], "there is no checkpoint in"),
-        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a checkpoint folder"),
+        (["--resume_from_checkpoint", "true"], "there is no complete checkpoint in"),
+        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a complete checkpoint"),
+        (["--per_device_train_batch_size", "128"], "64 usable examples, fewer than one step takes (128)"),
+        (["--eval_strategy", "steps"], "--eval_dataset_name and --eval_strategy need each other"),
+        (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -85,7 +88,7 @@ def test_bad_data_is_refused_before_a_model_is_loaded(run, no_model, tmp_path):
     )
     with pytest.raises(SystemExit, match="the column 'solution' is empty in all of them"):
         run("--dataset_name", blank)
-    with pytest.raises(SystemExit, match=r"empty"):
+    with pytest.raises(SystemExit, match="empty.jsonl: the file is empty"):
         run("--dataset_name", write(tmp_path / "empty.jsonl"))
     broken = write(tmp_path / "broken.jsonl", '{"problem": "1+1", "solution": "2"}', '{"problem": "2+2", ')
     with pytest.raises(SystemExit, match=r"broken.jsonl, line 2: not JSON"):
@@ -119,8 +122,16 @@ def test_run_stops_resumes_and_starts_anew(run, monkeypatch, problems):
     state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3]
 
+    (out / "checkpoint-4").mkdir()  # torn: the newest complete one is taken
+    run("--resume_from_checkpoint", "true", "--max_steps", "5", "--save_only_model", "true")
+    state = json.loads((out / "checkpoint-5" / "trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4, 5]
+    with pytest.raises(SystemExit, match="not a complete checkpoint"):
+        run("--resume_from_checkpoint", str(out / "checkpoint-5"))
+
     run("--overwrite_output_dir", "--max_steps", "1")
     assert not (out / "checkpoint-3").exists() and (out / "checkpoint-1").exists()
+    assert [file.name for file in (out / "completions").iterdir()] == ["completions_00001.jsonl"]
 
 
 def test_names_of_runs(tiny_model_dir, tmp_path):
@@ -149,11 +160,23 @@ def test_released_spellings():
 
 
 def test_attention_falls_back_and_says_so(caplog):
+    config = opsd_train.OPSDConfig(use_cpu=True, bf16=False)
     with caplog.at_level("INFO"):
-        assert opsd_train.choose_attention("flash_attention_2") == "sdpa"
-        assert opsd_train.choose_attention(None) == "sdpa"
+        assert opsd_train.choose_attention("flash_attention_2", "bfloat16", config) == "sdpa"
+        assert opsd_train.choose_attention(None, "bfloat16", config) == "sdpa"
     assert caplog.text.count("attention: sdpa") == 2
-    assert opsd_train.choose_attention("eager") == "eager"
+    assert opsd_train.choose_attention("eager", "bfloat16", config) == "eager"
+
+
+def test_attention_where_flash_attention_is_installed(monkeypatch):
+    monkeypatch.setattr(opsd_train, "is_flash_attn_2_available", lambda: True)
+    config = opsd_train.OPSDConfig(use_cpu=True, bf16=False)
+    assert opsd_train.choose_attention(None, "bfloat16", config) == "sdpa"
+    config.use_cpu = False
+    assert opsd_train.choose_attention(None, "float32", config) == "sdpa"
+    assert opsd_train.choose_attention(None, "bfloat16", config) == "flash_attention_2"
+    config.bf16 = True
+    assert opsd_train.choose_attention(None, "float32", config) == "flash_attention_2"
 
 
 def test_wandb_offline(run, monkeypatch, tmp_path):

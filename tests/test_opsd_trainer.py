@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_problems, make_trainer_factory
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -254,14 +255,15 @@ def test_too_few_examples(make_trainer, problems):
 # Stop and go on
 
 
-@pytest.mark.parametrize("stop_at", [3, 7], ids=["first epoch", "second epoch"])
-def test_resumed_run_equals_the_uninterrupted_one(make_trainer, problems, tmp_path, stop_at):
+@pytest.mark.parametrize(
+    ("stop_at", "further"),
+    [(3, {}), (4, {}), (7, {}), (3, {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4})],
+    ids=["within the first epoch", "between epochs", "within the second epoch", "with evaluations"],
+)
+def test_resumed_run_equals_the_uninterrupted_one(make_trainer, problems, tmp_path, stop_at, further):
     settings = {"max_steps": 8, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
-    settings |= {
-        "save_strategy": "steps",
-        "save_steps": stop_at,
-        "dataset": problems.select(range(16)),
-    }  # 4 steps an epoch
+    settings |= {"save_strategy": "steps", "save_steps": stop_at}
+    settings |= {"dataset": problems.select(range(16)), "eval_dataset": problems.select(range(16, 24))} | further
     whole, resumed = Recorder(), Recorder()
     make_trainer(callbacks=[whole], **settings).train()
     run = tmp_path / "run"
@@ -338,21 +340,53 @@ def test_variants_learn(make_trainer, settings):
 
 def test_evaluation_is_on_policy_and_leaves_the_training_alone(make_trainer, problems, tmp_path):
     recorder = Recorder()
-    evaluation = problems.select(range(8))
-    trainer = make_trainer(
-        callbacks=[recorder],
-        eval_dataset=evaluation,
-        eval_strategy="steps",
-        eval_steps=1,
-        per_device_eval_batch_size=4,
-    )
-    trainer.train()
-    assert len(recorder.values("eval_loss")) == 2
-    assert recorder.values("eval_divergence") == pytest.approx(recorder.values("eval_loss"), rel=0.2)
-    assert all(value > 0.0 for value in recorder.values("eval_loss"))
-    assert len(list((tmp_path / "run" / "completions").iterdir())) == 2
-    with_evaluation = recorder.values("num_generated_tokens")[0]
-    assert with_evaluation == recorder.values("completions/mean_length")[0] * 4
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "max_steps": 3}
+    make_trainer(callbacks=[recorder], eval_dataset=problems.select(range(8)), **settings).train()
+    assert len(recorder.values("eval_loss")) == 3
+    assert all(value > 0.0 for value in recorder.values("eval_divergence"))
+    files = sorted((tmp_path / "run" / "completions").iterdir())
+    lengths = [json.loads(line)["num_tokens"] for file in files for line in file.open()]
+    assert len(files) == 3 and len(lengths) == 12
+    assert recorder.values("num_generated_tokens")[-1] == sum(lengths)  # those of evaluation do not count
+
+
+def test_evaluation_statistics_are_means_over_all_tokens(make_trainer, problems):
+    """Batches of 4 and 1 against one batch of 5, with greedy completions."""
+    values = []
+    for batch_size in (4, 5):
+        trainer = make_trainer(
+            eval_dataset=problems.select(range(5)),
+            per_device_eval_batch_size=batch_size,
+            top_k=1,
+            eval_strategy="steps",
+        )
+        values.append(trainer.evaluate())
+    for name in ("divergence", "entropy/student", "completions/mean_length", "completions/max_length"):
+        assert values[0][f"eval_{name}"] == pytest.approx(values[1][f"eval_{name}"], rel=1e-4), name
+    assert values[1]["eval_divergence"] == pytest.approx(values[1]["eval_loss"], rel=1e-5)
+
+
+def test_sampling_settings_published_with_the_model_do_not_reach_the_rollouts(make_trainer, tiny_model_dir):
+    trainers = [make_trainer(), make_trainer()]
+    published = trainers[1].model.get_base_model().generation_config
+    published.repetition_penalty, published.min_p, published.no_repeat_ngram_size = 5.0, 0.5, 2
+    completions = []
+    for trainer in trainers:
+        torch.manual_seed(0)
+        completions.append(rollout(trainer)[0]["completion_ids"])
+    assert torch.equal(*completions)
+    assert trainers[1].model.get_base_model().generation_config is published
+
+
+def test_model_without_end_of_sequence_token_takes_the_tokenizers(make_trainer, tiny_model_dir, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    (inputs,) = rollout(make_trainer_factory(folder, make_problems(), tmp_path)())
+    assert inputs["completion_mask"].sum(1).max() < 40  # stopped, and not at the limit
 
 
 # Settings
@@ -371,6 +405,8 @@ def test_evaluation_is_on_policy_and_leaves_the_training_alone(make_trainer, pro
         ({"student_prompt": "{question}"}, "--student_prompt lacks the placeholder {problem}"),
         ({"top_k_loss": -1}, "--top_k_loss -1"),
         ({"use_vllm": True}, "--use_vllm True"),
+        ({"top_p": 0.0}, "--top_p 0.0: must lie in"),
+        ({"remove_unused_columns": True}, "--remove_unused_columns True"),
         ({"teacher_model_name_or_path": "x"}, "--teacher_model_name_or_path x"),
     ],
 )

@@ -41,6 +41,20 @@ def test_folder_with_several_splits(tmp_path):
     assert load_problems(str(tmp_path), "test").to_list() == ROWS[1:]
 
 
+def test_split_is_a_whole_name_and_has_to_exist(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
+    write_jsonl(tmp_path / "train_shuffled.jsonl", ROWS[1:])
+    assert load_problems(str(tmp_path) + "/", "train").to_list() == ROWS[:1]
+    assert load_problems(str(tmp_path), "train_shuffled").to_list() == ROWS[1:]
+    with pytest.raises(ValueError, match="--dataset_split test: the folder .* has the splits train"):
+        load_problems(str(tmp_path), "test")
+
+
+def test_neither_here_nor_on_the_hub():
+    with pytest.raises(FileNotFoundError, match="--dataset_name data/mine: neither a file or folder here, nor"):
+        load_problems("data/mine")
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load_problems(str(tmp_path / "none.jsonl"))
@@ -59,6 +73,13 @@ def test_not_json_says_the_line(tmp_path):
     file.write_text(file.read_text() + '{"problem": "4+1", "solution\n')
     with pytest.raises(ValueError, match=re.escape(f"{file}, line 4: not JSON")):
         load_problems(str(file))
+    write_jsonl(tmp_path / "lines.json")
+    (tmp_path / "lines.json").write_text((tmp_path / "lines.json").read_text() + "{\n")
+    with pytest.raises(ValueError, match="lines.json, line 4: not JSON"):
+        load_problems(str(tmp_path / "lines.json"))
+    (tmp_path / "unicode.jsonl").write_text('{"problem": "a\u2028b", "solution": "1"}\n{"problem"\n')
+    with pytest.raises(ValueError, match="unicode.jsonl, line 2: not JSON"):
+        load_problems(str(tmp_path / "unicode.jsonl"))
     (tmp_path / "list.json").write_text('[\n {"problem": "4+1"},\n {"problem" 3}\n]')
     with pytest.raises(ValueError, match="list.json, line 3: not JSON"):
         load_problems(str(tmp_path / "list.json"))
@@ -66,10 +87,10 @@ def test_not_json_says_the_line(tmp_path):
 
 def test_empty_file(tmp_path):
     (tmp_path / "data.jsonl").touch()
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="data.jsonl: the file is empty"):
         load_problems(str(tmp_path / "data.jsonl"))
     (tmp_path / "blank.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match=r"blank.jsonl"):
+    with pytest.raises(ValueError, match="blank.jsonl: not readable as .jsonl"):
         load_problems(str(tmp_path / "blank.jsonl"))
 
 
