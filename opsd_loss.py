@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opsd_kernels import Objective, elementwise
+
 CLIP_MODES = ("pointwise", "token")
 
 
@@ -193,3 +195,251 @@ def sampled_token_loss(
         advantage = advantage.clamp(-clip, clip)
     loss = -advantage * s
     return loss if mask is None else torch.where(mask.bool(), loss, 0)
+
+
+def _out_dtype(operand: Tensor, result: Tensor) -> dict[str, torch.dtype]:
+    """Argument of `torch.mm` and `torch.addmm` that keeps the product of 16-bit operands in float32 (CUDA only)."""
+    return {} if operand.dtype == result.dtype else {"out_dtype": result.dtype}
+
+
+def _over_chunks(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    teacher_weight: Tensor,
+    token_ids: Tensor | None,
+    objective: Objective,
+    chunk_size: int | None,
+    *,
+    hidden_gradient: bool,
+    weight_gradient: bool,
+    row_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """
+    Values (N,) and statistics (6, N) or (0, N) of the objective, and if asked for the derivatives of values.sum(), or of
+    (row_weights * values).sum(): with respect to `student_hidden` (N, H), and to `weight` (V, H) as the student's head.
+    """
+    (num_tokens, _), (vocab_size, _), device = student_hidden.shape, weight.shape, student_hidden.device
+    dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, weight.dtype), torch.float32)
+    # CUDA multiplies 16-bit operands into float32 results. Elsewhere the operands are converted, the weight in blocks.
+    operand_dtype = weight.dtype if student_hidden.is_cuda and weight.dtype.itemsize == 2 else dtype
+    block_size = vocab_size if weight.dtype == teacher_weight.dtype == operand_dtype else 8192
+
+    def project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
+        hidden = hidden.to(operand_dtype)
+        for block, columns in zip(weight.split(block_size), logits.split(block_size, dim=1), strict=True):
+            torch.mm(hidden, block.to(operand_dtype).T, out=columns, **_out_dtype(hidden, logits))
+
+    def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+        torch.addmm(total, a, b, out=total, **_out_dtype(a, total))
+
+    needs_gradient = hidden_gradient or weight_gradient
+    if chunk_size is None:
+        bytes_per_token = vocab_size * (2 * dtype.itemsize + (operand_dtype.itemsize if operand_dtype != dtype else 0))
+        chunk_size = _automatic_chunk_size(bytes_per_token, device)
+    chunk_size = min(chunk_size, max(num_tokens, 1))
+    buffers = torch.empty(2, chunk_size, vocab_size, dtype=dtype, device=device)
+    gradient_buffer = buffers[0] if operand_dtype == dtype else torch.empty_like(buffers[0], dtype=operand_dtype)
+    values = torch.empty(num_tokens, dtype=dtype, device=device)
+    statistics = torch.empty(
+        len(TokenStatistics._fields) if objective.statistics else 0, num_tokens, dtype=dtype, device=device
+    )
+    d_hidden = torch.empty_like(student_hidden) if hidden_gradient else None
+    d_weight = torch.zeros_like(weight, dtype=dtype) if weight_gradient else None
+    scale = objective.logit_scale / objective.temperature
+
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, num_tokens, chunk_size):
+            rows = slice(start, min(start + chunk_size, num_tokens))
+            student_logits, teacher_logits, gradient = (
+                buffer[: rows.stop - start] for buffer in (*buffers, gradient_buffer)
+            )
+            project(student_hidden[rows], weight, student_logits)
+            project(teacher_hidden[rows], teacher_weight, teacher_logits)
+            values[rows], statistics[:, rows] = elementwise(
+                student_logits,
+                teacher_logits,
+                None if token_ids is None else token_ids[rows],
+                objective,
+                gradient if needs_gradient else None,
+            )
+            if needs_gradient and row_weights is not None:
+                gradient.mul_(row_weights[rows].unsqueeze(-1))
+            if hidden_gradient:
+                d_rows = torch.zeros_like(student_hidden[rows], dtype=dtype)
+                for block, columns in zip(weight.split(block_size), gradient.split(block_size, dim=1), strict=True):
+                    add_product(d_rows, columns, block.to(operand_dtype))
+                d_hidden[rows] = d_rows.mul_(scale)
+            if weight_gradient:
+                add_product(d_weight, gradient.T, student_hidden[rows].to(operand_dtype))
+    return values, statistics, d_hidden, d_weight.mul_(scale).to(weight.dtype) if weight_gradient else None
+
+
+def _automatic_chunk_size(bytes_per_token: int, device: torch.device) -> int:
+    """Tokens whose buffers of vocabulary size fill 1 GiB of a GPU, or half of what it has left, or 320 MiB elsewhere."""
+    budget = 320 * 2**20
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = min(2**30, free // 2)
+    chunk_size = budget // bytes_per_token
+    return max(1, chunk_size if chunk_size < 64 else chunk_size // 64 * 64)
+
+
+class _FusedLinearLoss(torch.autograd.Function):
+    """
+    Takes the gradient along in the forward pass, where the logits are, and keeps dHidden: each value depends on the
+    hidden state of its own token only, so that the backward pass has but to scale the rows, whatever comes after.
+    The same goes for the weight's gradient where all values weigh the same, as in a sum or a mean. Else the backward
+    pass goes over the chunks again with the weights that it then knows.
+    """
+
+    @staticmethod
+    def forward(ctx, student_hidden, weight, teacher_hidden, teacher_weight, token_ids, objective, chunk_size):
+        inputs = (student_hidden, teacher_hidden, weight, teacher_weight, token_ids)
+        hidden_gradient, weight_gradient = ctx.needs_input_grad[:2]
+        values, statistics, d_hidden, d_weight = _over_chunks(
+            *inputs, objective, chunk_size, hidden_gradient=hidden_gradient, weight_gradient=weight_gradient
+        )
+        ctx.save_for_backward(d_hidden, d_weight, *(inputs if weight_gradient else ()))
+        ctx.settings = (objective._replace(statistics=False), chunk_size)
+        ctx.mark_non_differentiable(statistics)
+        return values, statistics
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_values, _):
+        d_hidden, d_weight, *inputs = ctx.saved_tensors
+        if d_weight is not None:
+            if (grad_values == grad_values[:1]).all():
+                d_weight = torch.mul(d_weight, grad_values[:1].sum(), out=torch.empty_like(d_weight))
+            else:
+                d_weight = _over_chunks(
+                    *inputs, *ctx.settings, hidden_gradient=False, weight_gradient=True, row_weights=grad_values
+                )[3]
+        if d_hidden is not None:
+            d_hidden = torch.mul(d_hidden, grad_values.unsqueeze(-1), out=torch.empty_like(d_hidden))
+        return d_hidden, d_weight, None, None, None, None, None
+
+
+def _fused_linear_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    teacher_weight: Tensor | None,
+    token_ids: Tensor | None,
+    objective: Objective,
+    chunk_size: int | None,
+) -> Tensor | tuple[Tensor, TokenStatistics]:
+    check_objective(
+        beta=objective.beta,
+        temperature=objective.temperature,
+        clip=objective.clip,
+        clip_mode=objective.clip_mode,
+        top_k=objective.top_k,
+    )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None to choose it, got {chunk_size}")
+    teacher_weight = weight if teacher_weight is None else teacher_weight
+    shapes = [tuple(tensor.shape) for tensor in (student_hidden, teacher_hidden, weight, teacher_weight)]
+    if (
+        any(len(shape) != 2 for shape in shapes)
+        or (shapes[0][0], shapes[2][0]) != (shapes[1][0], shapes[3][0])
+        or (shapes[0][1], shapes[1][1]) != (shapes[2][1], shapes[3][1])
+        or (token_ids is not None and token_ids.shape != student_hidden.shape[:1])
+    ):
+        raise ValueError(
+            "expected student and teacher hidden states (N, H), heads (V, H) and token ids (N,), got "
+            f"{', '.join(map(str, shapes))}" + ("" if token_ids is None else f", {tuple(token_ids.shape)}")
+        )
+    if not torch.is_grad_enabled():
+        student_hidden, weight = student_hidden.detach(), weight.detach()
+    values, statistics = _FusedLinearLoss.apply(
+        student_hidden, weight, teacher_hidden.detach(), teacher_weight.detach(), token_ids, objective, chunk_size
+    )
+    return (values, TokenStatistics(*statistics)) if objective.statistics else values
+
+
+def fused_linear_jsd(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    lm_head_weight: Tensor,
+    *,
+    teacher_lm_head_weight: Tensor | None = None,
+    beta: float,
+    temperature: float = 1.0,
+    clip: float | None = None,
+    clip_mode: str = "pointwise",
+    top_k: int | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_size: int | None = None,
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, TokenStatistics]:
+    """
+    `generalized_jsd` of the logits of a language model's head, which never exist for more than `chunk_size` tokens.
+
+        logits = c tanh(a / c) with the soft cap c, else a, where a = logit_scale * hidden lm_head_weight^T
+
+    It costs three products of the size (N, H) x (H, V), one more for the gradient of a head that is trained, and two
+    or, where dtypes differ, three buffers (chunk_size, V). Equal to the dense form whatever reduction follows. Logits
+    are float32 also where hidden states and weight are not, under autocast too; on CUDA, where the weight has 16 bits,
+    the gradient of the logits is rounded to them for its product. Gradients reach `student_hidden` and, as far as they
+    want one, `lm_head_weight`, in their role as the student's; the teacher has none.
+
+    Args:
+        student_hidden, teacher_hidden: (N, H), what enters the head, of any floating dtype.
+        lm_head_weight: (V, H). The head has no bias.
+        teacher_lm_head_weight: (V, H), where the teacher has another head; its H may differ from the student's.
+        beta, temperature, clip, clip_mode, top_k, return_statistics: as for `generalized_jsd`.
+        logit_scale, logit_softcap: as in the model's configuration.
+        chunk_size: tokens at a time; `None` chooses it from V, the dtypes and the memory that is free.
+
+    Returns:
+        (N,), nats, float32, or float64 if an input is. If the head is trained and the values are not all weighted alike,
+        the backward pass computes the chunks again, and needs the inputs unchanged.
+
+    Raises:
+        ValueError: for settings outside their range and for shapes that do not fit.
+    """
+    objective = Objective(
+        beta, temperature, clip, clip_mode, top_k, logit_scale, logit_softcap, False, return_statistics
+    )
+    return _fused_linear_loss(
+        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, None, objective, chunk_size
+    )
+
+
+def fused_linear_sampled_token_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    teacher_lm_head_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    clip: float | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_size: int | None = None,
+    return_statistics: bool = False,
+    beta: float = 1.0,
+) -> Tensor | tuple[Tensor, TokenStatistics]:
+    """
+    `sampled_token_loss` of the logits of a language model's head; what is not said here is as in `fused_linear_jsd`.
+
+    Args:
+        token_ids: (N,), int64, the sampled tokens.
+        clip: bound on the advantage's absolute value in nats, or `None`.
+        return_statistics: return (loss, `TokenStatistics`), those of the divergence with `beta` and without a cap.
+        beta: of the statistics. The loss follows the gradient of beta = 1 on average.
+
+    Returns:
+        (N,), float32 or float64.
+    """
+    objective = Objective(
+        beta, temperature, clip, "pointwise", None, logit_scale, logit_softcap, True, return_statistics
+    )
+    return _fused_linear_loss(
+        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, token_ids, objective, chunk_size
+    )

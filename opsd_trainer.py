@@ -15,14 +15,25 @@ from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
-from trl.trainer.utils import RepeatSampler, global_then_local_main_first
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import RepeatSampler, global_then_local_main_first, maybe_gather_lm_head_ctx
 
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, SelfDistillationDataCollator, check_template
-from opsd_loss import CLIP_MODES, TokenStatistics, generalized_jsd, sampled_token_loss
+from opsd_loss import (
+    CLIP_MODES,
+    TokenStatistics,
+    fused_linear_jsd,
+    fused_linear_sampled_token_loss,
+    generalized_jsd,
+    sampled_token_loss,
+)
 
 logger = logging.getLogger(__name__)
+
+LOSS_IMPLEMENTATIONS = ("fused", "dense")
 
 
 @dataclass
@@ -89,6 +100,16 @@ class OPSDConfig(GOLDConfig):
     top_k_loss: int = field(
         default=0, metadata={"help": "Divergence over the teacher's k most probable entries only; 0: full vocabulary."}
     )
+    loss_implementation: str = field(
+        default="fused",
+        metadata={
+            "help": "fused: the loss straight from the hidden states, without the full logits. dense: the reference.",
+            "choices": LOSS_IMPLEMENTATIONS,
+        },
+    )
+    loss_chunk_size: int | None = field(
+        default=None, metadata={"help": "Tokens at a time in the fused loss; by default chosen from the free memory."}
+    )
     use_tinker_loss: bool = field(
         default=False,
         metadata={
@@ -116,6 +137,12 @@ class OPSDConfig(GOLDConfig):
             ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
             ("top_k_loss", self.top_k_loss >= 0, "not be negative; 0 takes the full vocabulary"),
+            (
+                "loss_implementation",
+                self.loss_implementation in LOSS_IMPLEMENTATIONS,
+                f"be one of {', '.join(LOSS_IMPLEMENTATIONS)}",
+            ),
+            ("loss_chunk_size", self.loss_chunk_size is None or self.loss_chunk_size >= 1, "be at least 1"),
             ("max_completion_length", self.max_completion_length >= 1, "be at least 1"),
             ("seq_kd", not self.seq_kd, "stay off: there is no off-policy part"),
             ("use_uld_loss", not self.use_uld_loss, "stay off: both roles share one tokenizer"),
@@ -150,6 +177,11 @@ class _NoTeacherModel(nn.Module):
 
     def resize_token_embeddings(self, *args: Any) -> None:
         pass
+
+
+def _causal_lm(policy: nn.Module) -> PreTrainedModel:
+    """The language model itself, whose modules an adapter, if there is one, has been put into."""
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
 
 class OPSDTrainer(GOLDTrainer):
@@ -221,8 +253,8 @@ class OPSDTrainer(GOLDTrainer):
         del self.teacher_model
         if self.generation_config.eos_token_id is None:
             self.generation_config.eos_token_id = processing_class.eos_token_id
-        self._clip = args.jsd_token_clip or None
-        self._top_k_loss = args.top_k_loss or None
+        self._forward_redirection = _ForwardRedirection()
+        self._head_settings = self._read_head_settings() if args.loss_implementation == "fused" else {}
         self._num_loss_tokens: Tensor | None = None  # of the running optimizer step, over all processes
         # Since the last log, or in the running evaluation
         self._token_sums = {mode: self._zero_sums() for mode in ("train", "eval")}
@@ -290,12 +322,16 @@ class OPSDTrainer(GOLDTrainer):
 
     # Teacher
 
-    @torch.no_grad()
-    def _teacher_logits(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits of the teacher, (N, V): the model with its adapter off (`fixed_teacher`) or the current policy."""
+    @contextmanager
+    def _as_teacher(self, model: nn.Module) -> Iterator[None]:
+        """Inside the block the model is the teacher: its adapter is off (`fixed_teacher`), or it is the current policy."""
         policy = self.accelerator.unwrap_model(model)
-        with policy.disable_adapter() if self.args.fixed_teacher else nullcontext():
-            return self._completion_logits(model, inputs, "teacher_")
+        with (
+            torch.no_grad(),
+            self._timed("teacher"),
+            policy.disable_adapter() if self.args.fixed_teacher else nullcontext(),
+        ):
+            yield
 
     # Rollout
 
@@ -329,8 +365,7 @@ class OPSDTrainer(GOLDTrainer):
     @contextmanager
     def _rollout_settings(self) -> Iterator[None]:
         """Sample in training's precision, and with none of the sampling settings that the model was published with."""
-        policy = self.accelerator.unwrap_model(self.model)
-        policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        policy = _causal_lm(self.accelerator.unwrap_model(self.model))
         published, policy.generation_config = policy.generation_config, self.generation_config
         try:
             with self.accelerator.autocast():
@@ -385,53 +420,104 @@ class OPSDTrainer(GOLDTrainer):
 
     # Loss
 
+    def _model_inputs(self, inputs: dict[str, Tensor], role: str) -> dict[str, Tensor]:
+        """The completions behind the prompts of one role: "" for the student, "teacher_" for the teacher."""
+        attention_mask = torch.cat([inputs[f"{role}prompt_attention_mask"], inputs["completion_mask"].long()], dim=1)
+        return {
+            "input_ids": torch.cat([inputs[f"{role}prompts"], inputs["completion_ids"]], dim=1),
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),  # as without the padding on the left
+        }
+
     def _completion_logits(self, model: nn.Module, inputs: dict[str, Tensor], role: str) -> Tensor:
-        """
-        Logits that predict the completion's tokens behind the prompt of one role.
+        """(N, V): logits that predict the tokens of the completions that count, in the same order for both roles."""
+        keep = inputs["completion_ids"].shape[1] + 1
+        outputs = model(**self._model_inputs(inputs, role), logits_to_keep=keep, use_cache=False)
+        return outputs.logits[:, :-1][inputs["completion_mask"]]
 
-        Args:
-            model: the wrapped model.
-            inputs: as `_pair_completions` returns them.
-            role: "" for the student, "teacher_" for the teacher.
+    def _completion_hidden_states(self, policy: nn.Module, inputs: dict[str, Tensor], role: str) -> Tensor:
+        """(N, H): what the language model's head turns into `_completion_logits`; call it inside the wrapped forward."""
+        with self.accelerator.autocast():
+            backbone = _causal_lm(policy).base_model
+            hidden_states = backbone(**self._model_inputs(inputs, role), use_cache=False).last_hidden_state
+        return hidden_states[:, -inputs["completion_ids"].shape[1] - 1 : -1][inputs["completion_mask"]]
 
-        Returns:
-            (N, V), one row for each token of the completions that counts, in the same order for both roles.
-        """
-        completion_ids, completion_mask = inputs["completion_ids"], inputs["completion_mask"]
-        attention_mask = torch.cat([inputs[f"{role}prompt_attention_mask"], completion_mask.long()], dim=1)
-        outputs = model(
-            input_ids=torch.cat([inputs[f"{role}prompts"], completion_ids], dim=1),
-            attention_mask=attention_mask,
-            position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),  # as without the padding on the left
-            logits_to_keep=completion_ids.shape[1] + 1,
-            use_cache=False,
+    def _dense_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, TokenStatistics]:
+        """Loss of each token from the full logits of both roles, (N,): the reference."""
+        with self._as_teacher(model):
+            teacher_logits = self._completion_logits(model, inputs, "teacher_")  # (N, V)
+        student_logits = self._completion_logits(model, inputs, "")  # (N, V)
+        per_token, statistics = generalized_jsd(
+            student_logits, teacher_logits, **self._objective, return_statistics=True
         )
-        return outputs.logits[:, :-1][completion_mask]
+        if self.args.use_tinker_loss:
+            token_ids = inputs["completion_ids"][inputs["completion_mask"]]
+            per_token = sampled_token_loss(student_logits, teacher_logits, token_ids, temperature=self.temperature)
+        return per_token, statistics
+
+    def _fused_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, TokenStatistics]:
+        """
+        The same from the hidden states of both roles.
+
+        Both passes go through the wrapped model's forward, so that DDP, ZeRO and FSDP do there what they have to.
+        """
+        policy = self.accelerator.unwrap_model(model)
+        with self._as_teacher(model):
+            teacher_hidden = self._forward_redirection(
+                model, policy, self._completion_hidden_states, policy, inputs, "teacher_"
+            )  # (N, H)
+        return self._forward_redirection(model, policy, self._fused_student_loss, policy, inputs, teacher_hidden)
+
+    def _fused_student_loss(
+        self, policy: nn.Module, inputs: dict[str, Tensor], teacher_hidden: Tensor
+    ) -> tuple[Tensor, TokenStatistics]:
+        student_hidden = self._completion_hidden_states(policy, inputs, "")  # (N, H)
+        weight = _causal_lm(policy).get_output_embeddings().weight  # (V, H)
+        with maybe_gather_lm_head_ctx(weight):
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            settings = self._head_settings | {"chunk_size": self.args.loss_chunk_size, "return_statistics": True}
+            if not self.args.use_tinker_loss:
+                return fused_linear_jsd(student_hidden, teacher_hidden, weight, **self._objective, **settings)
+            token_ids = inputs["completion_ids"][inputs["completion_mask"]]
+            return fused_linear_sampled_token_loss(
+                student_hidden, teacher_hidden, weight, token_ids,
+                beta=self.beta, temperature=self.temperature, **settings,
+            )  # fmt: skip
+
+    @property
+    def _objective(self) -> dict[str, Any]:
+        """Settings of the divergence. With `use_tinker_loss` it is only logged, and has no cap."""
+        return {
+            "beta": self.beta,
+            "temperature": self.temperature,
+            "clip": None if self.args.use_tinker_loss else self.args.jsd_token_clip or None,
+            "clip_mode": self.args.jsd_clip_mode,
+            "top_k": None if self.args.use_tinker_loss else self.args.top_k_loss or None,
+        }
+
+    def _read_head_settings(self) -> dict[str, float | None]:
+        """What the model does to its logits, for the fused loss; raises `ValueError` for a head that it cannot do."""
+        causal_lm = _causal_lm(self.accelerator.unwrap_model(self.model))
+        head = causal_lm.get_output_embeddings()
+        config = causal_lm.config.get_text_config()
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise ValueError(
+                f"--loss_implementation fused needs a plain linear head without bias, not {type(head).__name__} (an "
+                "adapter on it, --lora_modules_to_save lm_head, a bias?); choose --loss_implementation dense"
+            )
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return {"logit_scale": scale, "logit_softcap": getattr(config, "final_logit_softcapping", None)}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch=None
     ) -> Tensor:
         """The micro-batch's share of the loss: its sum over the mean's denominator, the tokens of the optimizer step."""
-        with self._timed("teacher"):
-            teacher_logits = self._teacher_logits(model, inputs)  # (N, V)
-        student_logits = self._completion_logits(model, inputs, "")  # (N, V)
-        per_token, statistics = generalized_jsd(
-            student_logits,
-            teacher_logits,
-            beta=self.beta,
-            temperature=self.temperature,
-            clip=None if self.args.use_tinker_loss else self._clip,
-            clip_mode=self.args.jsd_clip_mode,
-            top_k=self._top_k_loss,
-            return_statistics=True,
-        )  # (N,)
-        if self.args.use_tinker_loss:
-            token_ids = inputs["completion_ids"][inputs["completion_mask"]]
-            per_token = sampled_token_loss(student_logits, teacher_logits, token_ids, temperature=self.temperature)
+        loss_of_tokens = self._fused_loss if self.args.loss_implementation == "fused" else self._dense_loss
+        per_token, statistics = loss_of_tokens(model, inputs)  # (N,)
 
         num_entries = per_token.numel()
         if self.args.jsd_clip_mode == "pointwise":
-            num_entries *= self._top_k_loss or student_logits.shape[-1]
+            num_entries *= self._objective["top_k"] or self.model.config.get_text_config().vocab_size
         sums = self._token_sums["train" if self.model.training else "eval"]
         sums[:2] += sums.new_tensor([per_token.numel(), num_entries])
         sums[2:] += torch.stack([value.sum(dtype=torch.float64) for value in statistics])

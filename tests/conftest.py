@@ -56,8 +56,8 @@ def make_trainer_factory(model_dir: Path, problems: Dataset, folder: Path) -> Ca
             "teacher_thinking": False,
             "disable_tqdm": True,
         }
-        peft_config = LoraConfig(
-            r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", **(lora_settings or {})
+        adapter = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (
+            lora_settings or {}
         )
         return OPSDTrainer(
             model=str(model_dir),
@@ -65,7 +65,7 @@ def make_trainer_factory(model_dir: Path, problems: Dataset, folder: Path) -> Ca
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=AutoTokenizer.from_pretrained(model_dir),
-            peft_config=peft_config if lora else None,
+            peft_config=LoraConfig(**adapter) if lora else None,
             callbacks=callbacks,
         )
 

@@ -39,13 +39,19 @@ def rollout(trainer, size=4, steps=1):
     return trainer._buffered_inputs
 
 
+def teacher_logits(trainer, inputs):
+    with trainer._as_teacher(trainer.model):
+        return trainer._completion_logits(trainer.model, inputs, "teacher_")
+
+
 # One step
 
 
-def test_both_roles_score_the_same_tokens_behind_their_own_prompts(make_trainer, tiny_model_dir):
-    trainer = make_trainer()
+@pytest.mark.parametrize("loss_implementation", ["fused", "dense"])
+def test_both_roles_score_the_same_tokens_behind_their_own_prompts(make_trainer, tiny_model_dir, loss_implementation):
+    trainer = make_trainer(loss_implementation=loss_implementation)
     seen = []
-    handle = trainer.model.register_forward_pre_hook(
+    handle = trainer.model.get_base_model().model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
     )
     (inputs,) = rollout(trainer)
@@ -93,7 +99,7 @@ def test_padding_changes_nothing(make_trainer, problems, batch_size):
     with torch.no_grad():
         padded = generalized_jsd(
             trainer._completion_logits(trainer.model, inputs, ""),
-            trainer._teacher_logits(trainer.model, inputs),
+            teacher_logits(trainer, inputs),
             beta=0.5,
         )
         alone = []
@@ -126,6 +132,45 @@ def test_equal_prompts_give_no_loss_and_no_update(make_trainer):
 
 
 # The gradient of an optimizer step
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"beta": 0.0, "jsd_token_clip": 0.05, "temperature": 1.1, "loss_chunk_size": 7},
+        {"use_tinker_loss": True},
+        {"top_k_loss": 5},
+        {"lora": False},
+    ],
+    ids=["jsd", "clip", "sampled token", "top-k", "full fine-tuning"],
+)
+def test_fused_loss_equals_the_dense_one(make_trainer, settings):
+    """Loss, logged statistics and gradient, tied head included; and the fused loss never builds the logits."""
+    results = []
+    for loss_implementation in ("dense", "fused"):
+        trainer = make_trainer(
+            lora_settings={"init_lora_weights": False}, loss_implementation=loss_implementation, **settings
+        )
+        torch.manual_seed(0)
+        (inputs,) = rollout(trainer)
+        calls = []
+        head = trainer.model.get_output_embeddings()
+        head.register_forward_hook(lambda module, args, output, calls=calls: calls.append(output.shape))
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+        results.append((loss.item(), gradient, trainer._token_sums["train"].clone()))
+        assert len(calls) == (2 if loss_implementation == "dense" else 0)
+    (dense_loss, dense_gradient, dense_sums), (loss, gradient, sums) = results
+    assert loss == pytest.approx(dense_loss, rel=1e-5)
+    assert (gradient - dense_gradient).norm() <= 1e-5 * dense_gradient.norm()
+    assert_close(sums, dense_sums, rtol=1e-4, atol=1e-6)
+
+
+def test_fused_loss_refuses_an_adapter_on_the_head(make_trainer):
+    with pytest.raises(ValueError, match="--loss_implementation fused needs a plain linear head"):
+        make_trainer(lora_settings={"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]})
 
 
 def gradient_of_one_step(make_trainer, accumulation, prompts_per_process=8, **settings):
@@ -190,10 +235,10 @@ def test_fixed_teacher_stays_and_the_student_moves(make_trainer):
     trainer = make_trainer(max_steps=3, learning_rate=1e-2)
     base = {n: w.clone() for n, w in trainer.model.named_parameters() if not w.requires_grad}
     (inputs,) = rollout(trainer)
-    teacher = trainer._teacher_logits(trainer.model, inputs)
+    teacher = teacher_logits(trainer, inputs)
     student = trainer._completion_logits(trainer.model, inputs, "").detach()
     trainer.train()
-    assert torch.equal(trainer._teacher_logits(trainer.model, inputs), teacher)
+    assert torch.equal(teacher_logits(trainer, inputs), teacher)
     assert not torch.allclose(trainer._completion_logits(trainer.model, inputs, ""), student, atol=1e-3)
     for name, weight in trainer.model.named_parameters():
         assert weight.requires_grad or torch.equal(weight, base[name])
@@ -204,10 +249,10 @@ def test_fixed_teacher_stays_and_the_student_moves(make_trainer):
 def test_current_policy_as_teacher(make_trainer, lora):
     trainer = make_trainer(lora=lora, fixed_teacher=False, max_steps=2, learning_rate=1e-2)
     (inputs,) = rollout(trainer)
-    before = trainer._teacher_logits(trainer.model, inputs)
+    before = teacher_logits(trainer, inputs)
     assert not before.requires_grad
     trainer.train()
-    after = trainer._teacher_logits(trainer.model, inputs)
+    after = teacher_logits(trainer, inputs)
     assert not torch.allclose(after, before, atol=1e-3)
     with torch.no_grad():
         assert_close(after, trainer._completion_logits(trainer.model, inputs, "teacher_"), rtol=0, atol=0)
@@ -405,6 +450,7 @@ def test_model_without_end_of_sequence_token_takes_the_tokenizers(make_trainer, 
         ({"student_prompt": "{question}"}, "--student_prompt lacks the placeholder {problem}"),
         ({"top_k_loss": -1}, "--top_k_loss -1"),
         ({"use_vllm": True}, "--use_vllm True"),
+        ({"loss_implementation": "sparse"}, "--loss_implementation sparse: must be one of fused, dense"),
         ({"top_p": 0.0}, "--top_p 0.0: must lie in"),
         ({"remove_unused_columns": True}, "--remove_unused_columns True"),
         ({"teacher_model_name_or_path": "x"}, "--teacher_model_name_or_path x"),

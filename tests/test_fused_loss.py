@@ -1,0 +1,396 @@
+"""The fused linear losses against the dense ones: values, gradients, memory, and the Triton kernel."""
+
+import itertools
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import opsd_kernels
+from opsd_kernels import Objective
+from opsd_loss import (
+    fused_linear_jsd,
+    fused_linear_sampled_token_loss,
+    generalized_jsd,
+    sampled_token_loss,
+)
+
+NUM_TOKENS, HIDDEN_SIZE, VOCAB_SIZE = 13, 16, 211
+CLIPS = [(None, "pointwise")] + list(itertools.product((0.05, 1e-3, 1e-6), ("pointwise", "token")))
+
+
+def random_inputs(num_tokens=NUM_TOKENS, seed=0, difference=1.0):
+    """Hidden states of both roles, (N, H), and a head, (V, H), float64; logits have a standard deviation of 2."""
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(num_tokens, HIDDEN_SIZE, dtype=torch.float64, generator=generator)
+    teacher = student + difference * torch.randn(student.shape, dtype=torch.float64, generator=generator)
+    weight = 0.5 * torch.randn(VOCAB_SIZE, HIDDEN_SIZE, dtype=torch.float64, generator=generator)
+    return student, teacher, weight
+
+
+def relative_error(value, reference):
+    if not reference.any():
+        return value.norm().item()
+    return ((value.double() - reference).norm() / reference.norm()).item()
+
+
+def gradients(loss, *tensors, row_weights=None):
+    loss = loss.sum() if row_weights is None else (row_weights.to(loss.dtype) * loss).sum()
+    return torch.autograd.grad(loss, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("top_k", [None, 16])
+@pytest.mark.parametrize("temperature", [1.0, 1.1])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def test_equal_to_the_dense_form(beta, temperature, top_k, dtype):
+    row_weights = torch.rand(NUM_TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for (clip, clip_mode), num_tokens in itertools.product(CLIPS, (NUM_TOKENS, 4)):
+        settings = {"beta": beta, "temperature": temperature, "clip": clip, "clip_mode": clip_mode, "top_k": top_k}
+        settings["return_statistics"] = True
+        # float32 inputs, so that both compute from the same numbers
+        student, teacher, weight = (tensor.float().double() for tensor in random_inputs(num_tokens))
+        if clip_mode == "token" and clip == 0.05:
+            teacher[: num_tokens // 2].lerp_(student[: num_tokens // 2], 0.95)  # a divergence below the cap
+        student.requires_grad_()
+        weight.requires_grad_()
+        expected, expected_statistics = generalized_jsd(student @ weight.T, teacher @ weight.detach().T, **settings)
+        expected_d_student, expected_d_weight = gradients(
+            expected, student, weight, row_weights=row_weights[:num_tokens]
+        )
+        if clip is not None:  # it bites
+            assert expected_statistics.clipped_entries.sum() > 0
+
+        inputs = [tensor.detach().to(dtype) for tensor in (student, teacher, weight)]
+        inputs[0].requires_grad_()
+        inputs[2].requires_grad_()
+        for chunk_size in (5, 13, None):
+            loss, statistics = fused_linear_jsd(*inputs, chunk_size=chunk_size, **settings)
+            d_student, d_weight = gradients(loss, inputs[0], inputs[2], row_weights=row_weights[:num_tokens])
+            case = (clip, clip_mode, num_tokens, chunk_size)
+            tolerance = 1e-11 if dtype == torch.float64 else 1e-3 if clip == 1e-6 else 1e-4
+            assert relative_error(d_student, expected_d_student) <= tolerance, case
+            assert relative_error(d_weight, expected_d_weight) <= tolerance, case
+            # Relative to the divergence without cap, or in nats: what a cap leaves keeps the rounding errors of the whole
+            error = (loss - expected).abs() / expected_statistics.divergence.clamp(min=1)
+            assert error.max() <= (1e-13 if dtype == torch.float64 else 1e-6), case
+            for name, value, reference in zip(statistics._fields, statistics, expected_statistics, strict=True):
+                assert not value.requires_grad
+                assert_close(value.double(), reference, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(("clip", "clip_mode"), [(None, "pointwise"), (0.01, "pointwise"), (0.5, "token")])
+@pytest.mark.parametrize("logit_softcap", [None, 3.0])
+def test_gradient_against_finite_differences(beta, clip, clip_mode, logit_softcap):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, weight = (torch.randn(rows, 3, dtype=torch.float64, generator=generator) for rows in (4, 4, 9))
+
+    def objective(student, weight):
+        settings = {"temperature": 1.3, "clip": clip, "clip_mode": clip_mode, "logit_softcap": logit_softcap}
+        return fused_linear_jsd(
+            student, teacher, weight, teacher_lm_head_weight=fixed_weight, beta=beta, chunk_size=3, **settings
+        )
+
+    fixed_weight = weight.clone()
+    assert torch.autograd.gradcheck(objective, (student.requires_grad_(), weight.requires_grad_()), atol=1e-7)
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("temperature", [1.0, 1.1])
+def test_sampled_token_loss_is_equal_to_the_dense_form(temperature, clip):
+    student, teacher, weight = random_inputs()
+    token_ids = torch.randint(VOCAB_SIZE, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1))
+    student.requires_grad_()
+    weight.requires_grad_()
+    logits = student @ weight.T, teacher @ weight.detach().T
+    expected = sampled_token_loss(*logits, token_ids, temperature=temperature, clip=clip)
+    settings = {"temperature": temperature, "clip": clip, "chunk_size": 5}
+    loss, statistics = fused_linear_sampled_token_loss(
+        student, teacher, weight, token_ids, beta=0.5, return_statistics=True, **settings
+    )
+    assert_close(loss, expected)
+    assert_close(fused_linear_sampled_token_loss(student, teacher, weight, token_ids, **settings), expected)
+    assert_close(gradients(loss, student, weight), gradients(expected, student, weight), rtol=1e-11, atol=1e-13)
+    _, expected_statistics = generalized_jsd(*logits, beta=0.5, temperature=temperature, return_statistics=True)
+    assert_close(tuple(statistics), tuple(value.detach() for value in expected_statistics))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_logit_scale_and_softcap(sampled):
+    student, teacher, weight = random_inputs()
+    student.requires_grad_()
+    token_ids = torch.arange(NUM_TOKENS)
+    scale, softcap = 0.7, 2.5
+    for cap in (None, softcap):
+        logits = [scale * hidden @ weight.T for hidden in (student, teacher)]
+        if cap is not None:
+            logits = [cap * torch.tanh(role / cap) for role in logits]
+        settings = {"logit_scale": scale, "logit_softcap": cap, "temperature": 1.1, "chunk_size": 4}
+        if sampled:
+            expected = sampled_token_loss(*logits, token_ids, temperature=1.1)
+            loss = fused_linear_sampled_token_loss(student, teacher, weight, token_ids, **settings)
+        else:
+            expected = generalized_jsd(*logits, beta=0.3, clip=0.01, temperature=1.1)
+            loss = fused_linear_jsd(student, teacher, weight, beta=0.3, clip=0.01, **settings)
+        assert_close(loss, expected)
+        assert_close(gradients(loss, student), gradients(expected, student), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize(("clip", "clip_mode"), [(None, "pointwise"), (0.05, "pointwise"), (0.05, "token")])
+@pytest.mark.parametrize("top_k", [None, 16])
+def test_identical_inputs_give_exactly_zero(beta, clip, clip_mode, top_k):
+    for dtype in (torch.float32, torch.bfloat16):
+        student, _, weight = (tensor.to(dtype) for tensor in random_inputs())
+        student.requires_grad_()
+        weight.requires_grad_()
+        settings = {"temperature": 1.1, "clip": clip, "clip_mode": clip_mode, "top_k": top_k, "chunk_size": 5}
+        loss = fused_linear_jsd(student, student.detach().clone(), weight, beta=beta, **settings)
+        for tensor in (loss, *gradients(loss, student, weight)):
+            assert torch.count_nonzero(tensor) == 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_extreme_logits_stay_finite(beta, clip):
+    student = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[-1e4, 1e4, 0.0], [-1e4, 1e4, 1e4], [1e4, -1e4, 1e4]])
+    loss, statistics = fused_linear_jsd(student, teacher, torch.eye(3), beta=beta, clip=clip, return_statistics=True)
+    for tensor in (loss, *statistics, *gradients(loss, student)):
+        assert torch.isfinite(tensor).all()
+    assert_close(loss, generalized_jsd(student, teacher, beta=beta, clip=clip))
+
+
+def test_any_reduction_and_repeated_backward():
+    student, teacher, weight = random_inputs()
+    student.requires_grad_()
+    weight.requires_grad_()
+    expected = generalized_jsd(student @ weight.T, teacher @ weight.detach().T, beta=0.5)
+    loss = fused_linear_jsd(student, teacher, weight, beta=0.5, chunk_size=4)
+    for reduction in (torch.mean, lambda loss: 3 * loss.sum(), lambda loss: loss.square().sum(), lambda loss: loss[2]):
+        result = torch.autograd.grad(reduction(loss), (student, weight), retain_graph=True)
+        reference = torch.autograd.grad(reduction(expected), (student, weight), retain_graph=True)
+        assert_close(result, reference, rtol=1e-11, atol=1e-13)
+
+
+def test_weight_that_is_tied_to_the_embedding():
+    _, teacher, weight = random_inputs()
+    weight.requires_grad_()
+    token_ids = torch.arange(NUM_TOKENS)
+
+    def hidden():
+        return torch.tanh(torch.nn.functional.embedding(token_ids, weight))
+
+    expected = generalized_jsd(hidden() @ weight.T, teacher @ weight.detach().T, beta=0.0, clip=0.05)
+    loss = fused_linear_jsd(hidden(), teacher, weight, beta=0.0, clip=0.05, chunk_size=4)
+    assert_close(gradients(loss, weight), gradients(expected, weight), rtol=1e-11, atol=1e-13)
+
+
+def test_teacher_with_a_head_of_its_own():
+    student, teacher, weight = random_inputs()
+    teacher, teacher_weight = teacher[:, :5].clone().requires_grad_(), weight[:, 3:8].clone().requires_grad_()
+    student.requires_grad_()
+    loss = fused_linear_jsd(student, teacher, weight, teacher_lm_head_weight=teacher_weight, beta=0.5, chunk_size=4)
+    expected = generalized_jsd(student @ weight.T, teacher @ teacher_weight.T, beta=0.5)
+    loss.sum().backward()
+    assert_close(student.grad, gradients(expected, student)[0], rtol=1e-11, atol=1e-13)
+    assert teacher.grad is None
+    assert teacher_weight.grad is None
+
+
+def test_no_tokens_give_an_empty_loss_connected_to_the_graph():
+    student, teacher, weight = random_inputs(0)
+    student.requires_grad_()
+    weight.requires_grad_()
+    loss, statistics = fused_linear_jsd(student, teacher, weight, beta=0.0, return_statistics=True)
+    assert loss.shape == statistics.divergence.shape == (0,)
+    d_student, d_weight = gradients(loss, student, weight)
+    assert d_student.shape == student.shape
+    assert torch.equal(d_weight, torch.zeros_like(weight))
+    loss = fused_linear_sampled_token_loss(student, teacher, weight, torch.empty(0, dtype=torch.int64))
+    assert gradients(loss, student)[0].shape == student.shape
+
+
+def test_autocast_changes_nothing():
+    student, teacher, weight = (tensor.float() for tensor in random_inputs())
+    student.requires_grad_()
+    weight.requires_grad_()
+    row_weights = torch.linspace(0, 1, NUM_TOKENS)
+    plain = fused_linear_jsd(student, teacher, weight, beta=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fused_linear_jsd(student, teacher, weight, beta=0.5)
+        result = gradients(loss, student, weight, row_weights=row_weights)  # the chunks again, for the weight
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, plain)
+    assert_close(result, gradients(plain, student, weight, row_weights=row_weights), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
+def test_sixteen_bits_in_but_not_between(weight_dtype):
+    student, teacher, weight = (tensor.bfloat16() for tensor in random_inputs(difference=0.05))
+    weight = weight.to(weight_dtype)
+    reference = [tensor.double() for tensor in (student, teacher, weight)]
+    for tensor in (student, weight, reference[0], reference[2]):
+        tensor.requires_grad_()
+    settings = {"beta": 0.0, "clip": 1e-4}
+    expected = generalized_jsd(reference[0] @ reference[2].T, reference[1] @ reference[2].detach().T, **settings)
+    loss = fused_linear_jsd(student, teacher, weight, chunk_size=5, **settings)
+    assert loss.dtype == torch.float32
+    assert (loss - expected).abs().max() < 1e-6
+    result = gradients(loss, student, weight)
+    for gradient, tensor, value in zip(
+        result, (student, weight), gradients(expected, reference[0], reference[2]), strict=True
+    ):
+        assert gradient.dtype == tensor.dtype
+        assert relative_error(gradient, value) < 4e-3  # the rounding of the result itself, 2^-9 at most
+
+
+def test_without_gradient_there_is_no_work_for_it():
+    student, teacher, weight = random_inputs()
+    expected = fused_linear_jsd(student.requires_grad_(), teacher, weight, beta=0.5)
+    products = CountingMode("aten::mm", "aten::addmm")
+    with torch.no_grad(), products:
+        loss = fused_linear_jsd(student, teacher, weight, beta=0.5)
+    assert torch.equal(loss, expected)
+    assert not loss.requires_grad
+    assert products.count == 2
+    for trained_head, number in ((False, 3), (True, 4)):
+        products = CountingMode("aten::mm", "aten::addmm")
+        with products:
+            loss = fused_linear_jsd(student, teacher, weight.requires_grad_(trained_head), beta=0.5)
+            loss.mean().backward()
+        assert products.count == number
+
+
+class CountingMode(TorchDispatchMode):
+    """Counts the calls of operations and keeps the size of the largest tensor that any operation returned."""
+
+    def __init__(self, *operations):
+        super().__init__()
+        self.operations, self.count, self.largest = operations, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += func.name().split(".")[0] in self.operations
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_no_tensor_of_the_size_of_the_logits(beta):
+    student, teacher, weight = random_inputs(400)
+    student.requires_grad_()
+    sizes = CountingMode()
+    with sizes:
+        loss = fused_linear_jsd(student, teacher, weight, beta=beta, clip=0.05, chunk_size=10, return_statistics=True)
+        loss[0].mean().backward()
+    assert sizes.largest <= max(2 * 10 * VOCAB_SIZE + 10 * VOCAB_SIZE, student.numel())  # both roles' chunks, scratch
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta": 2.0}, "beta"),
+        ({"clip_mode": "row"}, "clip_mode"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"lm_head_weight": torch.zeros(7, 3)}, "hidden states"),
+        ({"teacher_lm_head_weight": torch.zeros(8, HIDDEN_SIZE)}, "hidden states"),
+        ({"teacher_hidden": torch.zeros(2, HIDDEN_SIZE)}, "hidden states"),
+    ],
+)
+def test_settings_out_of_range(change, message):
+    student, teacher, weight = random_inputs()
+    arguments = {"student_hidden": student, "teacher_hidden": teacher, "lm_head_weight": weight, "beta": 0.5}
+    with pytest.raises(ValueError, match=message):
+        fused_linear_jsd(**arguments | change)
+
+
+def check_kernel(device, vocab_size):
+    """The Triton kernel against the eager form in float64, over what it can do; `device` "cpu" is its interpreter."""
+    generator = torch.Generator().manual_seed(0)
+    student = 3 * torch.randn(4, vocab_size, generator=generator)
+    teacher = student + 0.7 * torch.randn(student.shape, generator=generator)
+    teacher[1] = student[1]
+    student[2] *= 3e3
+    token_ids = torch.randint(vocab_size, (4,), generator=generator).to(device)
+    student, teacher = student.to(device), teacher.to(device)
+    cases = [
+        (beta, clip, clip_mode, None, False)
+        for beta in (0.0, 0.3, 1.0)
+        for clip, clip_mode in ((None, "pointwise"), (1e-3, "pointwise"), (0.6, "token"))
+    ] + [
+        (0.5, 1e-3, "pointwise", 5.0, False),
+        (0.0, None, "pointwise", 5.0, False),
+        (1.0, 0.4, "pointwise", None, True),
+    ]
+    for beta, clip, clip_mode, softcap, sampled in cases:
+        objective = Objective(beta, 1.1, clip, clip_mode, None, 0.9, softcap, sampled, True)
+        expected_gradient = torch.empty(student.shape, dtype=torch.float64, device=device)
+        expected, expected_statistics = opsd_kernels._elementwise_eager(
+            student.double(), teacher.double(), token_ids, objective, expected_gradient
+        )
+        gradient = student.clone()  # written in place
+        values, statistics = opsd_kernels._elementwise_triton(gradient, teacher, token_ids, objective, gradient)
+        for result, reference in ((values, expected), *zip(statistics, expected_statistics, strict=True)):
+            assert_close(result.double(), reference, rtol=1e-4, atol=2e-6)
+        assert torch.count_nonzero(gradient[1]) == 0, objective
+        assert torch.isfinite(gradient[2]).all(), objective  # logits of 1e4, whose last digits are lost
+        for row in (0, 3):
+            assert relative_error(gradient[row], expected_gradient[row]) < 1e-4, (objective, row)
+        without = objective._replace(statistics=False)
+        assert torch.equal(opsd_kernels._elementwise_triton(student, teacher, token_ids, without, None)[0], values)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+def test_triton_kernel_in_its_interpreter():
+    # In a process of its own, since the interpreter must be chosen before triton is imported
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            "from tests.test_fused_loss import check_kernel; check_kernel('cpu', 2500)",
+        ],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=root,
+        check=True,
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_kernel_on_a_gpu():
+    check_kernel("cuda", 151936)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("top_k", [None, 16])
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_bfloat16_on_a_gpu(beta, top_k, trained_head):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(300, 256, generator=generator)
+    teacher = student + 0.03 * torch.randn(student.shape, generator=generator)
+    weight = 0.1 * torch.randn(5000, 256, generator=generator)
+    student, teacher, weight = (tensor.cuda().bfloat16() for tensor in (student, teacher, weight))
+    reference = student.double().requires_grad_(), weight.double().requires_grad_()
+    settings = {"beta": beta, "clip": 1e-5, "temperature": 1.1, "top_k": top_k}
+    expected = generalized_jsd(reference[0] @ reference[1].T, teacher.double() @ weight.double().T, **settings)
+    tensors = (student.requires_grad_(), weight.requires_grad_())[: 1 + trained_head]
+    row_weights = torch.linspace(0, 1, 300, device="cuda")
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        loss = fused_linear_jsd(student, teacher, weight, chunk_size=128, **settings)
+        results = gradients(loss, *tensors, row_weights=row_weights)
+    assert (loss - expected).abs().max() < 1e-5
+    expected_gradients = gradients(expected, *reference[: 1 + trained_head], row_weights=row_weights)
+    for result, value in zip(results, expected_gradients, strict=True):
+        assert relative_error(result, value) <= 5e-3
