@@ -1,0 +1,142 @@
+"""
+Peak memory of a whole optimizer step of OPSD, rollouts included, on a shallow Qwen3 with the real vocabulary.
+
+    python benchmarks/optimizer_step.py --output benchmarks/optimizer_step.md
+
+Each case is a fresh process that trains one step with `OPSDTrainer`: LoRA on all linear layers, adapter-off teacher,
+random weights, so that nearly all completions run to their limit. What is reported is the growth of the process above
+what it held before the step: of the resident set on a CPU (its peak is reset through /proc), of what PyTorch has
+allocated on a GPU.
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
+
+from opsd_trainer import OPSDConfig, OPSDTrainer
+from quickstart.addition import training_problems
+from quickstart.base_model import train_tokenizer
+
+MIB = 2**20
+CASES = {
+    "full vocabulary, fused": {"loss_implementation": "fused"},
+    "sampled token, fused": {"loss_implementation": "fused", "use_tinker_loss": True},
+    "full vocabulary, dense": {"loss_implementation": "dense"},
+    "sampled token, dense": {"loss_implementation": "dense", "use_tinker_loss": True},
+}
+
+
+def resident_bytes(field: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (peak) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def step_growth(case: str, arguments: argparse.Namespace) -> dict[str, float]:
+    """Train one step; returns the peak above the start in MiB, and the number of completion tokens."""
+    use_cuda = torch.cuda.is_available()
+    tokenizer = train_tokenizer()
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=arguments.vocab_size,
+            hidden_size=arguments.hidden_size,
+            intermediate_size=2 * arguments.hidden_size,
+            num_hidden_layers=arguments.num_layers,
+            num_attention_heads=arguments.hidden_size // 64,
+            num_key_value_heads=2,
+            head_dim=64,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = OPSDConfig(
+            output_dir=folder,
+            use_cpu=not use_cuda,
+            bf16=use_cuda,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=arguments.batch_size,
+            max_completion_length=arguments.completion_length,
+            max_steps=1,
+            save_strategy="no",
+            fixed_teacher=True,
+            teacher_thinking=False,
+            beta=arguments.beta,
+            disable_tqdm=True,
+            **CASES[case],
+        )
+        trainer = OPSDTrainer(
+            model=model.bfloat16() if use_cuda else model,
+            args=config,
+            train_dataset=Dataset.from_list(training_problems(0, arguments.batch_size)),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+        if use_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident_bytes("VmRSS")
+        trainer.train()
+        peak = torch.cuda.max_memory_allocated() if use_cuda else resident_bytes("VmHWM")
+        num_tokens = trainer.state.stateful_callbacks["OPSDTrainer"]["num_generated_tokens"]
+    return {"growth": (peak - before) / MIB, "num_tokens": num_tokens}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab_size", type=int, default=151_936)
+    parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--num_layers", type=int, default=2)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--completion_length", type=int, default=256)
+    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--output", type=Path, help="Markdown file; default: standard output only")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case is not None:
+        sys.stdout.write("\n" + json.dumps(step_growth(arguments.case, arguments)))
+        return
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    results = {}
+    for case in CASES:
+        logging.info("measuring: %s", case)
+        command = [sys.executable, __file__, *sys.argv[1:], "--case", case]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        results[case] = json.loads(output.splitlines()[-1])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, float32"
+    lines = [
+        "# Peak memory of an optimizer step",
+        "",
+        f"`python benchmarks/optimizer_step.py {' '.join(sys.argv[1:])}`",
+        "",
+        f"{device}, PyTorch {torch.__version__}, Qwen3 with V = {arguments.vocab_size:,}, H = {arguments.hidden_size}, "
+        f"{arguments.num_layers} layers, beta {arguments.beta}; {arguments.batch_size} rollouts of up to "
+        f"{arguments.completion_length} tokens; above what the process held before the step.",
+        "",
+        "| objective and loss implementation | completion tokens | peak, MiB |",
+        "|---|--:|--:|",
+        *(f"| {case} | {result['num_tokens']:,} | {result['growth']:,.0f} |" for case, result in results.items()),
+    ]
+    report = "\n".join(lines) + "\n"
+    sys.stdout.write(report)
+    if arguments.output is not None:
+        arguments.output.write_text(report, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
