@@ -184,6 +184,27 @@ def _causal_lm(policy: nn.Module) -> PreTrainedModel:
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
 
+def read_head_settings(causal_lm: PreTrainedModel) -> dict[str, float | None]:
+    """
+    What the model does to its head's output on the way to the logits, as arguments of the fused losses.
+
+    Raises:
+        ValueError: for a head that the fused losses cannot do.
+    """
+    head = causal_lm.get_output_embeddings()
+    config = causal_lm.config.get_text_config()
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ValueError(
+            f"--loss_implementation fused needs a plain linear head without bias, not {type(head).__name__} (an adapter "
+            "on it, --lora_modules_to_save lm_head, a bias?); choose --loss_implementation dense"
+        )
+    factors = [getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        factors.append(divisor if config.model_type == "hyperclovax" else 1.0 / divisor)
+    scale = next((factor for factor in factors if factor is not None), 1.0)
+    return {"logit_scale": scale, "logit_softcap": getattr(config, "final_logit_softcapping", None)}
+
+
 class OPSDTrainer(GOLDTrainer):
     """
     Trains a model to match itself: the student's distribution, given the problem, follows the teacher's, which is
@@ -254,7 +275,9 @@ class OPSDTrainer(GOLDTrainer):
         if self.generation_config.eos_token_id is None:
             self.generation_config.eos_token_id = processing_class.eos_token_id
         self._forward_redirection = _ForwardRedirection()
-        self._head_settings = self._read_head_settings() if args.loss_implementation == "fused" else {}
+        self._head_settings: dict[str, float | None] = {}
+        if args.loss_implementation == "fused":
+            self._head_settings = read_head_settings(_causal_lm(self.accelerator.unwrap_model(self.model)))
         self._num_loss_tokens: Tensor | None = None  # of the running optimizer step, over all processes
         # Since the last log, or in the running evaluation
         self._token_sums = {mode: self._zero_sums() for mode in ("train", "eval")}
@@ -494,19 +517,6 @@ class OPSDTrainer(GOLDTrainer):
             "clip_mode": self.args.jsd_clip_mode,
             "top_k": None if self.args.use_tinker_loss else self.args.top_k_loss or None,
         }
-
-    def _read_head_settings(self) -> dict[str, float | None]:
-        """What the model does to its logits, for the fused loss; raises `ValueError` for a head that it cannot do."""
-        causal_lm = _causal_lm(self.accelerator.unwrap_model(self.model))
-        head = causal_lm.get_output_embeddings()
-        config = causal_lm.config.get_text_config()
-        if type(head) is not nn.Linear or head.bias is not None:
-            raise ValueError(
-                f"--loss_implementation fused needs a plain linear head without bias, not {type(head).__name__} (an "
-                "adapter on it, --lora_modules_to_save lm_head, a bias?); choose --loss_implementation dense"
-            )
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        return {"logit_scale": scale, "logit_softcap": getattr(config, "final_logit_softcapping", None)}
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch=None

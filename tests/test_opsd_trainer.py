@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import make_problems, make_trainer_factory
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, TrainerCallback
 
 from opsd_loss import generalized_jsd
-from opsd_trainer import OPSDConfig
+from opsd_trainer import OPSDConfig, read_head_settings
 
 
 class Recorder(TrainerCallback):
@@ -166,6 +167,38 @@ def test_fused_loss_equals_the_dense_one(make_trainer, settings):
     assert loss == pytest.approx(dense_loss, rel=1e-5)
     assert (gradient - dense_gradient).norm() <= 1e-5 * dense_gradient.norm()
     assert_close(sums, dense_sums, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Qwen3", {}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Granite", {"logits_scaling": 8.0}),
+        ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 16}),
+    ],
+)
+def test_head_settings_give_the_models_own_logits(family, settings):
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    shape |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = getattr(transformers, f"{family}ForCausalLM")(
+        getattr(transformers, f"{family}Config")(**shape, **settings, initializer_range=0.5)
+    ).eval()
+    input_ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        logits = model(input_ids).logits[0]
+        hidden_states = model.base_model(input_ids).last_hidden_state[0]
+    head = read_head_settings(model)
+    expected = head["logit_scale"] * hidden_states @ model.get_output_embeddings().weight.T
+    if head["logit_softcap"] is not None:
+        expected = head["logit_softcap"] * torch.tanh(expected / head["logit_softcap"])
+    assert_close(logits, expected)
 
 
 def test_fused_loss_refuses_an_adapter_on_the_head(make_trainer):
