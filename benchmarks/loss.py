@@ -321,6 +321,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Markdown file; default: standard output only")
     parser.add_argument("--memory_of", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.gpu and not torch.cuda.is_available():
+        parser.error("--gpu: PyTorch finds no CUDA device here")
     if arguments.memory_of:
         return report_resident_growth(arguments)
 
