@@ -21,6 +21,7 @@ import transformers
 import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
+from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import is_flash_attn_2_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -54,7 +55,8 @@ class ScriptArguments:
         default=None, metadata={"help": "Name of the run: W&B run name and subfolder of --output_dir."}
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start anew and delete the checkpoints that are in the output folder."}
+        default=False,
+        metadata={"help": "Start anew and delete the checkpoints and rollouts that are in the output folder."},
     )
     wandb_project: str | None = field(default=None, metadata={"help": "W&B project (with --report_to wandb)."})
     wandb_entity: str | None = field(default=None, metadata={"help": "W&B entity (with --report_to wandb)."})
@@ -102,7 +104,7 @@ def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool) -> str
     Raises:
         ValueError: checkpoints in the way, or none that is complete where one is asked for.
     """
-    checkpoints = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    checkpoints = [Path(checkpoint) for checkpoint in sort_checkpoints(output_dir)]  # by step
     if resume is None or resume.lower() in ("false", "none", ""):
         if checkpoints and not overwrite:
             raise ValueError(
@@ -179,11 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
         transformers.logging.disable_default_handler()  # its messages reach the root logger anyway
         if model_args.model_name_or_path is None:
             raise ValueError("--model_name_or_path is missing: name a model's folder or Hub id")
-        if training_args.fixed_teacher and not model_args.use_peft:
-            raise ValueError(
-                "--fixed_teacher needs --use_peft: the fixed teacher is the model with its LoRA adapter off. Add "
-                "--use_peft, or drop --fixed_teacher to learn from the current policy"
-            )
+        OPSDTrainer.check_teacher(training_args, has_adapter=model_args.use_peft)
         name_run(script_args, training_args, model_args)
         checkpoint = find_checkpoint(
             training_args.output_dir, training_args.resume_from_checkpoint, script_args.overwrite_output_dir
@@ -227,8 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     output_dir = Path(training_args.output_dir)
     if trainer.accelerator.is_main_process:
-        if checkpoint is None:
-            for old in (*output_dir.glob("checkpoint-*"), *output_dir.glob("completions")):
+        if checkpoint is None and script_args.overwrite_output_dir:
+            for old in (*sort_checkpoints(output_dir), *output_dir.glob("completions")):
                 shutil.rmtree(old)
                 logger.info("--overwrite_output_dir: deleted %s", old)
         save_run_configuration(

@@ -247,11 +247,7 @@ class OPSDTrainer(GOLDTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
-        if args.fixed_teacher and peft_config is None and not isinstance(model, PeftModel):
-            raise ValueError(
-                "--fixed_teacher needs --use_peft: the fixed teacher is the model with its LoRA adapter off. Add "
-                "--use_peft, or drop --fixed_teacher to learn from the current policy"
-            )
+        self.check_teacher(args, has_adapter=peft_config is not None or isinstance(model, PeftModel))
         if args.fixed_teacher and getattr(peft_config, "bias", "none") != "none":
             raise ValueError(
                 f"bias={peft_config.bias!r} in the LoRA configuration trains weights that stay when the adapter is "
@@ -344,6 +340,15 @@ class OPSDTrainer(GOLDTrainer):
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     # Teacher
+
+    @staticmethod
+    def check_teacher(args: OPSDConfig, has_adapter: bool) -> None:
+        """Raise `ValueError` if the teacher shall be fixed and there is no adapter to switch off."""
+        if args.fixed_teacher and not has_adapter:
+            raise ValueError(
+                "--fixed_teacher needs --use_peft: the fixed teacher is the model with its LoRA adapter off. Add "
+                "--use_peft, or drop --fixed_teacher to learn from the current policy"
+            )
 
     @contextmanager
     def _as_teacher(self, model: nn.Module) -> Iterator[None]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
+from transformers.trainer_utils import sort_checkpoints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
@@ -68,8 +69,8 @@ def train(model: Path, dataset: Path, run_dir: Path, steps: int, seed: int, flag
 
 def checkpoints(run_dir: Path) -> dict[int, Path]:
     """Step -> adapter folder of a run, in the order of the steps."""
-    steps = sorted(int(path.name.removeprefix("checkpoint-")) for path in run_dir.glob("checkpoint-*"))
-    return {step: run_dir / f"checkpoint-{step}" for step in steps}
+    folders = [Path(folder) for folder in sort_checkpoints(run_dir)]
+    return {int(folder.name.removeprefix("checkpoint-")): folder for folder in folders}
 
 
 def markdown_table(report: dict[str, Any]) -> str:

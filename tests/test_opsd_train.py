@@ -104,8 +104,13 @@ def test_tokenizer_without_chat_template(run, no_model, tiny_model_dir, tmp_path
         run("--model_name_or_path", str(tmp_path / "bare"))
 
 
-def test_run_stops_resumes_and_starts_anew(run, monkeypatch, problems):
+def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
+    kept = tmp_path / "out" / "completions" / "completions_00099.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    (tmp_path / "out" / "checkpoint-best").mkdir()  # somebody's own, not a step
     out = run("--answer_column", "answer")
+    assert kept.exists()  # nothing is deleted unless asked for
     assert {"adapter_model.safetensors", "tokenizer.json", "run_config.json", "checkpoint-1", "checkpoint-2"} <= set(
         os.listdir(out)
     )
@@ -132,9 +137,10 @@ def test_run_stops_resumes_and_starts_anew(run, monkeypatch, problems):
     run("--overwrite_output_dir", "--max_steps", "1")
     assert not (out / "checkpoint-3").exists() and (out / "checkpoint-1").exists()
     assert [file.name for file in (out / "completions").iterdir()] == ["completions_00001.jsonl"]
+    assert (out / "checkpoint-best").exists()
 
 
-def test_names_of_runs(tiny_model_dir, tmp_path):
+def test_names_of_runs():
     def name(*arguments, run_config=None):
         script = opsd_train.ScriptArguments(run_config=run_config)
         training = opsd_train.OPSDConfig(
@@ -195,7 +201,7 @@ def test_wandb_offline(run, monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not AIME.exists(), reason="the AIME 2024 problems are not beside the project")
-def test_real_mathematics(run, tmp_path):
+def test_real_mathematics(run):
     out = run(
         *("--dataset_name", str(AIME), "--max_length", "4096", "--max_completion_length", "16", "--max_steps", "2"),
         *("--teacher_thinking", "true", "--beta", "0", "--jsd_token_clip", "0.05"),

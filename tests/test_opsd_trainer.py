@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -444,7 +445,7 @@ def test_evaluation_statistics_are_means_over_all_tokens(make_trainer, problems)
     assert values[1]["eval_divergence"] == pytest.approx(values[1]["eval_loss"], rel=1e-5)
 
 
-def test_sampling_settings_published_with_the_model_do_not_reach_the_rollouts(make_trainer, tiny_model_dir):
+def test_sampling_settings_published_with_the_model_do_not_reach_the_rollouts(make_trainer):
     trainers = [make_trainer(), make_trainer()]
     published = trainers[1].model.get_base_model().generation_config
     published.repetition_penalty, published.min_p, published.no_repeat_ngram_size = 5.0, 0.5, 2
@@ -456,9 +457,7 @@ def test_sampling_settings_published_with_the_model_do_not_reach_the_rollouts(ma
     assert trainers[1].model.get_base_model().generation_config is published
 
 
-def test_model_without_end_of_sequence_token_takes_the_tokenizers(make_trainer, tiny_model_dir, tmp_path):
-    import shutil
-
+def test_model_without_end_of_sequence_token_takes_the_tokenizers(tiny_model_dir, tmp_path):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     (folder / "generation_config.json").unlink()
     config = json.loads((folder / "config.json").read_text())
