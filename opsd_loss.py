@@ -202,6 +202,23 @@ def _out_dtype(operand: Tensor, result: Tensor) -> dict[str, torch.dtype]:
     return {} if operand.dtype == result.dtype else {"out_dtype": result.dtype}
 
 
+def _operand_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """CUDA multiplies 16-bit operands into float32 results. Elsewhere the operands are converted to `dtype`."""
+    return weight.dtype if hidden.is_cuda and weight.dtype.itemsize == 2 else dtype
+
+
+def _block_size(weight: Tensor, operand_dtype: torch.dtype) -> int:
+    """Rows of the head to convert at a time."""
+    return len(weight) if weight.dtype == operand_dtype else 8192
+
+
+def _project(hidden: Tensor, weight: Tensor, operand_dtype: torch.dtype, logits: Tensor) -> None:
+    """logits = hidden weight^T."""
+    hidden, size = hidden.to(operand_dtype), _block_size(weight, operand_dtype)
+    for block, columns in zip(weight.split(size), logits.split(size, dim=1), strict=True):
+        torch.mm(hidden, block.to(operand_dtype).T, out=columns, **_out_dtype(hidden, logits))
+
+
 def _over_chunks(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
@@ -221,14 +238,8 @@ def _over_chunks(
     """
     (num_tokens, _), (vocab_size, _), device = student_hidden.shape, weight.shape, student_hidden.device
     dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, weight.dtype), torch.float32)
-    # CUDA multiplies 16-bit operands into float32 results. Elsewhere the operands are converted, the weight in blocks.
-    operand_dtype = weight.dtype if student_hidden.is_cuda and weight.dtype.itemsize == 2 else dtype
-    block_size = vocab_size if weight.dtype == teacher_weight.dtype == operand_dtype else 8192
-
-    def project(hidden: Tensor, weight: Tensor, logits: Tensor) -> None:
-        hidden = hidden.to(operand_dtype)
-        for block, columns in zip(weight.split(block_size), logits.split(block_size, dim=1), strict=True):
-            torch.mm(hidden, block.to(operand_dtype).T, out=columns, **_out_dtype(hidden, logits))
+    operand_dtype = _operand_dtype(student_hidden, weight, dtype)
+    block_size = _block_size(weight, operand_dtype)
 
     def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out=total, **_out_dtype(a, total))
@@ -254,8 +265,8 @@ def _over_chunks(
             student_logits, teacher_logits, gradient = (
                 buffer[: rows.stop - start] for buffer in (*buffers, gradient_buffer)
             )
-            project(student_hidden[rows], weight, student_logits)
-            project(teacher_hidden[rows], teacher_weight, teacher_logits)
+            _project(student_hidden[rows], weight, operand_dtype, student_logits)
+            _project(teacher_hidden[rows], teacher_weight, operand_dtype, teacher_logits)
             values[rows], statistics[:, rows] = elementwise(
                 student_logits,
                 teacher_logits,
@@ -443,3 +454,44 @@ def fused_linear_sampled_token_loss(
     return _fused_linear_loss(
         student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, token_ids, objective, chunk_size
     )
+
+
+@torch.no_grad()
+def fused_linear_logprobs(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """
+    Log-probabilities of given tokens at temperature 1, without gradient and without the full logits.
+
+    Args:
+        hidden: (N, H), what enters the head.
+        lm_head_weight: (V, H).
+        token_ids: (N,), int64.
+        logit_scale, logit_softcap, chunk_size: as for `fused_linear_jsd`.
+
+    Returns:
+        (N,), nats, float32, or float64 if an input is.
+    """
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, lm_head_weight.dtype), torch.float32)
+    operand_dtype = _operand_dtype(hidden, lm_head_weight, dtype)
+    num_tokens, vocab_size = len(hidden), len(lm_head_weight)
+    if chunk_size is None:
+        chunk_size = _automatic_chunk_size(2 * vocab_size * dtype.itemsize, hidden.device)
+    buffer = torch.empty(min(chunk_size, num_tokens), vocab_size, dtype=dtype, device=hidden.device)
+    logprobs = torch.empty(num_tokens, dtype=dtype, device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, num_tokens, chunk_size):
+            rows = slice(start, min(start + chunk_size, num_tokens))
+            logits = buffer[: rows.stop - start]
+            _project(hidden[rows], lm_head_weight, operand_dtype, logits)
+            logits.mul_(logit_scale)
+            if logit_softcap is not None:
+                logits.div_(logit_softcap).tanh_().mul_(logit_softcap)
+            logprobs[rows] = logits.gather(1, token_ids[rows, None]).squeeze(1) - logits.logsumexp(1)
+    return logprobs

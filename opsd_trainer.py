@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,17 +20,26 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.models.utils import _ForwardRedirection
-from trl.trainer.utils import RepeatSampler, global_then_local_main_first, maybe_gather_lm_head_ctx
+from trl.trainer.utils import (
+    RepeatSampler,
+    global_then_local_main_first,
+    maybe_gather_lm_head_ctx,
+    pad,
+    selective_log_softmax,
+    split_tensor_dict,
+)
 
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, SelfDistillationDataCollator, check_template
 from opsd_loss import (
     CLIP_MODES,
     TokenStatistics,
     fused_linear_jsd,
+    fused_linear_logprobs,
     fused_linear_sampled_token_loss,
     generalized_jsd,
     sampled_token_loss,
 )
+from rollouts import OnPolicyGeneration, check_servable
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +70,22 @@ class OPSDConfig(GOLDConfig):
     )
     top_p: float = field(default=0.95, metadata={"help": "Nucleus of the rollouts; 1 switches it off."})
     top_k: int = field(default=20, metadata={"help": "Top-k of the rollouts; 0 switches it off."})
+    min_p: float = field(
+        default=0.0, metadata={"help": "Least probability of a token, relative to the most probable one; 0: off."}
+    )
+    presence_penalty: float = field(
+        default=0.0, metadata={"help": "Of the rollouts, with --use_vllm: taken off tokens that came before; 0: off."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.6, metadata={"help": "Share of a GPU's memory for the colocated vLLM engine."}
+    )
+    vllm_adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder through which adapters reach vLLM; by default in memory. With --vllm_mode server on another "
+            "machine: one that both see."
+        },
+    )
     max_length: int | None = field(
         default=20000,
         metadata={"help": "Prompt and completion together, in tokens. Longer solutions are cut in their middle."},
@@ -117,6 +143,10 @@ class OPSDConfig(GOLDConfig):
             "top_k_loss then shape what is logged only."
         },
     )
+    max_nonfinite_steps: int = field(
+        default=3,
+        metadata={"help": "Stop after so many steps in a row whose loss was not finite; each of them is skipped."},
+    )
     log_completions_steps: int = field(
         default=10, metadata={"help": "With --log_completions: show rollouts at logging steps that this divides."}
     )
@@ -134,6 +164,21 @@ class OPSDConfig(GOLDConfig):
             ("temperature", self.temperature > 0.0, "be positive, since it also divides the logits in the loss"),
             ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]; 1 switches it off"),
             ("top_k", self.top_k >= 0, "not be negative; 0 switches it off"),
+            ("min_p", 0.0 <= self.min_p < 1.0, "lie in [0, 1); 0 switches it off"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "lie in [-2, 2]; 0 switches it off"),
+            (
+                "presence_penalty",
+                self.use_vllm or self.presence_penalty == 0.0,
+                "be 0 without --use_vllm: transformers has no presence penalty",
+            ),
+            ("vllm_mode", self.vllm_mode in ("colocate", "server"), "be colocate or server"),
+            (
+                "vllm_sync_frequency",
+                self.vllm_sync_frequency == 1,
+                "be 1: each rollout comes from the present student",
+            ),
+            ("vllm_structured_outputs_regex", self.vllm_structured_outputs_regex is None, "stay unset"),
+            ("max_nonfinite_steps", self.max_nonfinite_steps >= 1, "be at least 1"),
             ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
             ("top_k_loss", self.top_k_loss >= 0, "not be negative; 0 takes the full vocabulary"),
@@ -147,7 +192,6 @@ class OPSDConfig(GOLDConfig):
             ("seq_kd", not self.seq_kd, "stay off: there is no off-policy part"),
             ("use_uld_loss", not self.use_uld_loss, "stay off: both roles share one tokenizer"),
             ("remove_unused_columns", not self.remove_unused_columns, "stay off: the collator picks its columns"),
-            ("use_vllm", not self.use_vllm, "stay off: vLLM rollouts are not built yet; transformers generates"),
             (
                 "teacher_model_name_or_path",
                 self.teacher_model_name_or_path is None,
@@ -253,9 +297,12 @@ class OPSDTrainer(GOLDTrainer):
                 f"bias={peft_config.bias!r} in the LoRA configuration trains weights that stay when the adapter is "
                 "off, so that --fixed_teacher would move; use bias='none'"
             )
+        if args.use_vllm and peft_config is not None:
+            check_servable(peft_config)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         self.data_collator = self.make_collator(processing_class, args)
+        use_vllm, args.use_vllm = args.use_vllm, False  # GOLD would start an engine that gets its weights by merging
         super().__init__(
             model,
             teacher_model=_NoTeacherModel(),
@@ -267,19 +314,26 @@ class OPSDTrainer(GOLDTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        args.use_vllm = use_vllm
         del self.teacher_model
         if self.generation_config.eos_token_id is None:
             self.generation_config.eos_token_id = processing_class.eos_token_id
+        self.generation_config.min_p = args.min_p or None
         self._forward_redirection = _ForwardRedirection()
         self._head_settings: dict[str, float | None] = {}
         if args.loss_implementation == "fused":
             self._head_settings = read_head_settings(_causal_lm(self.accelerator.unwrap_model(self.model)))
         self._num_loss_tokens: Tensor | None = None  # of the running optimizer step, over all processes
+        self._frozen_weights: Tensor | None = None  # their hashes when training began
+        self._skip_step, self._num_skipped_in_a_row = False, 0
         # Since the last log, or in the running evaluation
         self._token_sums = {mode: self._zero_sums() for mode in ("train", "eval")}
+        self._max_logprob_gap = {mode: torch.zeros((), device=self.accelerator.device) for mode in ("train", "eval")}
         self._lengths: dict[str, list[int]] = {"train": [], "eval": []}  # of the completions of all processes, tokens
         self._truncated: dict[str, list[bool]] = {"train": [], "eval": []}
         self._seconds: dict[str, float] = defaultdict(float)
+        self.rollouts = self._start_rollouts() if use_vllm else None
+        self._synced_step: int | None = None  # at which vLLM got its weights
         # Different noise in each process, or all of them would draw their rollouts with the same random numbers.
         set_seed(args.seed, device_specific=True)
 
@@ -370,11 +424,62 @@ class OPSDTrainer(GOLDTrainer):
         (inputs,), self._buffered_inputs = self._buffered_inputs, None
         return inputs
 
+    def _start_rollouts(self) -> OnPolicyGeneration:
+        args = self.args
+        datasets = [self.train_dataset]
+        if self.eval_dataset is not None:
+            datasets += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        longest = max(len(prompt_ids) for dataset in datasets for prompt_ids in dataset["student_prompt_ids"])
+        longest += args.max_completion_length
+        if args.vllm_max_model_length is not None and args.vllm_max_model_length < longest:
+            raise ValueError(
+                f"--vllm_max_model_length {args.vllm_max_model_length}: the longest prompt needs {longest} tokens with "
+                f"its completion; leave the flag out, or lower --max_length to drop long problems"
+            )
+        end_ids = self.generation_config.eos_token_id
+        model_arguments = args.model_init_kwargs or {}
+        return OnPolicyGeneration(
+            model=self.model,
+            accelerator=self.accelerator,
+            processing_class=self.processing_class,
+            mode=args.vllm_mode,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            server_timeout=args.vllm_server_timeout,
+            group_port=args.vllm_group_port,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=args.vllm_max_model_length or longest,
+            max_num_seqs=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            max_completion_length=args.max_completion_length,
+            generation_kwargs={
+                "presence_penalty": args.presence_penalty,
+                "stop_token_ids": [end_ids] if isinstance(end_ids, int) else end_ids,
+            },
+            seed=args.seed,
+            adapter_dir=args.vllm_adapter_dir,
+            engine_arguments={key: model_arguments[key] for key in ("revision",) if key in model_arguments},
+        )
+
     def _fill_buffer(self, generation_batch: dict[str, Tensor], buffer_steps: int) -> None:
-        """Sample the completions of a whole optimizer step, as GOLD does, and count its tokens over all processes."""
-        with self._timed("rollout"), self._rollout_settings():
-            super()._fill_buffer(generation_batch, buffer_steps)
-        self._buffered_inputs = [self._pair_completions(rollout) for rollout in self._buffered_inputs]
+        """Sample the completions of a whole optimizer step and count its tokens over all processes."""
+        with self._timed("rollout"):
+            if self.rollouts is not None:
+                self._sample_with_vllm(generation_batch, buffer_steps)
+            else:
+                with self._rollout_settings():
+                    super()._fill_buffer(generation_batch, buffer_steps)
+                self._buffered_inputs = [
+                    self._pair_completions(rollout, self._completions_of(rollout)) for rollout in self._buffered_inputs
+                ]
         lengths = torch.cat([inputs["completion_mask"].sum(1) for inputs in self._buffered_inputs])  # (rollouts,)
         truncated = torch.cat([self._is_truncated(inputs) for inputs in self._buffered_inputs])  # (rollouts,)
         all_lengths, all_truncated = self.accelerator.gather((lengths, truncated))
@@ -384,11 +489,44 @@ class OPSDTrainer(GOLDTrainer):
         self._lengths[mode] += all_lengths.tolist()
         self._truncated[mode] += all_truncated.tolist()
         if mode == "train":
-            # In the state that checkpoints hold, so that a resumed run counts on
-            saved = self.state.stateful_callbacks.setdefault("OPSDTrainer", {"num_generated_tokens": 0})
-            saved["num_generated_tokens"] += self._num_loss_tokens.item()
+            self._counts["num_generated_tokens"] += self._num_loss_tokens.item()
             if self.args.save_completions:
                 self._save_completions(lengths.tolist(), truncated.tolist())
+
+    @property
+    def _counts(self) -> dict[str, int]:
+        """What is counted over the whole run, in the state that checkpoints hold, so that a resumed run counts on."""
+        zeros = {"num_generated_tokens": 0, "num_nonfinite_steps": 0}
+        return self.state.stateful_callbacks.setdefault("OPSDTrainer", zeros)
+
+    def _sample_with_vllm(self, generation_batch: dict[str, Tensor], buffer_steps: int) -> None:
+        """One call for the whole optimizer step, from the weights as they are now."""
+        batches = split_tensor_dict(generation_batch, buffer_steps)
+        prompts = [
+            prompt[mask.bool()].tolist()
+            for prompt, mask in zip(
+                generation_batch["prompts"], generation_batch["prompt_attention_mask"], strict=True
+            )
+        ]
+        if self.model.training or self._synced_step != self.state.global_step:
+            self.rollouts.sync_weights()
+            self._synced_step = self.state.global_step
+        _, completions, logprobs, _ = self.rollouts.generate(prompts, step=self.state.global_step)
+        device = generation_batch["prompts"].device
+        completions = [torch.tensor(ids, dtype=torch.long, device=device) for ids in completions]
+        # vLLM's NaN arrives as None
+        logprobs = [
+            torch.tensor([math.nan if value is None else value for (value,) in values], device=device)
+            for values in logprobs
+        ]
+        decode = self.processing_class.batch_decode
+        texts = list(zip(decode(prompts), decode(completions), strict=True))
+        size = len(prompts) // buffer_steps
+        self._buffered_inputs, self._buffered_text_logs = [], []
+        for start, batch in zip(range(0, len(prompts), size), batches, strict=True):
+            rows = slice(start, start + size)
+            self._buffered_inputs.append(self._pair_completions(batch, completions[rows], logprobs[rows]))
+            self._buffered_text_logs.append(tuple(map(list, zip(*texts[rows], strict=True))))
 
     @contextmanager
     def _rollout_settings(self) -> Iterator[None]:
@@ -401,26 +539,39 @@ class OPSDTrainer(GOLDTrainer):
         finally:
             policy.generation_config = published
 
-    def _pair_completions(self, rollout: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def _completions_of(rollout: dict[str, Tensor]) -> list[Tensor]:
+        """The token ids that transformers sampled, without padding."""
+        start = rollout["prompts"].shape[1]
+        is_sampled = rollout["labels"][:, start:] != -100
+        return [ids[mask] for ids, mask in zip(rollout["input_ids"][:, start:], is_sampled, strict=True)]
+
+    def _pair_completions(
+        self, batch: dict[str, Any], completions: list[Tensor], logprobs: list[Tensor] | None = None
+    ) -> dict[str, Any]:
         """
         Put the sampled token ids beside the prompts of both roles, without the padding that all rows share.
 
+        Args:
+            batch: from the collator.
+            completions: token ids of each row, (tokens,).
+            logprobs: what the sampler gave them, (tokens,), where it says so.
+
         Returns:
-            `prompts`, `teacher_prompts` and their `_attention_mask`s, left-padded; `completion_ids` and
-            `completion_mask`, right-padded, of shape (batch, longest completion); `answer`, a list.
+            `prompts`, `teacher_prompts` and their `_attention_mask`s, left-padded; `completion_ids`, `completion_mask`
+            and, with `logprobs`, `rollout_logprobs`, right-padded, (batch, longest completion); `answer`, a list.
         """
         inputs: dict[str, Any] = {}
         for role in ("", "teacher_"):
-            mask = rollout[f"{role}prompt_attention_mask"]
+            mask = batch[f"{role}prompt_attention_mask"]
             width = mask.sum(1).max()
-            inputs[f"{role}prompts"] = rollout[f"{role}prompts"][:, -width:]
+            inputs[f"{role}prompts"] = batch[f"{role}prompts"][:, -width:]
             inputs[f"{role}prompt_attention_mask"] = mask[:, -width:]
-        start = rollout["prompts"].shape[1]
-        completion_mask = rollout["labels"][:, start:] != -100
-        width = completion_mask.sum(1).max()
-        inputs["completion_ids"] = rollout["input_ids"][:, start : start + width]
-        inputs["completion_mask"] = completion_mask[:, :width]
-        inputs["answer"] = rollout.get("answer", [None] * len(completion_mask))
+        inputs["completion_ids"] = pad(completions, padding_value=self.processing_class.pad_token_id)
+        inputs["completion_mask"] = pad([torch.ones_like(ids, dtype=torch.bool) for ids in completions], False)
+        if logprobs is not None:
+            inputs["rollout_logprobs"] = pad(logprobs, padding_value=0.0)
+        inputs["answer"] = batch.get("answer", [None] * len(completions))
         return inputs
 
     def _is_truncated(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -470,20 +621,33 @@ class OPSDTrainer(GOLDTrainer):
             hidden_states = backbone(**self._model_inputs(inputs, role), use_cache=False).last_hidden_state
         return hidden_states[:, -inputs["completion_ids"].shape[1] - 1 : -1][inputs["completion_mask"]]
 
-    def _dense_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, TokenStatistics]:
-        """Loss of each token from the full logits of both roles, (N,): the reference."""
+    def _dense_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, TokenStatistics, Tensor | None]:
+        """
+        The reference, from the full logits of both roles.
+
+        Returns:
+            Loss of each token (N,), its statistics and, where the sampler says what it gave it, the student's
+            log-probability of it at temperature 1 (N,).
+        """
         with self._as_teacher(model):
             teacher_logits = self._completion_logits(model, inputs, "teacher_")  # (N, V)
         student_logits = self._completion_logits(model, inputs, "")  # (N, V)
         per_token, statistics = generalized_jsd(
             student_logits, teacher_logits, **self._objective, return_statistics=True
         )
+        token_ids = inputs["completion_ids"][inputs["completion_mask"]]
         if self.args.use_tinker_loss:
-            token_ids = inputs["completion_ids"][inputs["completion_mask"]]
             per_token = sampled_token_loss(student_logits, teacher_logits, token_ids, temperature=self.temperature)
-        return per_token, statistics
+        logprobs = None
+        if "rollout_logprobs" in inputs:
+            logprobs = selective_log_softmax(student_logits.detach().float(), token_ids)
+        return per_token, statistics, logprobs
 
-    def _fused_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, TokenStatistics]:
+    def _fused_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor]
+    ) -> tuple[Tensor, TokenStatistics, Tensor | None]:
         """
         The same from the hidden states of both roles.
 
@@ -498,19 +662,27 @@ class OPSDTrainer(GOLDTrainer):
 
     def _fused_student_loss(
         self, policy: nn.Module, inputs: dict[str, Tensor], teacher_hidden: Tensor
-    ) -> tuple[Tensor, TokenStatistics]:
+    ) -> tuple[Tensor, TokenStatistics, Tensor | None]:
         student_hidden = self._completion_hidden_states(policy, inputs, "")  # (N, H)
+        token_ids = inputs["completion_ids"][inputs["completion_mask"]]  # (N,)
         weight = _causal_lm(policy).get_output_embeddings().weight  # (V, H)
         with maybe_gather_lm_head_ctx(weight):
             weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            settings = self._head_settings | {"chunk_size": self.args.loss_chunk_size, "return_statistics": True}
-            if not self.args.use_tinker_loss:
-                return fused_linear_jsd(student_hidden, teacher_hidden, weight, **self._objective, **settings)
-            token_ids = inputs["completion_ids"][inputs["completion_mask"]]
-            return fused_linear_sampled_token_loss(
-                student_hidden, teacher_hidden, weight, token_ids,
-                beta=self.beta, temperature=self.temperature, **settings,
-            )  # fmt: skip
+            settings = self._head_settings | {"chunk_size": self.args.loss_chunk_size}
+            logprobs = None
+            if "rollout_logprobs" in inputs:
+                logprobs = fused_linear_logprobs(student_hidden, weight, token_ids, **settings)
+            settings["return_statistics"] = True
+            if self.args.use_tinker_loss:
+                per_token, statistics = fused_linear_sampled_token_loss(
+                    student_hidden, teacher_hidden, weight, token_ids,
+                    beta=self.beta, temperature=self.temperature, **settings,
+                )  # fmt: skip
+            else:
+                per_token, statistics = fused_linear_jsd(
+                    student_hidden, teacher_hidden, weight, **self._objective, **settings
+                )
+        return per_token, statistics, logprobs
 
     @property
     def _objective(self) -> dict[str, Any]:
@@ -528,16 +700,39 @@ class OPSDTrainer(GOLDTrainer):
     ) -> Tensor:
         """The micro-batch's share of the loss: its sum over the mean's denominator, the tokens of the optimizer step."""
         loss_of_tokens = self._fused_loss if self.args.loss_implementation == "fused" else self._dense_loss
-        per_token, statistics = loss_of_tokens(model, inputs)  # (N,)
+        per_token, statistics, logprobs = loss_of_tokens(model, inputs)  # (N,)
+        # DDP, ZeRO and FSDP average the gradients of the processes
+        loss = per_token.sum() * self.accelerator.num_processes / self._num_loss_tokens.clamp(min=1)
+        if self.model.training and self._is_nonfinite(loss):
+            return self._skipped_loss(model, inputs, per_token.detach())
 
+        mode = "train" if self.model.training else "eval"
         num_entries = per_token.numel()
         if self.args.jsd_clip_mode == "pointwise":
             num_entries *= self._objective["top_k"] or self.model.config.get_text_config().vocab_size
-        sums = self._token_sums["train" if self.model.training else "eval"]
+        gap = per_token.new_zeros(1)
+        if logprobs is not None:
+            gap = torch.cat([gap, (logprobs - inputs["rollout_logprobs"][inputs["completion_mask"]]).abs()])
+        sums = self._token_sums[mode]
         sums[:2] += sums.new_tensor([per_token.numel(), num_entries])
-        sums[2:] += torch.stack([value.sum(dtype=torch.float64) for value in statistics])
-        # DDP, ZeRO and FSDP average the gradients of the processes
-        return per_token.sum() * self.accelerator.num_processes / self._num_loss_tokens.clamp(min=1)
+        sums[2:] += torch.stack([value.sum(dtype=torch.float64) for value in (*statistics, gap)])
+        self._max_logprob_gap[mode] = torch.maximum(self._max_logprob_gap[mode], gap.max())
+        return loss
+
+    def _is_nonfinite(self, loss: Tensor) -> bool:
+        """Whether the micro-batch's loss is infinite or not a number on any process."""
+        return self.accelerator.reduce((~loss.detach().isfinite()).float(), "sum").item() > 0
+
+    def _skipped_loss(self, model: nn.Module, inputs: dict[str, Tensor], per_token: Tensor) -> Tensor:
+        """Keep the batch, and give a loss of zero for a step that will not move the weights."""
+        step = self.state.global_step + 1
+        path = Path(self.args.output_dir, "nonfinite", f"step_{step:05d}_process_{self.accelerator.process_index}.pt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"step": step, "inputs": inputs, "loss_of_tokens": per_token}, path)
+        logger.error("step %d: the loss is not finite; the step is skipped and its batch kept in %s", step, path)
+        self._skip_step = True
+        # Through the model, for DDP, ZeRO and FSDP wait for its gradient; but not through what is not finite.
+        return model(input_ids=inputs["prompts"][:1, -1:], use_cache=False).logits.sum() * 0.0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         with self._timed("step"):
@@ -548,7 +743,24 @@ class OPSDTrainer(GOLDTrainer):
                 self._metrics["train"][f"seconds/{phase}"].append(seconds[phase])
             student_seconds = seconds["step"] - seconds["rollout"] - seconds["teacher"]  # forward, loss and backward
             self._metrics["train"]["seconds/student"].append(student_seconds)
+            self._count_skipped_steps()
         return loss
+
+    def _count_skipped_steps(self) -> None:
+        """Count the step if it is skipped; stop where no end is in sight."""
+        if not self._skip_step:
+            self._num_skipped_in_a_row = 0
+            return
+        self._skip_step = False
+        self._counts["num_nonfinite_steps"] += 1
+        self._num_skipped_in_a_row += 1
+        if self._num_skipped_in_a_row >= self.args.max_nonfinite_steps:
+            raise FloatingPointError(
+                f"the loss was not finite in {self._num_skipped_in_a_row} steps in a row, up to step "
+                f"{self.state.global_step + 1}; their batches are in {Path(self.args.output_dir, 'nonfinite')}. Look at them, "
+                "lower --learning_rate, or raise --max_nonfinite_steps; --resume_from_checkpoint true goes on from the last "
+                "complete checkpoint"
+            )
 
     # Logging
 
@@ -563,8 +775,8 @@ class OPSDTrainer(GOLDTrainer):
             self._seconds[phase] += time.perf_counter() - start
 
     def _zero_sums(self) -> Tensor:
-        """Sums over tokens: their number, that of the summands that the cap applies to, and `TokenStatistics`."""
-        return torch.zeros(2 + len(TokenStatistics._fields), dtype=torch.float64, device=self.accelerator.device)
+        """Sums over tokens: their number, that of the summands that the cap applies to, `TokenStatistics`, and the gap."""
+        return torch.zeros(3 + len(TokenStatistics._fields), dtype=torch.float64, device=self.accelerator.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed up since the last log, over all processes, to what is logged."""
@@ -573,7 +785,7 @@ class OPSDTrainer(GOLDTrainer):
         if lengths := self._lengths[mode]:
             sums = self.accelerator.reduce(self._token_sums[mode], "sum")
             num_tokens, num_entries = sums[:2].clamp(min=1).tolist()
-            total = TokenStatistics(*sums[2:].tolist())
+            total = TokenStatistics(*sums[2:-1].tolist())
             values = {
                 "divergence": total.divergence / num_tokens,
                 "clip/entries_ratio": total.clipped_entries / num_entries,
@@ -585,8 +797,12 @@ class OPSDTrainer(GOLDTrainer):
                 "completions/max_length": max(lengths),
                 "completions/truncated_ratio": sum(self._truncated[mode]) / len(lengths),
             }
+            if self.rollouts is not None:
+                values["rollout_logprob_gap"] = sums[-1].item() / num_tokens
+                values["rollout_logprob_gap_max"] = self.accelerator.gather(self._max_logprob_gap[mode]).max().item()
+                self._max_logprob_gap[mode].zero_()
             if mode == "train":
-                values["num_generated_tokens"] = self.state.stateful_callbacks["OPSDTrainer"]["num_generated_tokens"]
+                values |= self._counts
             self._metrics[mode].update({name: [value] for name, value in values.items()})
             self._token_sums[mode], self._lengths[mode], self._truncated[mode] = self._zero_sums(), [], []
         super().log(logs, start_time)

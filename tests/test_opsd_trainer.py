@@ -481,7 +481,6 @@ def test_model_without_end_of_sequence_token_takes_the_tokenizers(tiny_model_dir
         ({"max_completion_length": 100, "max_length": 100}, "--max_completion_length 100 leaves no room"),
         ({"student_prompt": "{question}"}, "--student_prompt lacks the placeholder {problem}"),
         ({"top_k_loss": -1}, "--top_k_loss -1"),
-        ({"use_vllm": True}, "--use_vllm True"),
         ({"loss_implementation": "sparse"}, "--loss_implementation sparse: must be one of fused, dense"),
         ({"top_p": 0.0}, "--top_p 0.0: must lie in"),
         ({"remove_unused_columns": True}, "--remove_unused_columns True"),

@@ -1,0 +1,368 @@
+"""
+On-policy rollouts: vLLM samples from exactly the policy that is being trained.
+
+TRL's `VLLMGeneration` hands LoRA to vLLM by merging it into the base weights and unmerging it again. In bfloat16 that
+moves the base, which is the teacher, and rounds most of a young adapter away (`benchmarks/weight_sync.md`). Here vLLM
+loads the base once and serves the adapter natively; a sync hands over the adapter and writes to nothing else.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration, empty_cache, extract_logprobs
+
+from vllm_engine import engine_options, keep_linear_weights, lora_options, stop_engine
+
+MEMORY_DIR = Path("/dev/shm")
+MEMORY_DIR_FREE = 2**31  # bytes that must be free for it to be used; containers often have 64 MiB
+
+
+def check_servable(peft_config: PeftConfig) -> None:
+    """Raise `ValueError`, naming the flag, for an adapter that vLLM cannot serve as it is trained."""
+    for flag, servable, way_out in (
+        ("lora_modules_to_save", not getattr(peft_config, "modules_to_save", None), "leave it out"),
+        ("use_dora", not getattr(peft_config, "use_dora", False), "leave it out"),
+        ("peft_type", isinstance(peft_config, LoraConfig), "use LoRA"),
+        ("rank_pattern", not getattr(peft_config, "rank_pattern", None), "give all modules one rank"),
+        ("alpha_pattern", not getattr(peft_config, "alpha_pattern", None), "give all modules one alpha"),
+    ):
+        if not servable:
+            raise ValueError(
+                f"--{flag}: vLLM does not serve such an adapter natively; {way_out}, or sample without --use_vllm"
+            )
+
+
+def sample_seeds(prompts: Sequence[Sequence[int]], seed: int, step: int) -> list[int]:
+    """
+    A seed for each rollout, 63 bits, from the run's seed, the step, the prompt and how often it came before.
+
+    So a rollout depends neither on its place in the batch, nor on the number of processes, nor on a resume.
+    """
+    occurrences: Counter[bytes] = Counter()
+    seeds = []
+    for prompt in prompts:
+        key = hashlib.sha256(json.dumps([seed, step, list(prompt)]).encode()).digest()
+        digest = hashlib.sha256(key + occurrences[key].to_bytes(4, "big")).digest()
+        occurrences[key] += 1
+        seeds.append(int.from_bytes(digest[:8], "big") >> 1)
+    return seeds
+
+
+class OnPolicyGeneration(VLLMGeneration):
+    """
+    `VLLMGeneration` that serves the adapter natively and seeds each sample.
+
+    - LoRA, colocated: each process has an engine on its device. `sync_weights` puts the adapter into a memory-backed
+      folder, once per machine, and loads it under a new name and id, by which vLLM also keys its prefix cache.
+    - LoRA, server: the main process talks to a vLLM server that sees the same folder (`scripts/serve_vllm.sh`).
+    - Full fine-tuning: the weights are streamed as TRL does it, which without an adapter merges nothing.
+
+    Args:
+        args, kwargs: those of `VLLMGeneration`.
+        seed: of the run.
+        adapter_dir: folder through which adapters reach vLLM; `None` for a memory-backed one.
+        engine_arguments: further arguments of `vllm.LLM`, such as `revision`.
+
+    Raises:
+        ValueError: for an adapter or a number of processes that the engine cannot serve.
+        ConnectionError: in server mode, if the server does not answer.
+    """
+
+    logprobs_mode = "raw_logprobs"  # of the model itself: before temperature, penalties and truncation
+
+    def __init__(
+        self,
+        *args: Any,
+        seed: int = 0,
+        adapter_dir: str | None = None,
+        engine_arguments: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        self.seed = seed
+        if adapter_dir is None:
+            has_room = MEMORY_DIR.is_dir() and shutil.disk_usage(MEMORY_DIR).free > MEMORY_DIR_FREE
+            adapter_dir = MEMORY_DIR if has_room else tempfile.gettempdir()
+        self.adapter_dir = Path(adapter_dir).resolve()
+        self.engine_arguments = engine_arguments or {}
+        self.num_syncs = 0
+        self.adapter_bytes = 0  # of the last sync
+        self._adapter: Any = None  # what vLLM holds: a LoRARequest, or with a server its name
+        super().__init__(*args, **kwargs)
+
+    @property
+    def _lora_config(self) -> LoraConfig | None:
+        return self.model.peft_config["default"] if isinstance(self.model, PeftModel) else None
+
+    # Engine
+
+    def _init_vllm(self) -> None:
+        self._llm_weights_sleeping = False
+        if self._lora_config is not None:
+            check_servable(self._lora_config)
+        (self._run_id,) = broadcast_object_list([f"opsd-{uuid.uuid4().hex}"])
+        self._url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
+        if self.mode == "colocate":
+            self._start_engine()
+        elif self._lora_config is None:
+            super()._init_vllm()
+        elif self.accelerator.is_main_process:
+            with self._server_errors():
+                self.vllm_client = VLLMClient(base_url=self._url, connection_timeout=self.server_timeout)
+        self.accelerator.wait_for_everyone()
+
+    def _start_engine(self) -> None:
+        accelerator, size = self.accelerator, self.tensor_parallel_size
+        if accelerator.num_processes % size:
+            raise ValueError(
+                f"--vllm_tensor_parallel_size {size}: must divide the number of processes, {accelerator.num_processes}"
+            )
+        if size > 1:
+            self.tp_group, _ = torch.distributed.new_subgroups(size)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process
+
+        options = engine_options(self.gpu_memory_utilization)
+        mixed_precision = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision)
+        options["dtype"] = mixed_precision or str(self.model.dtype).removeprefix("torch.")
+        if self._lora_config is None:
+            keep_linear_weights()
+        else:
+            options |= lora_options(self._lora_config.r)
+        from vllm import LLM
+
+        self.llm = LLM(
+            self.model.name_or_path,
+            tensor_parallel_size=size,
+            max_model_len=self.max_model_length,
+            max_num_seqs=self.max_num_seqs * size,
+            enable_sleep_mode=self.enable_sleep_mode,
+            model_impl=self.model_impl,
+            trust_remote_code=self.trust_remote_code,
+            # With several processes the engine joins the process group of the training.
+            distributed_executor_backend="external_launcher" if accelerator.num_processes > 1 else "uni",
+            logprobs_mode=self.logprobs_mode,
+            **options,
+            **self.engine_arguments,
+        )
+        self._sleep()
+
+    def close(self) -> None:
+        """Free what a colocated engine holds, so that this process can start another one."""
+        if self.mode == "colocate":
+            stop_engine(self.llm)
+
+    def _sleep(self) -> None:
+        """Free the GPU for training. The base weights wait in host memory, unless each sync sends all of them anyway."""
+        if self.enable_sleep_mode:
+            self.llm.sleep(level=2 if self._lora_config is None else 1)
+            self._llm_weights_sleeping = True
+
+    @contextmanager
+    def _server_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # TRL's client raises nothing more specific
+            raise ConnectionError(
+                f"the vLLM server at {self._url} failed: {error}\nStart it with scripts/serve_vllm.sh (the same "
+                "model, --max-lora-rank at least --lora_r, a folder that both see: --vllm_adapter_dir), or sample in the "
+                "training processes with --vllm_mode colocate. --resume_from_checkpoint true goes on from the last "
+                "complete checkpoint"
+            ) from error
+
+    # Weights
+
+    def sync_weights(self) -> None:
+        """Hand the present adapter (in full fine-tuning: all weights) to vLLM. All processes call it together."""
+        if self._lora_config is None:
+            super().sync_weights()
+            return
+        if self._llm_weights_sleeping:
+            empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            self._llm_weights_sleeping = False
+        tensors = self._adapter_tensors()
+        self.adapter_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        self.num_syncs += 1
+        folder = self.adapter_dir / f"{self._run_id}-{self.num_syncs}"
+        has_server = self.mode == "server"
+        writes = self.accelerator.is_main_process if has_server else self.accelerator.is_local_main_process
+        try:
+            if writes:
+                folder.mkdir(parents=True)
+                save_file(tensors, folder / "adapter_model.safetensors")
+                self._lora_config.save_pretrained(folder)
+            self.accelerator.wait_for_everyone()
+            if not has_server:
+                self._load_adapter(folder)
+            elif writes:
+                self._send_adapter(folder)
+            self.accelerator.wait_for_everyone()
+        finally:
+            if writes:  # vLLM has it in memory now, and would fail if it ever had to read it again
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _adapter_tensors(self) -> dict[str, Tensor]:
+        """The whole adapter as it stands, on the CPU, under the names that PEFT saves it with."""
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        with self._dist.gather_params(list(trained.values())):
+            tensors = {}
+            for name, weight in trained.items():
+                weight = weight.detach()
+                weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+                tensors[self._fix_param_name_to_vllm(name)] = weight.to("cpu", copy=True)
+        return get_peft_model_state_dict(self.model, state_dict=tensors, save_embedding_layers=False)
+
+    def _load_adapter(self, folder: Path) -> None:
+        from vllm.lora.request import LoRARequest
+
+        engine = self.llm.llm_engine
+        if self._adapter is not None:
+            engine.remove_lora(self._adapter.lora_int_id)
+        self._adapter = LoRARequest(folder.name, self.num_syncs, str(folder))
+        engine.add_lora(self._adapter)
+
+    def _send_adapter(self, folder: Path) -> None:
+        def post(action: str, **payload: str) -> None:
+            response = self.vllm_client.session.post(f"{self._url}/v1/{action}_lora_adapter", json=payload)
+            if response.status_code != 200:
+                raise RuntimeError(f"{action}_lora_adapter: {response.status_code}, {response.text}")
+
+        with self._server_errors():
+            if self._adapter is not None:
+                post("unload", lora_name=self._adapter)
+            self._adapter = folder.name
+            post("load", lora_name=folder.name, lora_path=str(folder))
+
+    # Sampling
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images: None = None,
+        num_generations: int = 1,
+        profiler: Any = None,
+        step: int = 0,
+    ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
+        """
+        One completion for each prompt, from the adapter (in full fine-tuning: the weights) of the last sync.
+
+        Args:
+            prompts: token ids of this process, with repetitions where a prompt shall have several completions.
+            images, num_generations, profiler: of `VLLMGeneration.generate`; not used.
+            step: with the run's seed and the prompt, what a sample's seed derives from.
+
+        Returns:
+            As `VLLMGeneration.generate`: prompts, completions (token ids, with the end-of-sequence token where there
+            is one), and log-probabilities and ids of the sampled tokens, (prompts, tokens, 1).
+        """
+        seeds = sample_seeds(prompts, self.seed, step)
+        settings = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty,
+            "max_tokens": self.max_completion_length,
+            "logprobs": 0,
+        } | self.generation_kwargs
+        sample = self._sample_colocated if self.mode == "colocate" else self._sample_from_server
+        completions, logprobs, logprob_token_ids = sample(prompts, seeds, settings)
+        return prompts, completions, logprobs, logprob_token_ids
+
+    def _sample_colocated(self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any]) -> tuple:
+        from vllm import SamplingParams
+
+        own = slice(len(prompts))
+        if self.tensor_parallel_size > 1:  # all processes of a group run the requests of all of them
+            gathered = [None] * self.tensor_parallel_size
+            torch.distributed.all_gather_object(gathered, (prompts, seeds), group=self.tp_group)
+            before = sum(len(part[0]) for part in gathered[: torch.distributed.get_rank(self.tp_group)])
+            own = slice(before, before + len(prompts))
+            prompts, seeds = ([item for part in gathered for item in part[field]] for field in (0, 1))
+        if self._llm_weights_sleeping:
+            self.sync_weights()
+        if self.enable_sleep_mode:
+            self.llm.wake_up(tags=["kv_cache"])
+        try:
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": prompt} for prompt in prompts],
+                [SamplingParams(seed=seed, detokenize=False, **settings) for seed in seeds],
+                lora_request=self._adapter,
+                use_tqdm=False,
+            )[own]
+        except Exception as error:
+            error.add_note(
+                "vLLM failed while it sampled rollouts. Checkpoints are not touched: --resume_from_checkpoint true goes on "
+                "from the last complete one. If memory ran out, lower --vllm_gpu_memory_utilization"
+            )
+            raise
+        self._sleep()
+        return [list(output.outputs[0].token_ids) for output in outputs], *extract_logprobs(outputs)
+
+    def _sample_from_server(self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any]) -> tuple:
+        """The main process asks for the rollouts of all processes, each with its seed, all at once."""
+        if self._adapter is not None:
+            settings = settings | {"model": self._adapter}
+
+        def request(prompt: list[int], seed: int) -> dict[str, list]:
+            return self.vllm_client.generate([prompt], generation_kwargs=settings | {"seed": seed})
+
+        replies = self._ask_server(request, prompts, seeds)
+        return tuple(
+            [reply[key][0] for reply in replies] for key in ("completion_ids", "logprobs", "logprob_token_ids")
+        )
+
+    def _ask_server(self, request: Callable[..., Any], *columns: list) -> list:
+        """Replies to the requests of this process, which the main process makes along with those of all others."""
+        all_columns = [gather_object(column) for column in columns]
+        replies = None
+        if self.accelerator.is_main_process:
+            with self._server_errors(), ThreadPoolExecutor(max_workers=64) as executor:
+                replies = list(executor.map(request, *all_columns))
+        (replies,) = broadcast_object_list([replies])
+        before = self.accelerator.process_index * len(columns[0])
+        return replies[before : before + len(columns[0])]
+
+    def score_base(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
+        """Log-probabilities in nats that vLLM gives the tokens of completions without any adapter."""
+        sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        starts = [len(prompt) for prompt in prompts]
+        if self.mode == "server":
+
+            def request(sequence: list[int], start: int) -> list[float]:
+                scores = self.vllm_client.get_sequence_logprobs([sequence], [start], top_logprobs=1)
+                return [value for (value,) in scores["actual_logprobs"][0]]
+
+            return self._ask_server(request, sequences, starts)
+        from vllm import SamplingParams
+
+        if self._llm_weights_sleeping:
+            self.sync_weights()
+        if self.enable_sleep_mode:
+            self.llm.wake_up(tags=["kv_cache"])
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": sequence} for sequence in sequences],
+            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        self._sleep()
+        return [
+            [output.prompt_logprobs[position][sequence[position]].logprob for position in range(start, len(sequence))]
+            for output, sequence, start in zip(outputs, sequences, starts, strict=True)
+        ]
