@@ -1,5 +1,6 @@
 """On-policy self-distillation: one model samples as student and teaches itself as teacher (arXiv 2601.18734)."""
 
+import hashlib
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ from trl.trainer.utils import (
     split_tensor_dict,
 )
 
+from checkpoints import CompleteCheckpoints
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, SelfDistillationDataCollator, check_template
 from opsd_loss import (
     CLIP_MODES,
@@ -145,7 +147,7 @@ class OPSDConfig(GOLDConfig):
     )
     max_nonfinite_steps: int = field(
         default=3,
-        metadata={"help": "Stop after so many steps in a row whose loss was not finite; each of them is skipped."},
+        metadata={"help": "Stop after so many steps in a row with a loss or gradient that was not finite; each is skipped."},
     )
     log_completions_steps: int = field(
         default=10, metadata={"help": "With --log_completions: show rollouts at logging steps that this divides."}
@@ -249,7 +251,7 @@ def read_head_settings(causal_lm: PreTrainedModel) -> dict[str, float | None]:
     return {"logit_scale": scale, "logit_softcap": getattr(config, "final_logit_softcapping", None)}
 
 
-class OPSDTrainer(GOLDTrainer):
+class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     """
     Trains a model to match itself: the student's distribution, given the problem, follows the teacher's, which is
     also given the reference solution, at every token that the student samples.
@@ -324,8 +326,9 @@ class OPSDTrainer(GOLDTrainer):
         if args.loss_implementation == "fused":
             self._head_settings = read_head_settings(_causal_lm(self.accelerator.unwrap_model(self.model)))
         self._num_loss_tokens: Tensor | None = None  # of the running optimizer step, over all processes
-        self._frozen_weights: Tensor | None = None  # their hashes when training began
-        self._skip_step, self._num_skipped_in_a_row = False, 0
+        self._frozen_sums: Tensor | None = None  # of the frozen weights when training began
+        self._nonfinite_losses: dict[int, Tensor] = {}  # of the running step, by micro-batch: the loss of each token
+        self._num_skipped_in_a_row = 0
         # Since the last log, or in the running evaluation
         self._token_sums = {mode: self._zero_sums() for mode in ("train", "eval")}
         self._max_logprob_gap = {mode: torch.zeros((), device=self.accelerator.device) for mode in ("train", "eval")}
@@ -391,7 +394,13 @@ class OPSDTrainer(GOLDTrainer):
         # TRL's sampler draws each epoch's order from where the last one left its generator, which a resumed run does
         # not know: let it depend on the epoch alone.
         self._train_sampler.generator.manual_seed(self.args.seed + epoch)
+        self._check_frozen_weights()
         super()._run_epoch(*args, epoch=epoch, **kwargs)
+        self._check_frozen_weights()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_frozen_weights()
+        super()._save_checkpoint(model, trial)
 
     # Teacher
 
@@ -414,6 +423,42 @@ class OPSDTrainer(GOLDTrainer):
             policy.disable_adapter() if self.args.fixed_teacher else nullcontext(),
         ):
             yield
+
+    def _check_frozen_weights(self) -> None:
+        """
+        Compare the frozen weights, among them the fixed teacher's, with those at the start of the training and, after a
+        resume, of the first start; raise `RuntimeError` on all processes if one has changed on any.
+
+        The measure is the sum of a weight's bit patterns as integers, over the part of it that this process holds.
+        """
+        frozen = {name: weight for name, weight in self.model.named_parameters() if not weight.requires_grad}
+        sums = torch.zeros(len(frozen), dtype=torch.int64, device=self.accelerator.device)
+        is_sharded = False
+        for i, weight in enumerate(frozen.values()):
+            part = getattr(
+                weight, "ds_tensor", weight.detach()
+            )  # ZeRO-3 leaves an empty weight and keeps its part there
+            is_sharded |= hasattr(weight, "ds_tensor") or isinstance(weight, DTensor)
+            part = part.to_local() if isinstance(part, DTensor) else part
+            integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.dtype.itemsize]
+            sums[i] = part.view(integers).sum(dtype=torch.int64)
+        if self._frozen_sums is None:
+            self._frozen_sums = sums
+            whole = self.accelerator.reduce(sums, "sum") if is_sharded else sums
+            checksum = hashlib.sha256(whole.cpu().numpy().tobytes()).hexdigest()
+            if self._saved.setdefault("frozen_weights", checksum) != checksum:
+                raise RuntimeError(
+                    "the frozen weights are not those that the checkpoint was trained with: is --model_name_or_path another "
+                    "model or revision, or --dtype another one? Resume with the model of the first start"
+                )
+        changed = sums != self._frozen_sums
+        if self.accelerator.reduce(changed.any().float(), "sum").item() > 0:
+            names = [name for name, is_changed in zip(frozen, changed.tolist(), strict=True) if is_changed]
+            raise RuntimeError(
+                f"frozen weights have changed by step {self.state.global_step}, so that --fixed_teacher is no longer the "
+                f"initial policy: {len(names)} of {len(frozen)} on this process, {names[:3]}. Something writes to the base "
+                "model (merging the adapter does); earlier checkpoints are not affected"
+            )
 
     # Rollout
 
@@ -489,15 +534,17 @@ class OPSDTrainer(GOLDTrainer):
         self._lengths[mode] += all_lengths.tolist()
         self._truncated[mode] += all_truncated.tolist()
         if mode == "train":
-            self._counts["num_generated_tokens"] += self._num_loss_tokens.item()
+            self._count("num_generated_tokens", self._num_loss_tokens.item())
             if self.args.save_completions:
                 self._save_completions(lengths.tolist(), truncated.tolist())
 
     @property
-    def _counts(self) -> dict[str, int]:
-        """What is counted over the whole run, in the state that checkpoints hold, so that a resumed run counts on."""
-        zeros = {"num_generated_tokens": 0, "num_nonfinite_steps": 0}
-        return self.state.stateful_callbacks.setdefault("OPSDTrainer", zeros)
+    def _saved(self) -> dict[str, Any]:
+        """What checkpoints hold of the run beside the trainer's own state, so that a resumed run goes on from there."""
+        return self.state.stateful_callbacks.setdefault("OPSDTrainer", {})
+
+    def _count(self, name: str, number: int) -> None:
+        self._saved[name] = self._saved.get(name, 0) + number
 
     def _sample_with_vllm(self, generation_batch: dict[str, Tensor], buffer_steps: int) -> None:
         """One call for the whole optimizer step, from the weights as they are now."""
@@ -703,8 +750,10 @@ class OPSDTrainer(GOLDTrainer):
         per_token, statistics, logprobs = loss_of_tokens(model, inputs)  # (N,)
         # DDP, ZeRO and FSDP average the gradients of the processes
         loss = per_token.sum() * self.accelerator.num_processes / self._num_loss_tokens.clamp(min=1)
-        if self.model.training and self._is_nonfinite(loss):
-            return self._skipped_loss(model, inputs, per_token.detach())
+        if self.model.training and not loss.isfinite():
+            micro_batch = (self._step - 1) % self.args.gradient_accumulation_steps
+            self._nonfinite_losses[micro_batch] = per_token.detach()
+            return loss * math.nan  # an infinite loss may have a finite gradient; `_get_grad_norm` must see this one
 
         mode = "train" if self.model.training else "eval"
         num_entries = per_token.numel()
@@ -719,21 +768,6 @@ class OPSDTrainer(GOLDTrainer):
         self._max_logprob_gap[mode] = torch.maximum(self._max_logprob_gap[mode], gap.max())
         return loss
 
-    def _is_nonfinite(self, loss: Tensor) -> bool:
-        """Whether the micro-batch's loss is infinite or not a number on any process."""
-        return self.accelerator.reduce((~loss.detach().isfinite()).float(), "sum").item() > 0
-
-    def _skipped_loss(self, model: nn.Module, inputs: dict[str, Tensor], per_token: Tensor) -> Tensor:
-        """Keep the batch, and give a loss of zero for a step that will not move the weights."""
-        step = self.state.global_step + 1
-        path = Path(self.args.output_dir, "nonfinite", f"step_{step:05d}_process_{self.accelerator.process_index}.pt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"step": step, "inputs": inputs, "loss_of_tokens": per_token}, path)
-        logger.error("step %d: the loss is not finite; the step is skipped and its batch kept in %s", step, path)
-        self._skip_step = True
-        # Through the model, for DDP, ZeRO and FSDP wait for its gradient; but not through what is not finite.
-        return model(input_ids=inputs["prompts"][:1, -1:], use_cache=False).logits.sum() * 0.0
-
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         with self._timed("step"):
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -743,24 +777,36 @@ class OPSDTrainer(GOLDTrainer):
                 self._metrics["train"][f"seconds/{phase}"].append(seconds[phase])
             student_seconds = seconds["step"] - seconds["rollout"] - seconds["teacher"]  # forward, loss and backward
             self._metrics["train"]["seconds/student"].append(student_seconds)
-            self._count_skipped_steps()
         return loss
 
-    def _count_skipped_steps(self) -> None:
-        """Count the step if it is skipped; stop where no end is in sight."""
-        if not self._skip_step:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """
+        The gradient's norm over all processes, right before the optimizer's step, which is skipped if it is not finite.
+
+        Raises:
+            FloatingPointError: for the `max_nonfinite_steps`th such step in a row.
+        """
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        losses, self._nonfinite_losses = self._nonfinite_losses, {}
+        # In float16 the loss scaler skips such steps itself, and meets them all the time.
+        if math.isfinite(grad_norm) or self.accelerator.mixed_precision == "fp16":
             self._num_skipped_in_a_row = 0
-            return
-        self._skip_step = False
-        self._counts["num_nonfinite_steps"] += 1
+            return grad_norm
+        model.zero_grad()  # without a gradient, weights and moments stay as they are; DeepSpeed has left them by itself
+        step = self.state.global_step + 1
+        path = Path(self.args.output_dir, "nonfinite", f"step_{step:05d}_process_{self.accelerator.process_index}.pt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"step": step, "inputs": self._buffered_inputs, "loss_of_tokens": losses}, path)
+        logger.error("step %d: loss or gradient not finite; the step is skipped, its batch kept in %s", step, path)
+        self._count("num_nonfinite_steps", 1)
         self._num_skipped_in_a_row += 1
         if self._num_skipped_in_a_row >= self.args.max_nonfinite_steps:
             raise FloatingPointError(
-                f"the loss was not finite in {self._num_skipped_in_a_row} steps in a row, up to step "
-                f"{self.state.global_step + 1}; their batches are in {Path(self.args.output_dir, 'nonfinite')}. Look at them, "
-                "lower --learning_rate, or raise --max_nonfinite_steps; --resume_from_checkpoint true goes on from the last "
-                "complete checkpoint"
+                f"loss or gradient not finite in {self._num_skipped_in_a_row} steps in a row, up to step {step}; their "
+                f"batches are in {path.parent}. Look at them, lower --learning_rate, or raise --max_nonfinite_steps; "
+                "--resume_from_checkpoint true goes on from the last complete checkpoint"
             )
+        return grad_norm
 
     # Logging
 
@@ -802,7 +848,7 @@ class OPSDTrainer(GOLDTrainer):
                 values["rollout_logprob_gap_max"] = self.accelerator.gather(self._max_logprob_gap[mode]).max().item()
                 self._max_logprob_gap[mode].zero_()
             if mode == "train":
-                values |= self._counts
+                values |= {name: self._saved.get(name, 0) for name in ("num_generated_tokens", "num_nonfinite_steps")}
             self._metrics[mode].update({name: [value] for name, value in values.items()})
             self._token_sums[mode], self._lengths[mode], self._truncated[mode] = self._zero_sums(), [], []
         super().log(logs, start_time)

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -258,6 +258,7 @@ class OnPolicyGeneration(VLLMGeneration):
         num_generations: int = 1,
         profiler: Any = None,
         step: int = 0,
+        base: bool = False,
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
         """
         One completion for each prompt, from the adapter (in full fine-tuning: the weights) of the last sync.
@@ -266,6 +267,7 @@ class OnPolicyGeneration(VLLMGeneration):
             prompts: token ids of this process, with repetitions where a prompt shall have several completions.
             images, num_generations, profiler: of `VLLMGeneration.generate`; not used.
             step: with the run's seed and the prompt, what a sample's seed derives from.
+            base: sample from the base model, without the adapter.
 
         Returns:
             As `VLLMGeneration.generate`: prompts, completions (token ids, with the end-of-sequence token where there
@@ -282,10 +284,13 @@ class OnPolicyGeneration(VLLMGeneration):
             "logprobs": 0,
         } | self.generation_kwargs
         sample = self._sample_colocated if self.mode == "colocate" else self._sample_from_server
-        completions, logprobs, logprob_token_ids = sample(prompts, seeds, settings)
+        adapter = None if base else self._adapter
+        completions, logprobs, logprob_token_ids = sample(prompts, seeds, settings, adapter)
         return prompts, completions, logprobs, logprob_token_ids
 
-    def _sample_colocated(self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any]) -> tuple:
+    def _sample_colocated(
+        self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any], adapter: Any
+    ) -> tuple:
         from vllm import SamplingParams
 
         own = slice(len(prompts))
@@ -303,7 +308,7 @@ class OnPolicyGeneration(VLLMGeneration):
             outputs = self.llm.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts],
                 [SamplingParams(seed=seed, detokenize=False, **settings) for seed in seeds],
-                lora_request=self._adapter,
+                lora_request=adapter,
                 use_tqdm=False,
             )[own]
         except Exception as error:
@@ -315,54 +320,24 @@ class OnPolicyGeneration(VLLMGeneration):
         self._sleep()
         return [list(output.outputs[0].token_ids) for output in outputs], *extract_logprobs(outputs)
 
-    def _sample_from_server(self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any]) -> tuple:
+    def _sample_from_server(
+        self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any], adapter: str | None
+    ) -> tuple:
         """The main process asks for the rollouts of all processes, each with its seed, all at once."""
-        if self._adapter is not None:
-            settings = settings | {"model": self._adapter}
+        if adapter is not None:
+            settings = settings | {"model": adapter}
 
         def request(prompt: list[int], seed: int) -> dict[str, list]:
             return self.vllm_client.generate([prompt], generation_kwargs=settings | {"seed": seed})
 
-        replies = self._ask_server(request, prompts, seeds)
-        return tuple(
-            [reply[key][0] for reply in replies] for key in ("completion_ids", "logprobs", "logprob_token_ids")
-        )
-
-    def _ask_server(self, request: Callable[..., Any], *columns: list) -> list:
-        """Replies to the requests of this process, which the main process makes along with those of all others."""
-        all_columns = [gather_object(column) for column in columns]
+        all_prompts, all_seeds = gather_object(prompts), gather_object(seeds)
         replies = None
         if self.accelerator.is_main_process:
             with self._server_errors(), ThreadPoolExecutor(max_workers=64) as executor:
-                replies = list(executor.map(request, *all_columns))
+                replies = list(executor.map(request, all_prompts, all_seeds))
         (replies,) = broadcast_object_list([replies])
-        before = self.accelerator.process_index * len(columns[0])
-        return replies[before : before + len(columns[0])]
-
-    def score_base(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
-        """Log-probabilities in nats that vLLM gives the tokens of completions without any adapter."""
-        sequences = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        starts = [len(prompt) for prompt in prompts]
-        if self.mode == "server":
-
-            def request(sequence: list[int], start: int) -> list[float]:
-                scores = self.vllm_client.get_sequence_logprobs([sequence], [start], top_logprobs=1)
-                return [value for (value,) in scores["actual_logprobs"][0]]
-
-            return self._ask_server(request, sequences, starts)
-        from vllm import SamplingParams
-
-        if self._llm_weights_sleeping:
-            self.sync_weights()
-        if self.enable_sleep_mode:
-            self.llm.wake_up(tags=["kv_cache"])
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": sequence} for sequence in sequences],
-            SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False),
-            use_tqdm=False,
+        before = self.accelerator.process_index * len(prompts)
+        replies = replies[before : before + len(prompts)]
+        return tuple(
+            [reply[key][0] for reply in replies] for key in ("completion_ids", "logprobs", "logprob_token_ids")
         )
-        self._sleep()
-        return [
-            [output.prompt_logprobs[position][sequence[position]].logprob for position in range(start, len(sequence))]
-            for output, sequence, start in zip(outputs, sequences, starts, strict=True)
-        ]

@@ -1,0 +1,203 @@
+"""vLLM rollouts in training, with a real engine on the tiny model: whose they are, and that they leave no trace."""
+
+import functools
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import make_problems, make_trainer_factory
+from peft import LoraConfig
+from test_opsd_trainer import Recorder, rollout
+
+from opsd_trainer import OPSDTrainer
+from rollouts import check_servable, sample_seeds
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_model_dir, tmp_path_factory) -> Iterator[OPSDTrainer]:
+    """A trainer with an engine and an adapter that is not zero. Tests restore what they change."""
+    make_trainer = make_trainer_factory(tiny_model_dir, make_problems(), tmp_path_factory.mktemp("rollouts"))
+    trainer = make_trainer(use_vllm=True, lora_settings={"init_lora_weights": False})
+    yield trainer
+    trainer.rollouts.close()
+
+
+def student_logprobs(trainer: OPSDTrainer, inputs: dict) -> torch.Tensor:
+    """Log-probabilities of the sampled tokens by the training forward, (N,)."""
+    with torch.no_grad():
+        logits = trainer._completion_logits(trainer.model, inputs, "")
+    return logits.log_softmax(-1).gather(1, inputs["completion_ids"][inputs["completion_mask"]][:, None]).squeeze(1)
+
+
+def gap(trainer: OPSDTrainer, inputs: dict) -> torch.Tensor:
+    return (student_logprobs(trainer, inputs) - inputs["rollout_logprobs"][inputs["completion_mask"]]).abs()
+
+
+def test_seeds_are_those_of_the_sample_wherever_it_stands():
+    prompts = [[1, 2], [3], [1, 2], [1]]
+    seeds = sample_seeds(prompts, seed=0, step=5)
+    assert len(set(seeds)) == 4  # repeated prompts too, which shall give different completions
+    assert sample_seeds([[3], [1, 2]], seed=0, step=5) == [seeds[1], seeds[0]]
+    assert not set(seeds) & set(sample_seeds(prompts, seed=0, step=6) + sample_seeds(prompts, seed=1, step=5))
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_rollouts_follow_each_change_of_the_adapter(trainer):
+    """The same prompts again and again, so that a stale adapter or prefix cache would show."""
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    before = [weight.detach().clone() for weight in weights]
+    completions = []
+    for scale in (0.0, 1.0, -1.0):
+        for weight, original in zip(weights, before, strict=True):
+            weight.data.copy_(scale * original)
+        (inputs,) = rollout(trainer)
+        assert gap(trainer, inputs).mean() <= 1e-5 and gap(trainer, inputs).max() <= 1e-4
+        completions.append(inputs["completion_ids"].tolist())
+        with trainer.model.disable_adapter():
+            base_gap = gap(trainer, inputs).mean()
+        assert base_gap <= 1e-5 if scale == 0.0 else base_gap > 0.1
+    for weight, original in zip(weights, before, strict=True):
+        weight.data.copy_(original)
+    assert completions[0] != completions[1]
+
+
+def test_a_sync_hands_over_the_adapter_and_nothing_else(trainer):
+    trained = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    trainer.rollouts.sync_weights()
+    assert trainer.rollouts.adapter_bytes == trained
+    assert not list(trainer.rollouts.adapter_dir.glob(f"{trainer.rollouts._run_id}*"))
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_completions_do_not_depend_on_their_place(trainer):
+    prompts = [trainer.train_dataset[i]["student_prompt_ids"] for i in range(4)]
+    _, completions, logprobs, token_ids = trainer.rollouts.generate(prompts, step=7)
+    _, reversed_completions, _, _ = trainer.rollouts.generate(prompts[::-1], step=7)
+    assert reversed_completions[::-1] == completions
+    assert [[ids for (ids,) in row] for row in token_ids] == completions
+    _, other_step, _, _ = trainer.rollouts.generate(prompts, step=8)
+    assert other_step != completions
+
+
+def test_repeated_prompts_get_different_completions(trainer):
+    prompt = trainer.train_dataset[0]["student_prompt_ids"]
+    _, completions, _, _ = trainer.rollouts.generate([prompt] * 8, step=0)
+    assert len(set(map(tuple, completions))) > 1
+
+
+def test_sampling_settings_reach_vllm(trainer, monkeypatch):
+    seen = []
+    generate = trainer.rollouts.llm.generate
+
+    def spy(prompts, parameters, **kwargs):
+        seen.extend(parameters)
+        return generate(prompts, parameters, **kwargs)
+
+    monkeypatch.setattr(trainer.rollouts.llm, "generate", spy)
+    for name, value in {"temperature": 0.7, "top_p": 0.9, "top_k": 11, "min_p": 0.02}.items():
+        monkeypatch.setattr(trainer.rollouts, name, value)
+    monkeypatch.setitem(trainer.rollouts.generation_kwargs, "presence_penalty", 0.5)
+    rollout(trainer)
+    assert len(seen) == 4 and len({parameters.seed for parameters in seen}) == 4
+    for parameters in seen:
+        assert (parameters.temperature, parameters.top_p, parameters.top_k) == (0.7, 0.9, 11)
+        assert (parameters.min_p, parameters.presence_penalty, parameters.repetition_penalty) == (0.02, 0.5, 1.0)
+        assert parameters.max_tokens == 40
+
+
+def test_greedy_rollouts_equal_those_of_transformers(trainer, monkeypatch):
+    monkeypatch.setattr(trainer.rollouts, "top_k", 1)
+    (sampled,) = rollout(trainer)
+    engine, trainer.rollouts = trainer.rollouts, None
+    monkeypatch.setattr(trainer.generation_config, "top_k", 1)
+    (expected,) = rollout(trainer)
+    trainer.rollouts = engine
+    for name in ("completion_ids", "completion_mask", "prompts", "teacher_prompts", "teacher_prompt_attention_mask"):
+        assert torch.equal(sampled[name], expected[name]), name
+
+
+def test_base_samples_are_those_of_the_model_without_adapter(trainer, monkeypatch):
+    monkeypatch.setattr(trainer.rollouts, "generate", functools.partial(trainer.rollouts.generate, base=True))
+    (inputs,) = rollout(trainer)
+    assert gap(trainer, inputs).mean() > 0.1
+    with trainer.model.disable_adapter():
+        assert gap(trainer, inputs).max() <= 1e-5
+    lengths = inputs["completion_mask"].sum(1)
+    assert lengths.min() < lengths.max() == inputs["completion_mask"].shape[1] < 40  # and no padding
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora": False}, {"loss_implementation": "dense"}], ids=str)
+def test_training_stays_on_policy(make_trainer, problems, settings):
+    """LoRA and full fine-tuning at a high learning rate, several micro-batches, rollouts of evaluation included."""
+    recorder = Recorder()
+    trainer = make_trainer(
+        use_vllm=True,
+        max_steps=3,
+        learning_rate=1e-2 if settings.get("lora", True) else 1e-3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        temperature=1.1,
+        top_p=0.95,
+        top_k=20,
+        eval_dataset=problems.select(range(6)),
+        eval_strategy="steps",
+        eval_steps=1,
+        callbacks=[recorder],
+        **settings,
+    )
+    base = {n: w.clone() for n, w in trainer.model.named_parameters() if not w.requires_grad}
+    trainer.train()
+    trainer.rollouts.close()
+    maxima = recorder.values("rollout_logprob_gap_max") + recorder.values("eval_rollout_logprob_gap_max")
+    means = recorder.values("rollout_logprob_gap") + recorder.values("eval_rollout_logprob_gap")
+    assert len(maxima) == 6 and max(maxima) <= 1e-4 and max(means) <= 1e-5
+    assert min(means) > 0.0
+    for name, weight in base.items():
+        assert torch.equal(trainer.model.get_parameter(name), weight), name
+
+
+def test_resumed_run_goes_on_with_the_same_rollouts(make_trainer, tmp_path):
+    settings = {"use_vllm": True, "max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    recorder = Recorder()
+    trainer = make_trainer(callbacks=[recorder], **settings)
+    trainer.train()
+    trainer.rollouts.close()
+    folder = tmp_path / "run" / "completions"
+    expected = [(folder / f"completions_0000{step}.jsonl").read_text() for step in (3, 4)]
+    trainer = make_trainer(callbacks=[resumed := Recorder()], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    trainer.rollouts.close()
+    assert [(folder / f"completions_0000{step}.jsonl").read_text() for step in (3, 4)] == expected
+    assert resumed.values("loss") == pytest.approx(recorder.values("loss")[2:], rel=1e-6)
+    assert max(resumed.values("rollout_logprob_gap_max")) <= 1e-5
+    assert len({json.loads(line)["completion"] for line in expected[0].splitlines()}) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "--lora_modules_to_save"),
+        ({"use_dora": True}, "--use_dora"),
+        ({"rank_pattern": {"q_proj": 4}}, "--rank_pattern"),
+    ],
+)
+def test_adapters_that_vllm_does_not_serve(make_trainer, settings, flag):
+    with pytest.raises(ValueError, match=flag):
+        check_servable(LoraConfig(**settings))
+    with pytest.raises(ValueError, match=flag):
+        make_trainer(use_vllm=True, lora_settings=settings)
+
+
+def test_a_server_that_is_not_there(make_trainer):
+    with pytest.raises(ConnectionError, match=r"(?s)vLLM server at http://localhost:9 .*serve_vllm.sh"):
+        make_trainer(
+            use_vllm=True, vllm_mode="server", vllm_server_base_url="http://localhost:9", vllm_server_timeout=0
+        )
+
+
+def test_model_length_that_does_not_hold_the_longest_prompt(make_trainer):
+    with pytest.raises(ValueError, match="--vllm_max_model_length 50: the longest prompt needs"):
+        make_trainer(use_vllm=True, vllm_max_model_length=50)
