@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -25,8 +26,11 @@ from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import is_flash_attn_2_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from checkpoints import find_checkpoint
 from opsd_trainer import OPSDConfig, OPSDTrainer
+from preflight import Preflight
 from problem_data import keep_usable, load_problems
+from rollouts import check_servable
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,10 @@ class ScriptArguments:
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Start anew and delete the checkpoints and rollouts that are in the output folder."},
+    )
+    preflight: bool = field(
+        default=False,
+        metadata={"help": "Check the claims of the method before the first step; do not train if one does not hold."},
     )
     wandb_project: str | None = field(default=None, metadata={"help": "W&B project (with --report_to wandb)."})
     wandb_entity: str | None = field(default=None, metadata={"help": "W&B entity (with --report_to wandb)."})
@@ -95,40 +103,6 @@ def name_run(script_args: ScriptArguments, training_args: OPSDConfig, model_args
     for variable, value in (("WANDB_PROJECT", script_args.wandb_project), ("WANDB_ENTITY", script_args.wandb_entity)):
         if value is not None:
             os.environ[variable] = value
-
-
-def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
-    """
-    The checkpoint to continue from, or `None` to start from the beginning.
-
-    Raises:
-        ValueError: checkpoints in the way, or none that is complete where one is asked for.
-    """
-    checkpoints = [Path(checkpoint) for checkpoint in sort_checkpoints(output_dir)]  # by step
-    if resume is None or resume.lower() in ("false", "none", ""):
-        if checkpoints and not overwrite:
-            raise ValueError(
-                f"--output_dir {output_dir} holds {checkpoints[-1].name}: continue with --resume_from_checkpoint true, "
-                "start anew with --overwrite_output_dir, or choose another folder"
-            )
-        return None
-    if resume.lower() in ("true", "latest"):
-        for checkpoint in reversed(checkpoints):
-            if is_complete(checkpoint):
-                return str(checkpoint)
-            logger.warning("%s is not complete: passing over it", checkpoint)
-        raise ValueError(f"--resume_from_checkpoint {resume}: there is no complete checkpoint in {output_dir}")
-    if not is_complete(Path(resume)):
-        raise ValueError(
-            f"--resume_from_checkpoint {resume}: not a complete checkpoint (it needs trainer_state.json and the random "
-            "state, which --save_only_model leaves out); say true for the last complete one of the output folder"
-        )
-    return resume
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether training can go on from a folder: the trainer's state is what is written last."""
-    return (checkpoint / "trainer_state.json").is_file() and any(checkpoint.glob("rng_state*"))
 
 
 def load_training_data(name: str, split: str, script_args: ScriptArguments) -> Dataset:
@@ -182,6 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
         if model_args.model_name_or_path is None:
             raise ValueError("--model_name_or_path is missing: name a model's folder or Hub id")
         OPSDTrainer.check_teacher(training_args, has_adapter=model_args.use_peft)
+        if training_args.use_vllm and model_args.use_peft:
+            check_servable(get_peft_config(model_args))
         name_run(script_args, training_args, model_args)
         checkpoint = find_checkpoint(
             training_args.output_dir, training_args.resume_from_checkpoint, script_args.overwrite_output_dir
@@ -223,6 +199,8 @@ def main(arguments: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
+    if script_args.preflight:
+        trainer.add_callback(Preflight(trainer))
     output_dir = Path(training_args.output_dir)
     if trainer.accelerator.is_main_process:
         if checkpoint is None and script_args.overwrite_output_dir:
@@ -233,7 +211,13 @@ def main(arguments: list[str] | None = None) -> None:
             output_dir / "run_config.json", script=script_args, training=training_args, model=model_args
         )
     trainer.accelerator.wait_for_everyone()
+    if checkpoint is not None:
+        logger.info("going on from %s", checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stopped_by_signal:
+        trainer.accelerator.print("stopped by SIGTERM before the end; go on with --resume_from_checkpoint true")
+        trainer.accelerator.end_training()
+        sys.exit(128 + signal.SIGTERM)
     trainer.save_model()  # the adapter, or the whole model without --use_peft; and the tokenizer
     trainer.accelerator.print(f"saved to {output_dir}")
     trainer.accelerator.end_training()

@@ -1,6 +1,5 @@
 """On-policy self-distillation: one model samples as student and teaches itself as teacher (arXiv 2601.18734)."""
 
-import hashlib
 import json
 import logging
 import math
@@ -18,20 +17,22 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
+from trl.import_utils import is_vllm_available
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import (
     RepeatSampler,
     global_then_local_main_first,
     maybe_gather_lm_head_ctx,
     pad,
-    selective_log_softmax,
     split_tensor_dict,
 )
 
 from checkpoints import CompleteCheckpoints
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, SelfDistillationDataCollator, check_template
+from frozen_weights import FrozenWeights
 from opsd_loss import (
     CLIP_MODES,
     TokenStatistics,
@@ -147,7 +148,9 @@ class OPSDConfig(GOLDConfig):
     )
     max_nonfinite_steps: int = field(
         default=3,
-        metadata={"help": "Stop after so many steps in a row with a loss or gradient that was not finite; each is skipped."},
+        metadata={
+            "help": "Stop after so many steps in a row with a loss or gradient that was not finite; each is skipped."
+        },
     )
     log_completions_steps: int = field(
         default=10, metadata={"help": "With --log_completions: show rollouts at logging steps that this divides."}
@@ -172,6 +175,11 @@ class OPSDConfig(GOLDConfig):
                 "presence_penalty",
                 self.use_vllm or self.presence_penalty == 0.0,
                 "be 0 without --use_vllm: transformers has no presence penalty",
+            ),
+            (
+                "use_vllm",
+                not self.use_vllm or is_vllm_available(),
+                "be left out: there is no vLLM of a version that TRL supports; scripts/setup_env.sh installs one",
             ),
             ("vllm_mode", self.vllm_mode in ("colocate", "server"), "be colocate or server"),
             (
@@ -326,7 +334,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         if args.loss_implementation == "fused":
             self._head_settings = read_head_settings(_causal_lm(self.accelerator.unwrap_model(self.model)))
         self._num_loss_tokens: Tensor | None = None  # of the running optimizer step, over all processes
-        self._frozen_sums: Tensor | None = None  # of the frozen weights when training began
+        self._frozen_weights: FrozenWeights | None = None  # as they were when training began
         self._nonfinite_losses: dict[int, Tensor] = {}  # of the running step, by micro-batch: the loss of each token
         self._num_skipped_in_a_row = 0
         # Since the last log, or in the running evaluation
@@ -425,39 +433,16 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             yield
 
     def _check_frozen_weights(self) -> None:
-        """
-        Compare the frozen weights, among them the fixed teacher's, with those at the start of the training and, after a
-        resume, of the first start; raise `RuntimeError` on all processes if one has changed on any.
-
-        The measure is the sum of a weight's bit patterns as integers, over the part of it that this process holds.
-        """
-        frozen = {name: weight for name, weight in self.model.named_parameters() if not weight.requires_grad}
-        sums = torch.zeros(len(frozen), dtype=torch.int64, device=self.accelerator.device)
-        is_sharded = False
-        for i, weight in enumerate(frozen.values()):
-            part = getattr(
-                weight, "ds_tensor", weight.detach()
-            )  # ZeRO-3 leaves an empty weight and keeps its part there
-            is_sharded |= hasattr(weight, "ds_tensor") or isinstance(weight, DTensor)
-            part = part.to_local() if isinstance(part, DTensor) else part
-            integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.dtype.itemsize]
-            sums[i] = part.view(integers).sum(dtype=torch.int64)
-        if self._frozen_sums is None:
-            self._frozen_sums = sums
-            whole = self.accelerator.reduce(sums, "sum") if is_sharded else sums
-            checksum = hashlib.sha256(whole.cpu().numpy().tobytes()).hexdigest()
-            if self._saved.setdefault("frozen_weights", checksum) != checksum:
-                raise RuntimeError(
-                    "the frozen weights are not those that the checkpoint was trained with: is --model_name_or_path another "
-                    "model or revision, or --dtype another one? Resume with the model of the first start"
-                )
-        changed = sums != self._frozen_sums
-        if self.accelerator.reduce(changed.any().float(), "sum").item() > 0:
-            names = [name for name, is_changed in zip(frozen, changed.tolist(), strict=True) if is_changed]
+        """Raise `RuntimeError` if they are not those of the start or, after a resume, of the checkpoint."""
+        if self._frozen_weights is not None:
+            self._frozen_weights.check()
+            return
+        self._frozen_weights = FrozenWeights(self.model, self.accelerator)
+        checksum = self._frozen_weights.checksum()
+        if self._saved.setdefault("frozen_weights", checksum) != checksum:
             raise RuntimeError(
-                f"frozen weights have changed by step {self.state.global_step}, so that --fixed_teacher is no longer the "
-                f"initial policy: {len(names)} of {len(frozen)} on this process, {names[:3]}. Something writes to the base "
-                "model (merging the adapter does); earlier checkpoints are not affected"
+                "the frozen weights are not those that the checkpoint was trained with: is --model_name_or_path another "
+                "model or revision, or --dtype another one? Resume with the model of the first start"
             )
 
     # Rollout
@@ -570,6 +555,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         texts = list(zip(decode(prompts), decode(completions), strict=True))
         size = len(prompts) // buffer_steps
         self._buffered_inputs, self._buffered_text_logs = [], []
+        self._buffered_on_policy = [True] * buffer_steps
         for start, batch in zip(range(0, len(prompts), size), batches, strict=True):
             rows = slice(start, start + size)
             self._buffered_inputs.append(self._pair_completions(batch, completions[rows], logprobs[rows]))
@@ -622,10 +608,10 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         return inputs
 
     def _is_truncated(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(batch,), true where a completion ran to its limit without an end-of-sequence token."""
+        """(batch,), true where a completion has tokens, and no end-of-sequence token among them."""
         completion_ids, mask = inputs["completion_ids"], inputs["completion_mask"]
         end_ids = torch.as_tensor(self.generation_config.eos_token_id, device=completion_ids.device)
-        return ~(torch.isin(completion_ids, end_ids) & mask).any(1)
+        return mask.any(1) & ~(torch.isin(completion_ids, end_ids) & mask).any(1)
 
     def _save_completions(self, lengths: list[int], truncated: list[bool]) -> None:
         """Write the step's rollouts of all processes; a resumed run writes the steps that it repeats anew."""
@@ -689,7 +675,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             per_token = sampled_token_loss(student_logits, teacher_logits, token_ids, temperature=self.temperature)
         logprobs = None
         if "rollout_logprobs" in inputs:
-            logprobs = selective_log_softmax(student_logits.detach().float(), token_ids)
+            logprobs = -cross_entropy(student_logits.detach().float(), token_ids, reduction="none")
         return per_token, statistics, logprobs
 
     def _fused_loss(

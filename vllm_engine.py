@@ -8,12 +8,11 @@ import torch
 if TYPE_CHECKING:  # vLLM reads part of its environment when it is imported: see engine_options
     from vllm import LLM
 
-# What vLLM's CPU build needs: a small cache, no binding to cores, no warm-up, the engine in this process.
+# What vLLM's CPU build needs: a small cache, no binding to cores, no warm-up.
 CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_CI_ENV": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 CPU_ENGINE = {
     "dtype": "float32",  # log-probs agree with those of transformers to 1e-6; in bfloat16 they would not to 1e-3
@@ -23,27 +22,29 @@ CPU_ENGINE = {
 }
 
 
-def engine_options(gpu_memory_utilization: float) -> dict[str, Any]:
+def engine_options(gpu_memory_utilization: float | None = None) -> dict[str, Any]:
     """
     Arguments of `vllm.LLM` for this machine; call it before vLLM starts an engine.
 
-    Args:
-        gpu_memory_utilization: share of a GPU's memory that the engine may take; not used on a CPU.
+    Where the user's environment does not say otherwise, the engine runs in this process, whose global random generators
+    it reseeds: a process of its own would outlive a killed run and keep the GPU. On a machine without CUDA this also
+    sets what vLLM's CPU build needs in the environment.
 
-    On a machine without CUDA this sets what vLLM's CPU build needs in the environment, where the user has not set it.
-    There the engine runs in this process and reseeds its global random generators.
+    Args:
+        gpu_memory_utilization: share of a GPU's memory that the engine may take; `None` for 0.9.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if torch.cuda.is_available():
-        return {"gpu_memory_utilization": gpu_memory_utilization}
+        return {"gpu_memory_utilization": gpu_memory_utilization or 0.9}
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return dict(CPU_ENGINE)
 
 
-def lora_options(rank: int) -> dict[str, Any]:
+def lora_options(rank: int, max_loras: int = 1) -> dict[str, Any]:
     """
-    Arguments of `vllm.LLM` to serve one LoRA adapter at a time, of any rank up to `rank`.
+    Arguments of `vllm.LLM` to serve LoRA adapters of any rank up to `rank`, `max_loras` at a time.
 
     Raises:
         ValueError: if vLLM serves no adapters of that rank.
@@ -53,7 +54,7 @@ def lora_options(rank: int) -> dict[str, Any]:
     served = [size for size in get_args(MaxLoRARanks) if size >= rank]
     if not served:
         raise ValueError(f"vLLM serves LoRA adapters up to rank {max(get_args(MaxLoRARanks))}, not {rank}")
-    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": min(served)}
+    return {"enable_lora": True, "max_loras": max_loras, "max_cpu_loras": max_loras, "max_lora_rank": min(served)}
 
 
 def keep_linear_weights() -> None:

@@ -1,176 +1,271 @@
 """
-Evaluation on mathematical problems: Avg@k of a base model and any number of LoRA adapters, served by one vLLM engine.
+Evaluation on mathematical problems: Avg@k, pass@k and majority@k of a base model and any number of LoRA adapters.
 
-    python eval/evaluate_math.py --base_model Qwen/Qwen3-1.7B --checkpoint_dir outputs/run/checkpoint-50 \
-        --dataset HuggingFaceH4/aime_2024 --val_n 12 --output_file outputs/aime24.json
+    python eval/evaluate_math.py --base_model Qwen/Qwen3-1.7B --checkpoint_dir outputs/run/checkpoint-* \
+        --dataset aime24 aime25 hmmt25 --val_n 12 --output_file outputs/eval/run.json
+
+One engine samples for all models and data sets. Each response is graded while the engine goes on, and appended to
+run.jsonl; the same command goes on where a killed one stopped. At the end run.json has settings and statistics, run.md
+the tables, and run.png the accuracy over the checkpoints' steps.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
-import os
+import shlex
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only this file's folder is on the path
 
-from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, encode_chat_prompt, fill_template
-from eval.grading import answer_text, extract_answer, is_equal
-from problem_data import keep_usable, load_problems
+from eval.benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    Question,
+    content_hash,
+    data_hash,
+    find_benchmark,
+    load_questions,
+    prompt_hash,
+)
+from eval.engine import (
+    GREEDY,
+    Completion,
+    Request,
+    Sampling,
+    check_adapter,
+    generate,
+    generate_in_parallel,
+    sampling_requests,
+    start_engine,
+    visible_devices,
+)
+from eval.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
+from eval.report import accuracy_table, plot_accuracy, report_tables
+from eval.run_files import (
+    Sample,
+    files_hash,
+    merge_settings,
+    model_version,
+    open_samples,
+    package_versions,
+    replace_file,
+    sample_line,
+    stored_settings,
+)
+from eval.scores import elect, estimate, pass_at_k, pass_sizes, vote_classes
+from vllm_engine import stop_engine
 
-if TYPE_CHECKING:  # vLLM reads its environment when it is imported: see start_engine
-    from vllm import LLM, CompletionOutput
+if TYPE_CHECKING:
+    from vllm import LLM
 
-# What vLLM's CPU build needs: a small cache, no binding to cores, no warm-up, the engine in this process.
-CPU_ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_CI_ENV": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-}
-CPU_ENGINE = {
-    "dtype": "float32",  # log-probs agree with those of transformers to 1e-6; in bfloat16 they would not to 1e-3
-    "enforce_eager": True,
-    "enable_chunked_prefill": False,  # vLLM 0.31 cannot rewind a sample's generator on CPU, as it does after a chunk
-    "gpu_memory_utilization": 0.1,  # only has to be free; what is taken is VLLM_CPU_KVCACHE_SPACE
-}
-
-ADAPTER_IDS = itertools.count(1)  # vLLM caches adapters by id: a new one for each use, as files may have changed
-
-
-def flag(default: int | float | bool, text: str) -> Any:
-    """A dataclass field that is a flag of the command line, with its default and help."""
-    return field(default=default, metadata={"help": f"{text} (default: %(default)s)"})
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample; the fields are flags of the command line. Raises `ValueError` for a value outside its range."""
-
-    val_n: int = flag(4, "samples per problem, the k of Avg@k")
-    temperature: float = flag(1.0, "of these samples")
-    top_p: float = flag(1.0, "1: off")
-    top_k: int = flag(0, "0 or -1: off")
-    min_p: float = flag(0.0, "0: off")
-    max_new_tokens: int = flag(38912, "length limit of a response")
-    greedy: bool = flag(False, "also one response per problem at temperature 0")
-    seed: int = flag(0, "from which the seed of each sample derives")
-
-    def __post_init__(self):
-        for name, valid, allowed in (
-            ("val_n", self.val_n >= 1, "at least 1 sample per problem"),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (off)"),
-            ("top_k", self.top_k >= -1, "at least 1, or 0 (off)"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1 token"),
-        ):
-            if not valid:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
+BASE = "base"  # the name of the base model in files and tables; a checkpoint's is its folder
 
 
-@dataclass(frozen=True)
-class Question:
-    """A problem with its reference answer and the token ids of its prompt."""
-
-    problem: str
-    gold: str
-    prompt_ids: list[int]
+def request_key(request: Request) -> tuple[str, str, int, int]:
+    """The key of the `Sample` that answers `request`."""
+    question = request.question
+    return request.checkpoint or BASE, question.benchmark, question.index, request.sample
 
 
-def load_questions(
-    dataset: str,
-    tokenizer: PreTrainedTokenizerBase,
+def make_sample(request: Request, completion: Completion) -> Sample:
+    """A sample that is still to be graded."""
+    question = request.question
+    return Sample(
+        *request_key(request),
+        seed=request.seed,
+        num_tokens=completion.num_tokens,
+        finish_reason=completion.finish_reason,
+        problem=question.problem,
+        gold=question.gold,
+        answer_type=question.answer_type,
+        text=completion.text,
+    )
+
+
+def grade(batches: Iterable[Sequence[Sample]], pool: GradingPool, *, thinking: bool, method: str) -> Iterator[Sample]:
+    """Grade samples as they come, in the pool's processes; yields each as soon as it has its verdict."""
+    waiting: dict[Future[Verdict], Sample] = {}
+
+    def verdicts(done: Iterable[Future[Verdict]]) -> Iterator[Sample]:
+        for future in done:
+            sample, verdict = waiting.pop(future), future.result()
+            sample.correct, sample.status = verdict.equal, verdict.status
+            yield sample
+
+    for batch in batches:
+        for sample in batch:
+            sample.extracted = extract_answer(sample.text, thinking, method)
+            waiting[pool.submit(sample.extracted, sample.gold, sample.answer_type)] = sample
+        yield from verdicts(wait(waiting, timeout=0).done)
+    yield from verdicts(as_completed(list(waiting)))
+
+
+def majority(drawn: Sequence[Sample], pool: GradingPool) -> Sample | None:
+    """The first sample of the class of equal answers that has most votes, see `eval.scores`; `None` without answers."""
+
+    def equal(known: str, answer: str) -> bool:
+        return pool.submit(answer, known, drawn[0].answer_type).result().equal is True
+
+    elected = elect(vote_classes([sample.extracted for sample in drawn], equal))
+    return None if elected is None else drawn[elected]
+
+
+def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> dict[str, Any]:
+    """
+    Statistics of a model's graded samples on a benchmark.
+
+    A problem with a sample that no grader can judge is left out of all accuracies as a whole: leaving out the one sample
+    would favour those that happen to match the reference word for word.
+
+    Returns:
+        Shares in [0, 1], over the problems that are graded, `None` if there are none: `avg_at_k` with `standard_error`
+        and `interval` (see `eval.scores.estimate`), `pass_at_k` (k -> unbiased pass@k), `majority_at_k`, and `greedy`
+        (also `None` without such samples). Over all samples: `truncated` (share that hit the length limit),
+        `unclosed_thinking` (share without `</think>`; `None` without thinking), `mean_tokens`, and `status` (how many
+        verdicts were reached how). `val_n`, `num_problems`, `num_ungraded` (problems left out). `problems`: for each
+        one `problem_id`, `problem`, `gold`, the lists `correct`, `extracted` and `num_tokens`, and the `majority`
+        answer with `majority_correct`.
+    """
+    ordered = sorted(samples, key=lambda sample: sample.key)
+    drawn = [sample for sample in ordered if sample.sample != GREEDY]
+    groups = [list(group) for _, group in itertools.groupby(drawn, key=lambda sample: sample.problem_id)]
+    with ThreadPoolExecutor() as threads:  # that wait for the pool's processes
+        elected = list(threads.map(lambda group: majority(group, pool), groups))
+    problems = []
+    for group, vote in zip(groups, elected, strict=True):
+        problems.append(
+            {
+                "problem_id": group[0].problem_id,
+                "problem": group[0].problem,
+                "gold": group[0].gold,
+                "correct": [sample.correct for sample in group],
+                "extracted": [sample.extracted for sample in group],
+                "num_tokens": [sample.num_tokens for sample in group],
+                "majority": None if vote is None else vote.extracted,
+                "majority_correct": False if vote is None else vote.correct,
+            }
+        )
+    greedy = [sample.correct for sample in ordered if sample.sample == GREEDY and sample.correct is not None]
+    graded = [problem for problem in problems if None not in problem["correct"]]
+    result: dict[str, Any] = {
+        "val_n": max(len(group) for group in groups),
+        "num_problems": len(problems),
+        "num_ungraded": len(problems) - len(graded),
+        "avg_at_k": None,
+        "standard_error": None,
+        "interval": None,
+        "pass_at_k": {},
+        "majority_at_k": None,
+        "greedy": statistics.fmean(greedy) if greedy else None,
+        "truncated": statistics.fmean(sample.finish_reason == "length" for sample in drawn),
+        "unclosed_thinking": statistics.fmean("</think>" not in sample.text for sample in drawn) if thinking else None,
+        "mean_tokens": statistics.fmean(sample.num_tokens for sample in drawn),
+        "status": dict(Counter(sample.status for sample in drawn)),
+        "problems": problems,
+    }
+    if graded:
+        average = estimate([statistics.fmean(problem["correct"]) for problem in graded])
+        result |= {
+            "avg_at_k": average.mean,
+            "standard_error": average.standard_error,
+            "interval": average.interval,
+            "pass_at_k": {
+                str(k): statistics.fmean(pass_at_k(len(p["correct"]), sum(p["correct"]), k) for p in graded)
+                for k in pass_sizes(min(len(problem["correct"]) for problem in graded))
+            },
+            "majority_at_k": statistics.fmean(problem["majority_correct"] for problem in graded),
+        }
+    return result
+
+
+def score_all(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> list[dict[str, Any]]:
+    """`score` with `model` and `dataset`, for each pair in order of appearance, and for the benchmarks' subsets."""
+    subsets = {known.name: known.subsets for known in BENCHMARKS}
+    groups: dict[tuple[str, str], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.model, sample.benchmark), []).append(sample)
+        for name, answer_types in subsets.get(sample.benchmark, {}).items():
+            if sample.answer_type in answer_types:
+                groups.setdefault((sample.model, name), []).append(sample)
+    return [
+        {"model": model, "dataset": dataset} | score(group, pool, thinking=thinking)
+        for (model, dataset), group in groups.items()
+    ]
+
+
+def paired_differences(results: Sequence[Mapping[str, Any]], reference: str) -> list[dict[str, Any]]:
+    """
+    Differences of Avg@k between each model and the model `reference`, problem by problem.
+
+    Returns:
+        For each data set and model: `dataset`, `model`, `reference`, and over the problems that are graded for both
+        the mean `difference` with its `standard_error` and `interval`.
+    """
+
+    def accuracies(result: Mapping[str, Any]) -> dict[int, float]:
+        graded = (problem for problem in result["problems"] if None not in problem["correct"])
+        return {problem["problem_id"]: statistics.fmean(problem["correct"]) for problem in graded}
+
+    references = {result["dataset"]: accuracies(result) for result in results if result["model"] == reference}
+    differences = []
+    for result in results:
+        if result["model"] == reference or result["dataset"] not in references:
+            continue
+        own, other = accuracies(result), references[result["dataset"]]
+        if not own.keys() & other.keys():
+            continue
+        difference = estimate([own[problem] - other[problem] for problem in own if problem in other])
+        differences.append(
+            {
+                "dataset": result["dataset"],
+                "model": result["model"],
+                "reference": reference,
+                "difference": difference.mean,
+                "standard_error": difference.standard_error,
+                "interval": difference.interval,
+            }
+        )
+    return differences
+
+
+def evaluate(
+    engine: "LLM",
+    questions: Sequence[Question],
+    sampling: Sampling,
+    pool: GradingPool,
     *,
     thinking: bool,
-    privileged: bool = False,
-    num_samples: int | None = None,
-    dataset_split: str = "train",
-    problem_column: str = "problem",
-    answer_column: str = "answer",
-    solution_column: str = "solution",
-) -> list[Question]:
+    checkpoint: str | None = None,
+) -> tuple[dict[str, Any], list[Sample]]:
     """
-    Load problems and encode their prompts.
+    Sample responses to the questions of a benchmark and grade them, without any file.
 
     Args:
-        dataset: a Hub id or a local file or folder, see `problem_data.load_problems`.
-        tokenizer: of the base model.
-        thinking: thinking mode of the chat template.
-        privileged: the teacher's prompt, with the reference solution, in place of the student's.
-        num_samples: only the first so many problems; `None` for all.
+        engine: from `eval.engine.start_engine`.
+        thinking: the mode that the prompts were encoded with: a response whose thought does not end has no answer.
+        checkpoint: adapter folder; `None` for the base model.
+
+    Returns:
+        The statistics, see `score`, and the samples in the order of the questions.
 
     Raises:
-        FileNotFoundError, ValueError: for data that cannot be used, and a tokenizer whose chat template is missing or
-            has no thinking mode where one is asked for.
+        ValueError: if `checkpoint` holds no usable adapter.
     """
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"--num_samples {num_samples}: must be at least 1 problem, or left out for all")
-    if tokenizer.chat_template is None:
-        raise ValueError(f"--base_model {tokenizer.name_or_path}: its tokenizer has no chat template for the prompts")
-    if thinking and "think" not in tokenizer.get_chat_template():
-        raise ValueError(
-            f"--enable_thinking: the chat template of {tokenizer.name_or_path} has no thinking mode, so that every "
-            "response would count as cut off while thinking; use --no_thinking"
-        )
-    rows = load_problems(dataset, dataset_split)
-    if answer_column in rows.column_names:
-        try:
-            answers = [answer_text(value) for value in rows[answer_column]]
-        except TypeError as error:
-            raise ValueError(f"--answer_column {answer_column}: {error}") from error
-        rows = rows.remove_columns(answer_column).add_column(answer_column, answers)
-    columns = {"problem_column": problem_column, "answer_column": answer_column}
-    if privileged:
-        columns["solution_column"] = solution_column
-    rows = keep_usable(rows, **columns)
-    template = TEACHER_PROMPT if privileged else STUDENT_PROMPT
-    questions = []
-    for row in rows.select(range(min(num_samples or len(rows), len(rows)))):
-        solution = {"solution": row[solution_column]} if privileged else {}
-        content = fill_template(template, problem=row[problem_column], **solution)
-        prompt_ids = encode_chat_prompt(tokenizer, content, thinking)
-        questions.append(Question(row[problem_column], row[answer_column].strip(), prompt_ids))
-    return questions
-
-
-def check_adapter(folder: str) -> int:
-    """
-    The LoRA rank of an adapter.
-
-    Raises:
-        ValueError: if `folder` holds no usable adapter. A model without its adapter would be the base model.
-    """
-    path = Path(folder)
-    weights = path / "adapter_model.safetensors"
-    for file in (path / "adapter_config.json", weights):
-        if not file.is_file():
-            inside = sorted(str(found.parent) for found in path.glob("*/adapter_config.json"))
-            hint = f"; there are adapters in {', '.join(inside)}" if inside else ""
-            raise ValueError(f"--checkpoint_dir {folder}: no LoRA adapter, {file.name} is missing{hint}")
-    try:
-        with safe_open(weights, "pt") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no iterator)
-    except SafetensorError as error:
-        raise ValueError(f"--checkpoint_dir {folder}: {weights.name} cannot be read: {error}") from error
-    if not shapes or any(0 in shape for shape in shapes):  # saved under ZeRO-3 without gathering, shapes are [0]
-        raise ValueError(f"--checkpoint_dir {folder}: the adapter is empty; save it again from all processes")
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    if config["peft_type"] != "LORA":
-        raise ValueError(
-            f"--checkpoint_dir {folder}: the adapter is of type {config['peft_type']}; only LORA is served"
-        )
-    return max([config["r"], *config.get("rank_pattern", {}).values()])
+    requests = sampling_requests(checkpoint, questions, sampling)
+    batches = ([make_sample(*pair) for pair in finished] for finished in generate(engine, requests, sampling))
+    graded = grade(batches, pool, thinking=thinking, method="final")
+    samples = {sample.key: sample for sample in tqdm(graded, desc=checkpoint or BASE, total=len(requests))}
+    return score(samples.values(), pool, thinking=thinking), [samples[request_key(request)] for request in requests]
 
 
 def sequence_length(base_model: str, questions: Sequence[Question], max_new_tokens: int, limit: int | None) -> int:
@@ -194,238 +289,274 @@ def sequence_length(base_model: str, questions: Sequence[Question], max_new_toke
     return longest + max_new_tokens
 
 
-def start_engine(
-    base_model: str,
-    *,
-    lora_rank: int = 0,
-    max_model_len: int | None = None,
-    gpu_memory_utilization: float | None = None,
-    tensor_parallel_size: int = 1,
-) -> "LLM":
-    """
-    Start the vLLM engine that serves `base_model` and, if there are any, its LoRA adapters.
-
-    On a machine without CUDA this sets what vLLM's CPU build needs, where the user has not set it. There the engine
-    runs in this process and reseeds its global random generators.
-
-    Args:
-        lora_rank: the largest rank of the adapters that `evaluate` shall serve; 0 for the base model alone.
-        max_model_len: tokens of prompt and response together; `None` for the model's own limit.
-        gpu_memory_utilization: share of the memory; `None` for 0.9 on a GPU and 0.1 on a CPU.
-    """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    options: dict[str, Any] = {"gpu_memory_utilization": 0.9}
-    if torch.cuda.device_count() == 0:
-        for name, value in CPU_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        options = dict(CPU_ENGINE)
-    if gpu_memory_utilization is not None:
-        options["gpu_memory_utilization"] = gpu_memory_utilization
-    from vllm import LLM  # only now: it reads the environment
-    from vllm.config.lora import MaxLoRARanks
-
-    if lora_rank > 0:
-        served = [size for size in get_args(MaxLoRARanks) if size >= lora_rank]
-        if not served:
-            raise ValueError(
-                f"--checkpoint_dir: vLLM serves adapters up to rank {max(get_args(MaxLoRARanks))}, not {lora_rank}"
-            )
-        options |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": min(served)}
-    return LLM(base_model, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size, **options)
-
-
-def stop_engine(engine: "LLM") -> None:
-    """Free what `engine` holds, so that another one can start in this process; it cannot be used afterwards."""
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    engine.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
-
-
-def sample_seed(base_seed: int, problem: str, index: int) -> int:
-    """Seed of a sample, from what identifies it alone: neither order, batch nor model changes it. 63 bits."""
-    digest = hashlib.sha256(json.dumps([base_seed, problem, index]).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def grade_response(completion: "CompletionOutput", gold: str, seed: int | None, thinking: bool) -> dict[str, Any]:
-    """One response as it stands in the results; `seed` is `None` for the greedy one."""
-    extracted = extract_answer(completion.text, thinking)
-    return {
-        "seed": seed,
-        "text": completion.text,
-        "extracted": extracted,
-        "correct": is_equal(extracted, gold),
-        "num_tokens": len(completion.token_ids),
-        "finish_reason": completion.finish_reason,
+def write_report(
+    output_file: Path,
+    settings: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    samples: Iterable[Sample],
+    pool: GradingPool,
+    reference: str,
+) -> str:
+    """Score the samples, write `output_file`, the tables and the plot beside it; returns the tables."""
+    results = score_all(samples, pool, thinking=settings["thinking"])
+    differences = paired_differences(results, reference)
+    tables = report_tables(results, differences)
+    report = output_header(settings, arguments) | {
+        "complete": True,
+        "table": accuracy_table(results),
+        "differences": differences,
+        "results": results,
     }
+    replace_file(output_file, json.dumps(report, indent=1).encode())
+    replace_file(output_file.with_suffix(".md"), tables.encode())
+    plot_accuracy(results, output_file.with_suffix(".png"))
+    return tables
 
 
-def evaluate(
-    engine: "LLM",
-    questions: Sequence[Question],
-    sampling: Sampling,
-    *,
-    thinking: bool,
-    checkpoint: str | None = None,
-) -> dict[str, Any]:
-    """
-    Sample responses to `questions` and grade them.
-
-    Args:
-        engine: from `start_engine`.
-        thinking: the mode that the prompts were encoded with: a response whose thought does not end has no answer.
-        checkpoint: adapter folder; `None` for the base model.
-
-    Returns:
-        `model` ("base" or the adapter folder), `avg_at_k` (mean accuracy in [0, 1]), `standard_error` (of it,
-        clustered by problem; `None` for a single problem), `greedy` (accuracy at temperature 0, or `None`),
-        `truncated` (share of the samples that hit the length limit) and `samples`: for each problem its `responses`
-        and the `greedy` one, or `None`.
-
-    Raises:
-        ValueError: if `checkpoint` holds no usable adapter.
-    """
-    from vllm import SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    model, adapter = "base", None
-    if checkpoint is not None:
-        check_adapter(checkpoint)
-        model, adapter_id = str(checkpoint), next(ADAPTER_IDS)
-        adapter = LoRARequest(f"{model}#{adapter_id}", adapter_id, model)  # the prefix cache goes by name and path
-
-    common = {"max_tokens": sampling.max_new_tokens, "skip_special_tokens": False}  # </think> may be a special token
-    filters = {"top_p": sampling.top_p, "top_k": sampling.top_k, "min_p": sampling.min_p}
-    prompts, parameters = [], []
-    for question in questions:
-        seeds = [sample_seed(sampling.seed, question.problem, index) for index in range(sampling.val_n)]
-        drawn = [SamplingParams(temperature=sampling.temperature, seed=seed, **filters, **common) for seed in seeds]
-        drawn += [SamplingParams(temperature=0.0, **common)] * sampling.greedy
-        prompts += [{"prompt_token_ids": question.prompt_ids}] * len(drawn)
-        parameters += drawn
-
-    def named_bar(*args, desc: str = "", **options) -> tqdm:
-        return tqdm(*args, desc=f"{model}: {desc}", **options)
-
-    outputs = engine.generate(prompts, parameters, lora_request=adapter, use_tqdm=named_bar)
-
-    samples = []
-    remaining = zip(outputs, parameters, strict=True)
-    for question in questions:
-        graded = [
-            grade_response(output.outputs[0], question.gold, parameter.seed, thinking)
-            for output, parameter in itertools.islice(remaining, sampling.val_n + sampling.greedy)
-        ]
-        greedy = graded.pop() if sampling.greedy else None
-        samples.append({"problem": question.problem, "gold": question.gold, "responses": graded, "greedy": greedy})
-
-    accuracies = [statistics.fmean(response["correct"] for response in sample["responses"]) for sample in samples]
-    responses = [response for sample in samples for response in sample["responses"]]
+def output_header(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What `output_file` begins with, from the start of the run on."""
     return {
-        "model": model,
-        "avg_at_k": statistics.fmean(accuracies),
-        # The samples of a problem are not independent; the problems are.
-        "standard_error": statistics.stdev(accuracies) / len(accuracies) ** 0.5 if len(accuracies) > 1 else None,
-        "greedy": statistics.fmean(sample["greedy"]["correct"] for sample in samples) if sampling.greedy else None,
-        "truncated": statistics.fmean(response["finish_reason"] == "length" for response in responses),
-        "samples": samples,
+        "arguments": arguments,
+        "settings": settings,
+        "fingerprint": content_hash(settings),
+        "complete": False,
     }
-
-
-def write_results(file: Path, settings: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
-    """Write the results so far; `file` is at all times either the old or the new one, complete."""
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps({"settings": settings, "results": results}, indent=1), encoding="utf-8")
-    partial.replace(file)
-
-
-def results_table(results: Sequence[Mapping[str, Any]], val_n: int) -> str:
-    """The results as a Markdown table, in percent."""
-
-    def percent(share: float | None) -> str:
-        return "" if share is None else f"{100 * share:.1f}"
-
-    lines = [f"| model | Avg@{val_n} | ± | greedy | truncated |", "|---|--:|--:|--:|--:|"]
-    for result in results:
-        shares = (result[key] for key in ("avg_at_k", "standard_error", "greedy", "truncated"))
-        lines.append(f"| {result['model']} | {' | '.join(percent(share) for share in shares)} |")
-    return "\n".join(lines)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--base_model", required=True, help="folder or Hub id")
+    add("--base_model", help="folder or Hub id")
     add("--checkpoint_dir", nargs="+", default=[], help="LoRA adapter folders")
     add("--skip_base", action="store_true", help="evaluate the adapters only")
-    add("--dataset", "--dataset_name", required=True, help="Hub id, or local json, jsonl or parquet file or folder")
-    add("--dataset_split", default="train")
-    add("--problem_column", default="problem")
-    add("--answer_column", default="answer", help="text or numbers")
-    add("--solution_column", default="solution", help="for --privileged")
+    add("--reference", default=BASE, help="the model that the others are compared with (default: %(default)s)")
+    names = ", ".join(known.name for known in BENCHMARKS)
+    add("--dataset", "--dataset_name", nargs="+", default=[], help=f"{names}; or Hub ids, local files or folders")
+    add("--data_root", type=Path, help="folder with copies of these benchmarks under their names, in place of the Hub")
+    other = "of data sets other than these benchmarks (default: %(default)s)"
+    add("--dataset_split", default="train", help=other)
+    add("--problem_column", default="problem", help=other)
+    add("--answer_column", default="answer", help=f"text or numbers, {other}")
+    add("--solution_column", default="solution", help=f"for --privileged, {other}")
     add("--privileged", action="store_true", help="the teacher's prompt, with the solution: the teacher's ceiling")
-    add("--num_samples", type=int, help="only the first so many problems (default: all)")
+    add("--num_samples", type=int, help="only the first so many problems of each data set (default: all)")
     for knob in fields(Sampling):
         kind = {"action": "store_true"} if knob.type is bool else {"type": knob.type, "default": knob.default}
         add(f"--{knob.name}", help=knob.metadata["help"], **kind)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--enable_thinking", dest="thinking", action="store_true", help="the default")
     mode.add_argument("--no_thinking", dest="thinking", action="store_false")
-    parser.set_defaults(thinking=True)
-    add("--output_file", type=Path, help="JSON, written anew after each model")
-    add("--gpu_memory_utilization", type=float, help="default: 0.9; on a CPU 0.1")
-    add("--tensor_parallel_size", type=int, default=1)
+    parser.set_defaults(thinking=True, overwrite=False)
+    add("--output_file", type=Path, help="JSON; its siblings are .jsonl, .md, .png (default: outputs/eval/MODEL.json)")
+    going_on = parser.add_mutually_exclusive_group()
+    going_on.add_argument("--resume", dest="overwrite", action="store_false", help="go on, the default")
+    going_on.add_argument("--overwrite", action="store_true", help="start anew in place of going on")
+    add("--extract", choices=EXTRACT_METHODS, default="final", help="how answers are found (default: %(default)s)")
+    add("--grader", choices=GRADERS, default="strict", help="how they are compared (default: %(default)s)")
+    add("--grade_workers", type=int, help="processes that grade (default: as many as there are cores, at most 8)")
+    add("--grade_timeout", type=float, default=10.0, help="seconds for an answer (default: %(default)s)")
+    add("--regrade", type=Path, metavar="FILE", help="grade the samples of this output file anew, without an engine")
+    add("--gpu_memory_utilization", type=float, help="share of the memory (default: 0.9; on a CPU 0.1)")
+    add("--tensor_parallel_size", type=int, default=1, help="GPUs of an engine (default: %(default)s)")
+    add("--data_parallel", type=int, default=1, help="engines, each on GPUs of its own (default: %(default)s)")
+    add("--enforce_eager", action="store_true", help="without CUDA graphs")
     add("--max_model_len", type=int, help="tokens of prompt and response (default: the longest prompt's need)")
+    add(
+        "--dry_run", action="store_true", help="check flags and local files, print the command with all settings, exit"
+    )
     return parser
 
 
+def resolved_command(args: argparse.Namespace) -> str:
+    """The command line with all its settings, defaults too."""
+    words = ["python", "eval/evaluate_math.py"]
+    settings = vars(args).copy()
+    del settings["dry_run"]
+    for name, value in settings.items():
+        if name == "thinking":
+            words.append("--enable_thinking" if value else "--no_thinking")
+        elif value is True:
+            words.append(f"--{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *value] if value else []
+        elif value is not None and value is not False:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark], int]:
+    """
+    Check all that needs no Hub, and complete `args.output_file`; returns sampling, benchmarks and largest LoRA rank.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the flag.
+    """
+    sampling = Sampling(**{knob.name: getattr(args, knob.name) for knob in fields(Sampling)})
+    if args.base_model is None or not args.dataset:
+        raise ValueError("give --base_model and --dataset (or --regrade with the output file of an earlier run)")
+    if args.base_model.startswith((".", "/", "~")) and not Path(args.base_model).is_dir():
+        raise FileNotFoundError(f"--base_model {args.base_model}: no such folder; give a folder or a Hub id")
+    models = [*([] if args.skip_base else [BASE]), *args.checkpoint_dir]
+    if not models:
+        raise ValueError("--skip_base: nothing to evaluate; give adapters with --checkpoint_dir")
+    if args.reference != BASE and args.reference not in models:
+        raise ValueError(f"--reference {args.reference}: not among the models, which are {', '.join(models)}")
+    lora_rank = max([check_adapter(folder) for folder in args.checkpoint_dir], default=0)
+    columns = {name: getattr(args, name) for name in ("problem_column", "answer_column", "solution_column")}
+    benchmarks = [find_benchmark(name, args.data_root, split=args.dataset_split, **columns) for name in args.dataset]
+    for flag, names in (("checkpoint_dir", models), ("dataset", [benchmark.name for benchmark in benchmarks])):
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"--{flag}: {twice[0]} names two of them; each needs a name of its own")
+    for flag in ("num_samples", "data_parallel", "tensor_parallel_size", "grade_workers"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise ValueError(f"--{flag} {value}: must be at least 1")
+    if args.grade_timeout <= 0:
+        raise ValueError(f"--grade_timeout {args.grade_timeout}: must be more than 0 seconds")
+    gpus, needed = len(visible_devices()), args.data_parallel * args.tensor_parallel_size
+    if 0 < gpus < needed:
+        raise ValueError(
+            f"--data_parallel {args.data_parallel}: with --tensor_parallel_size {args.tensor_parallel_size} this takes "
+            f"{needed} GPUs, of which {gpus} are visible"
+        )
+    if args.output_file is None:
+        args.output_file = Path("outputs", "eval", Path(args.base_model).name + ".json")
+    check_output_file(args.output_file)
+    return sampling, benchmarks, lora_rank
+
+
+def check_output_file(file: Path) -> None:
+    """Raise `ValueError` unless `file` can have siblings with other endings."""
+    if file.is_dir():
+        raise ValueError(f"--output_file {file}: is a folder; name a file")
+    if file.suffix != ".json":
+        raise ValueError(f"--output_file {file}: name a file that ends in .json; its samples go beside it, in .jsonl")
+
+
+def run_settings(
+    args: argparse.Namespace, sampling: Sampling, questions: Mapping[str, Sequence[Question]]
+) -> dict[str, Any]:
+    """
+    What samples and their verdicts depend on, apart from the key of the sample.
+
+    How many samples, problems, data sets and models there are is not part of it, nor on how many GPUs they are sampled.
+    """
+    settings = {"base_model": args.base_model, "base_model_version": model_version(args.base_model)}
+    settings |= {knob.name: getattr(sampling, knob.name) for knob in fields(Sampling)}
+    del settings["val_n"], settings["greedy"]
+    names = ("thinking", "privileged", "max_model_len", "extract", "grader", "grade_timeout")
+    return (
+        settings
+        | {name: getattr(args, name) for name in names}
+        | {
+            "data_sets": {name: data_hash(loaded) for name, loaded in questions.items()},
+            "prompts": {name: prompt_hash(loaded) for name, loaded in questions.items()},
+            "adapters": {
+                folder: files_hash([Path(folder, "adapter_config.json"), Path(folder, "adapter_model.safetensors")])
+                for folder in args.checkpoint_dir
+            },
+            "versions": package_versions(),
+        }
+    )
+
+
+def regrade(args: argparse.Namespace) -> str:
+    """
+    Grade the samples of an earlier run anew, into `args.output_file` or in place; returns the tables.
+
+    Raises:
+        ValueError: if there is no such run, or the output file exists.
+    """
+    source = args.regrade.with_suffix(".json")
+    settings = stored_settings(source)
+    if settings is None:
+        raise ValueError(f"--regrade {args.regrade}: no output file of an earlier run")
+    target = args.output_file or source
+    check_output_file(target)
+    if target != source and target.exists() and not args.overwrite:
+        raise ValueError(f"--output_file {target}: exists; name another file, or replace it with --overwrite")
+    handle, samples = open_samples(source.with_suffix(".jsonl"))
+    settings |= {"extract": args.extract, "grader": args.grader, "grade_timeout": args.grade_timeout}
+    settings["versions"] |= {"math-verify": package_versions()["math-verify"]}
+    arguments = json.loads(source.read_text(encoding="utf-8"))["arguments"]
+    pool = GradingPool(workers=args.grade_workers, timeout=args.grade_timeout, grader=args.grader)
+    with handle, pool:
+        graded = grade([samples], pool, thinking=settings["thinking"], method=args.extract)
+        for _ in tqdm(graded, total=len(samples), desc="grading"):
+            pass
+        replace_file(target.with_suffix(".jsonl"), b"".join(map(sample_line, samples)))
+        return write_report(target, settings, arguments, samples, pool, args.reference)
+
+
+def completions(
+    args: argparse.Namespace, options: Mapping[str, Any], requests: Sequence[Request], sampling: Sampling
+) -> Iterator[list[tuple[Request, Completion]]]:
+    """Start the engine or engines, and yield what they finish."""
+    if args.data_parallel > 1:
+        yield from generate_in_parallel(args.data_parallel, args.base_model, options, requests, sampling)
+    else:
+        engine = start_engine(args.base_model, **options)
+        yield from generate(engine, requests, sampling)
+        stop_engine(engine)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: evaluate the base model and each adapter, write the results, print a table."""
+    """The command line: sample and grade what is missing, write the results, print the tables."""
     parser = build_parser()
     args = parser.parse_args(arguments)
-    models: list[str | None] = [*([] if args.skip_base else [None]), *args.checkpoint_dir]
     try:  # all that can be wrong with the input, before the engine starts
-        sampling = Sampling(**{knob.name: getattr(args, knob.name) for knob in fields(Sampling)})
-        if not models:
-            raise ValueError("--skip_base: nothing to evaluate; give adapters with --checkpoint_dir")
-        lora_rank = max([check_adapter(folder) for folder in args.checkpoint_dir], default=0)
-        if args.base_model.startswith((".", "/", "~")) and not Path(args.base_model).is_dir():
-            raise FileNotFoundError(f"--base_model {args.base_model}: no such folder; give a folder or a Hub id")
-        questions = load_questions(
-            args.dataset,
-            AutoTokenizer.from_pretrained(args.base_model),
-            thinking=args.thinking,
-            privileged=args.privileged,
-            num_samples=args.num_samples,
-            dataset_split=args.dataset_split,
-            problem_column=args.problem_column,
-            answer_column=args.answer_column,
-            solution_column=args.solution_column,
-        )
-        max_model_len = sequence_length(args.base_model, questions, sampling.max_new_tokens, args.max_model_len)
-        if args.output_file is not None:
-            args.output_file.parent.mkdir(parents=True, exist_ok=True)
-            if args.output_file.is_dir():
-                raise ValueError(f"--output_file {args.output_file}: is a folder; name a file")
-    except (ValueError, FileNotFoundError) as error:
+        if args.regrade is not None:
+            sys.stdout.write(regrade(args))
+            return
+        sampling, benchmarks, lora_rank = check_arguments(args)
+        if args.dry_run:
+            sys.stdout.write(resolved_command(args) + "\n")
+            return
+        tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+        mode = {"thinking": args.thinking, "privileged": args.privileged}
+        questions = {benchmark.name: load_questions(benchmark, tokenizer, **mode) for benchmark in benchmarks}
+        chosen = [question for loaded in questions.values() for question in loaded[: args.num_samples]]
+        options = {
+            "lora_rank": lora_rank,
+            "max_model_len": sequence_length(args.base_model, chosen, sampling.max_new_tokens, args.max_model_len),
+            "gpu_memory_utilization": args.gpu_memory_utilization,
+            "tensor_parallel_size": args.tensor_parallel_size,
+            "enforce_eager": args.enforce_eager,
+        }
+        settings = run_settings(args, sampling, questions)
+        if not args.overwrite and (stored := stored_settings(args.output_file)) is not None:
+            settings = merge_settings(stored, settings, args.output_file)
+        args.output_file.parent.mkdir(parents=True, exist_ok=True)
+        file, finished = open_samples(args.output_file.with_suffix(".jsonl"), args.overwrite)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
 
-    engine = start_engine(
-        args.base_model,
-        lora_rank=lora_rank,
-        max_model_len=max_model_len,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        tensor_parallel_size=args.tensor_parallel_size,
-    )
-    settings = vars(args) | {"output_file": str(args.output_file), "max_model_len": max_model_len}
-    results = []
-    for checkpoint in models:
-        results.append(evaluate(engine, questions, sampling, thinking=args.thinking, checkpoint=checkpoint))
-        if args.output_file is not None:
-            write_results(args.output_file, settings, results)
-    stop_engine(engine)
-    sys.stdout.write(results_table(results, sampling.val_n) + "\n")
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    models: list[str | None] = [*([] if args.skip_base else [None]), *args.checkpoint_dir]
+    requests = [request for model in models for request in sampling_requests(model, chosen, sampling)]
+    samples = {sample.key: sample for sample in finished}
+    missing = [request for request in requests if request_key(request) not in samples]
+    pool = GradingPool(workers=args.grade_workers, timeout=args.grade_timeout, grader=args.grader)
+    with file, pool:
+        header = output_header(settings, arguments) | {"results": []}
+        replace_file(args.output_file, json.dumps(header, indent=1).encode())
+        if missing:
+            batches = (
+                [make_sample(*pair) for pair in batch] for batch in completions(args, options, missing, sampling)
+            )
+            verdicts: dict[tuple[str, str], list[bool]] = {}
+            with tqdm(total=len(requests), initial=len(requests) - len(missing), unit="sample") as bar:
+                for sample in grade(batches, pool, thinking=args.thinking, method=args.extract):
+                    file.write(sample_line(sample))
+                    samples[sample.key] = sample
+                    seen = verdicts.setdefault((sample.model, sample.benchmark), [])
+                    seen += [sample.correct] * (sample.correct is not None)
+                    accuracy = f"{statistics.fmean(seen):.1%}" if seen else "ungraded"
+                    bar.set_postfix_str(f"{sample.model}, {sample.benchmark}: {accuracy}", refresh=False)
+                    bar.update()
+        chosen_samples = [samples[request_key(request)] for request in requests]
+        tables = write_report(args.output_file, settings, arguments, chosen_samples, pool, args.reference)
+    sys.stdout.write(tables)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ from transformers.trainer_utils import sort_checkpoints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
-from eval.evaluate_math import Sampling, evaluate, load_questions, start_engine
+from eval.benchmarks import find_benchmark, load_questions
+from eval.engine import Sampling, start_engine
+from eval.evaluate_math import evaluate
+from eval.grading import GradingPool
 from quickstart import addition, base_model
 
 logger = logging.getLogger(__name__)
@@ -110,6 +113,12 @@ def main() -> None:
     add = parser.add_argument
     add("--seed", type=int, default=0, help="of the base model, the training data and the rollouts")
     add("--steps", type=int, default=100, help="optimizer steps of 32 rollouts (default: %(default)s)")
+    add(
+        "--use_vllm",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="sample the rollouts of the training with vLLM; otherwise with transformers (default: %(default)s)",
+    )
     add("--controls", action="store_true", help="train against a teacher without, and with wrong, solutions too")
     add("--output_dir", type=Path, default=ROOT / "outputs" / "quickstart", help="default: outputs/quickstart")
     args = parser.parse_args()
@@ -131,15 +140,16 @@ def main() -> None:
 
     with phase("evaluate the base model, without and with the solution in its prompt", seconds):
         tokenizer = AutoTokenizer.from_pretrained(model)
-        test_file = str(data_dir / "test.jsonl")
-        questions = load_questions(test_file, tokenizer, thinking=False)
-        privileged = load_questions(test_file, tokenizer, thinking=False, privileged=True)
+        held_out = find_benchmark(str(data_dir / "test.jsonl"))
+        questions = load_questions(held_out, tokenizer, thinking=False)
+        privileged = load_questions(held_out, tokenizer, thinking=False, privileged=True)
         engine = start_engine(str(model), lora_rank=16, max_model_len=512)
         sampling = Sampling(val_n=4, max_new_tokens=64, greedy=True)
+        pool = GradingPool()
 
         def measure(questions, checkpoint: Path | None = None) -> dict[str, float]:
             adapter = None if checkpoint is None else os.path.relpath(checkpoint)
-            result = evaluate(engine, questions, sampling, thinking=False, checkpoint=adapter)
+            result, _ = evaluate(engine, questions, sampling, pool, thinking=False, checkpoint=adapter)
             return {
                 "avg_at_4": result["avg_at_k"],
                 "standard_error": result["standard_error"],
@@ -155,6 +165,7 @@ def main() -> None:
         training_file, flags = METHODS[name]
         run_dir = output_dir / name
         with phase(f"train: {LABELS[name]}", seconds):
+            flags = [*flags, "--use_vllm", args.use_vllm]
             training = train(model, data_dir / training_file, run_dir, args.steps, args.seed, flags)
         with phase(f"evaluate: {LABELS[name]}", seconds):
             curve = checkpoints(run_dir)

@@ -37,7 +37,7 @@ for line in sys.stdin:
         print("export", names[match[1]] + "=" + shlex.quote(("," if match[1] == "find-links" else " ").join(values)))
 ')"
 export UV_INDEX_STRATEGY=unsafe-best-match UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
-install() { .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps "$@"; }
+install() { .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --no-deps "$@"; }
 
 if [ "$device" = cpu ]; then
     if ! install -r "$lock" 2>.venv/install.log; then

@@ -1,11 +1,14 @@
-"""The evaluator with real vLLM on a tiny model (one engine for all), its statistics, and its refusal of bad input."""
+"""The evaluator with real vLLM on a tiny model, killed and resumed; its scores; its refusal of bad input."""
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -15,18 +18,23 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
+from eval import engine as sampling_engine
 from eval import evaluate_math
-from eval.evaluate_math import (
-    Question,
+from eval.benchmarks import Benchmark, find_benchmark, load_questions
+from eval.engine import (
+    GREEDY,
     Sampling,
     check_adapter,
-    evaluate,
-    load_questions,
-    main,
+    generate,
     sample_seed,
+    sampling_requests,
     start_engine,
-    stop_engine,
 )
+from eval.evaluate_math import evaluate, main, paired_differences, request_key, score, score_all
+from eval.grading import GradingPool
+from eval.report import plot_accuracy, report_tables
+from eval.run_files import Sample, open_samples
+from vllm_engine import stop_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMS = [(358, 647), (120, 45), (999, 1), (271, 828), (314, 159), (500, 250)]
@@ -48,20 +56,20 @@ def tokenizer(tiny_model_dir):
 
 @pytest.fixture(scope="module")
 def questions(data_file, tokenizer):
-    return load_questions(str(data_file), tokenizer, thinking=False)
+    return load_questions(find_benchmark(str(data_file)), tokenizer, thinking=False)
 
 
 @pytest.fixture(scope="module")
 def adapters(tiny_model_dir, tmp_path_factory):
-    """Adapter folders: "zero" leaves the model as it is, "random" does not."""
+    """Adapter folders: "zero" leaves the model as it is, the others do not; "large" has the larger rank."""
     folders = {}
-    for name in ("zero", "random"):
-        torch.manual_seed(0)
+    run = tmp_path_factory.mktemp("run")
+    for step, (name, rank) in enumerate({"zero": 4, "random": 4, "large": 8}.items()):
+        torch.manual_seed(step)
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-        zero_b = name == "zero"
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=zero_b))
-        folders[name] = str(tmp_path_factory.mktemp("adapters") / name)
-        model.save_pretrained(folders[name])
+        config = LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=name == "zero")
+        folders[name] = str(run / f"checkpoint-{25 * (step + 1)}")
+        get_peft_model(model, config).save_pretrained(folders[name])
     return folders
 
 
@@ -78,60 +86,90 @@ def engine(tiny_model_dir, adapters):
     torch.set_num_threads(threads)
 
 
-def texts(result):
-    return [[response["text"] for response in sample["responses"]] for sample in result["samples"]]
+@pytest.fixture(scope="module")
+def pool():
+    with GradingPool(workers=1) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")
-def base_result(engine, questions):
-    return evaluate(engine, questions, SAMPLING, thinking=False)
+def sample(engine, pool):
+    """A function that evaluates questions, and returns the samples without the model's name."""
+
+    def run(questions, sampling=SAMPLING, checkpoint=None):
+        _, samples = evaluate(engine, questions, sampling, pool, thinking=False, checkpoint=checkpoint)
+        assert {sample.model for sample in samples} == {checkpoint or "base"}
+        return [replace(sample, model="") for sample in samples]
+
+    return run
 
 
-def test_samples_do_not_depend_on_number_or_order_of_problems(engine, questions, base_result):
-    few = evaluate(engine, questions[3:1:-1], SAMPLING, thinking=False)
-    assert few["samples"] == base_result["samples"][3:1:-1]
-    one_sample = Sampling(val_n=1, max_new_tokens=24)
-    (alone,) = evaluate(engine, questions[:1], one_sample, thinking=False)["samples"]
-    assert alone["responses"] == base_result["samples"][0]["responses"][:1]
+def texts(samples):
+    return [sample.text for sample in samples]
 
 
-def test_samples_differ_from_each_other_and_with_the_seed(engine, questions, base_result):
-    assert any(len({response["text"] for response in sample["responses"]}) > 1 for sample in base_result["samples"])
-    reseeded = evaluate(engine, questions, Sampling(val_n=3, max_new_tokens=24, seed=1), thinking=False)
-    assert texts(reseeded) != texts(base_result)
+@pytest.fixture(scope="module")
+def base_samples(sample, questions):
+    return sample(questions)
 
 
-def test_many_long_prompts_at_once_keep_their_seeds(engine, questions):
+def test_samples_do_not_depend_on_number_or_order_of_problems(sample, questions, base_samples):
+    assert sample(questions[3:1:-1]) == [*base_samples[12:16], *base_samples[8:12]]
+    assert sample(questions[:1], Sampling(val_n=1, max_new_tokens=24)) == base_samples[:1]
+
+
+def test_samples_differ_from_each_other_and_with_the_seed(sample, questions, base_samples):
+    assert any(len(set(texts(base_samples[start : start + 3]))) > 1 for start in range(0, len(base_samples), 4))
+    assert texts(sample(questions, replace(SAMPLING, seed=1))) != texts(base_samples)
+    assert texts(sample(questions, replace(SAMPLING, presence_penalty=2.0))) != texts(base_samples)
+
+
+def test_many_long_prompts_at_once_keep_their_seeds(engine, sample, questions):
     # More prompt tokens than fit into one step: vLLM must not split a prompt, whose sampler it cannot rewind on CPU.
     budget = engine.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
     prompt_ids = questions[0].prompt_ids * 3
     count = budget // len(prompt_ids) + 2
-    longer = [Question(f"{index}", "0", [index, *prompt_ids]) for index in range(count)]  # none finds another's prefix
+    longer = [
+        replace(questions[0], index=index, problem=f"{index}", prompt_ids=[index, *prompt_ids])  # no common prefix
+        for index in range(count)
+    ]
     sampling = Sampling(val_n=1, max_new_tokens=4)
-    together = evaluate(engine, longer, sampling, thinking=False)
-    last = evaluate(engine, longer[-1:], sampling, thinking=False)
-    assert together["samples"][-1] == last["samples"][0]
+    assert sample(longer, sampling)[-1] == sample(longer[-1:], sampling)[0]
 
 
-def test_adapters_and_base_share_an_engine(engine, questions, adapters, base_result):
-    changed = evaluate(engine, questions, SAMPLING, thinking=False, checkpoint=adapters["random"])
-    unchanged = evaluate(engine, questions, SAMPLING, thinking=False, checkpoint=adapters["zero"])
-    base_again = evaluate(engine, questions, SAMPLING, thinking=False)
-    assert changed["model"] == adapters["random"]
-    assert texts(changed) != texts(base_result)
-    assert unchanged["samples"] == base_result["samples"]
-    assert base_again == base_result
+def test_more_requests_than_the_engine_takes_at_once(engine, sample, questions, monkeypatch, base_samples):
+    monkeypatch.setattr(engine.llm_engine.vllm_config.scheduler_config, "max_num_seqs", 2)  # 4 requests in the engine
+    assert sample(questions) == base_samples
 
 
-def test_an_adapter_replaced_in_its_folder_is_loaded_anew(engine, questions, adapters, base_result, tmp_path):
+def test_adapters_and_base_share_an_engine(sample, questions, adapters, base_samples):
+    assert texts(sample(questions, checkpoint=adapters["random"])) != texts(base_samples)
+    assert sample(questions, checkpoint=adapters["zero"]) == base_samples
+    assert sample(questions) == base_samples
+
+
+def test_base_and_adapters_do_not_mix_within_a_batch(engine, sample, questions, adapters):
+    folders = [None, adapters["random"], adapters["large"]]
+    alone = {folder: texts(sample(questions[:2], checkpoint=folder)) for folder in folders}
+    requests = [sampling_requests(folder, questions[:2], SAMPLING) for folder in folders]
+    mixed = [request for group in zip(*requests, strict=True) for request in group]
+    finished = {
+        request_key(request): completion.text
+        for batch in generate(engine, mixed, SAMPLING)
+        for request, completion in batch
+    }
+    for folder, own in zip(folders, requests, strict=True):
+        assert [finished[request_key(request)] for request in own] == alone[folder]
+
+
+def test_an_adapter_replaced_in_its_folder_is_loaded_anew(sample, questions, adapters, base_samples, tmp_path):
     folder = tmp_path / "adapter"
     folder.symlink_to(adapters["random"])
-    changed = evaluate(engine, questions, SAMPLING, thinking=False, checkpoint=str(folder))
+    changed = sample(questions, checkpoint=str(folder))
     folder.unlink()
     folder.symlink_to(adapters["zero"])
-    unchanged = evaluate(engine, questions, SAMPLING, thinking=False, checkpoint=str(folder))
-    assert texts(changed) != texts(base_result)
-    assert unchanged["samples"] == base_result["samples"]
+    assert texts(changed) != texts(base_samples)
+    assert sample(questions, checkpoint=str(folder)) == base_samples
 
 
 def completion_log_probs(model, prompt_ids, completion_ids):
@@ -145,7 +183,7 @@ def test_log_probs_agree_with_transformers(engine, questions, adapters, tiny_mod
     from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
 
-    adapter = LoRARequest("log-probs", next(evaluate_math.ADAPTER_IDS), adapters["random"])
+    adapter = LoRARequest("log-probs", next(sampling_engine.ADAPTER_IDS), adapters["random"])
     outputs = engine.generate(
         [{"prompt_token_ids": question.prompt_ids} for question in questions],
         SamplingParams(max_tokens=24, seed=0, logprobs=0),
@@ -174,101 +212,335 @@ def test_log_probs_agree_with_transformers(engine, questions, adapters, tiny_mod
     torch.testing.assert_close(torch.tensor(sampled, dtype=torch.float64), exact, rtol=0, atol=3 * float32_error)
 
 
-def test_command_line_end_to_end(tiny_model_dir, data_file, adapters, base_result, tmp_path):
-    output_file = tmp_path / "results" / "scores.json"
-    command = [sys.executable, "eval/evaluate_math.py", "--base_model", str(tiny_model_dir)]
-    command += ["--checkpoint_dir", adapters["random"], "--dataset", str(data_file), "--output_file", str(output_file)]
-    command += ["--num_samples", "4", "--val_n", "3", "--greedy", "--max_new_tokens", "24", "--no_thinking"]
-    run = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
+def command(tiny_model_dir, output_file, *arguments):
+    fixed = ["--no_thinking", "--val_n", "3", "--greedy", "--max_new_tokens", "24", "--grade_workers", "1"]
+    base = [sys.executable, "eval/evaluate_math.py", "--base_model", tiny_model_dir, "--output_file", output_file]
+    return [str(part) for part in [*base, *fixed, *arguments]]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run_command(*parts):
+    run = subprocess.run(command(*parts), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr
-    written = json.loads(output_file.read_text())
-    assert written["settings"]["val_n"] == 3
-    base, adapted = written["results"]
-    assert (base["model"], adapted["model"]) == ("base", adapters["random"])
-    assert base["samples"] == base_result["samples"][:4]  # another process, other problems beside them
-    assert texts(adapted) != texts(base)
-    assert "| model | Avg@3 | ± | greedy | truncated |" in run.stdout
-    assert adapters["random"] in run.stdout
+    return run.stdout
 
 
-class CannedEngine:
-    """Answers in turn with the given (text, finish reason) pairs."""
-
-    def __init__(self, *responses):
-        self.outputs = [
-            SimpleNamespace(outputs=[SimpleNamespace(text=text, token_ids=[0] * len(text), finish_reason=reason)])
-            for text, reason in responses
-        ]
-
-    def generate(self, prompts, parameters, **options):
-        assert len(prompts) == len(parameters) == len(self.outputs)
-        return self.outputs
+def read_samples(output_file):
+    """Key -> sample; no key may occur twice."""
+    lines = output_file.with_suffix(".jsonl").read_text().splitlines()
+    samples = {sample.key: sample for sample in (Sample(**json.loads(line)) for line in lines)}
+    assert len(samples) == len(lines)
+    return samples
 
 
-RIGHT, WRONG, CUT = (r"\boxed{7}", "stop"), (r"\boxed{8}", "stop"), (r"It is \boxed{", "length")
+@pytest.fixture(scope="module")
+def work(data_file, adapters):
+    """Base and two adapters on two data sets: 3 x (6 + 4) problems x 4 samples."""
+    other = data_file.with_name("other.jsonl")
+    other.write_text(
+        "".join(json.dumps({"problem": f"{n}+{n + 1}", "answer": 2 * n + 1}) + "\n" for n in range(500, 504))
+    )
+    return ["--checkpoint_dir", adapters["random"], adapters["large"], "--dataset", str(data_file), str(other)]
 
 
-def test_statistics():
-    questions = [Question("a", "7", [1]), Question("b", "7", [2]), Question("c", "7", [3])]
-    engine = CannedEngine(RIGHT, RIGHT, WRONG, RIGHT, WRONG, RIGHT, WRONG, CUT, RIGHT)
-    result = evaluate(engine, questions, Sampling(val_n=2, greedy=True), thinking=False)
-    assert result["avg_at_k"] == pytest.approx(0.5)  # per problem 1, 1/2, 0
-    assert result["standard_error"] == pytest.approx(0.5 / 3**0.5)  # deviation 1/2 over three problems
-    assert result["greedy"] == pytest.approx(2 / 3)
-    assert result["truncated"] == pytest.approx(1 / 6)
-    assert [response["correct"] for response in result["samples"][1]["responses"]] == [True, False]
-    assert result["samples"][2]["responses"][1] == {
-        "seed": sample_seed(0, "c", 1),
-        "text": CUT[0],
-        "extracted": None,
-        "correct": False,
-        "num_tokens": len(CUT[0]),
-        "finish_reason": "length",
-    }
+@pytest.fixture(scope="module")
+def whole_run(tiny_model_dir, work, tmp_path_factory):
+    """Output file and printed tables of a run that nothing interrupts."""
+    output_file = tmp_path_factory.mktemp("results") / "new" / "whole.json"
+    return output_file, run_command(tiny_model_dir, output_file, *work)
 
 
-def test_statistics_of_one_problem_without_greedy():
-    result = evaluate(CannedEngine(RIGHT, WRONG), [Question("a", "7", [1])], Sampling(val_n=2), thinking=False)
-    assert (result["avg_at_k"], result["standard_error"], result["greedy"]) == (0.5, None, None)
-    assert result["samples"][0]["greedy"] is None
+def test_command_line_end_to_end(whole_run, sample, questions, adapters, base_samples):
+    output_file, printed = whole_run
+    samples = read_samples(output_file)
+    assert len(samples) == 3 * 10 * 4
+    for checkpoint in (None, adapters["random"], adapters["large"]):  # as if each were evaluated by itself
+        alone = base_samples if checkpoint is None else sample(questions, checkpoint=checkpoint)
+        for expected in alone:
+            key = (checkpoint or "base", *expected.key[1:])
+            assert replace(samples[key], model="") == expected
+    report = json.loads(output_file.read_text())
+    assert report["complete"] and len(report["results"]) == 6 and len(report["differences"]) == 4
+    assert report["arguments"]["val_n"] == 3
+    base = report["results"][0]
+    assert (base["model"], base["dataset"], base["val_n"], base["num_problems"]) == ("base", "sums", 3, 6)
+    assert base["avg_at_k"] == pytest.approx(sum(s.correct for s in base_samples if s.sample != GREEDY) / 18)
+    assert report["table"]["base"] == {"sums": base["avg_at_k"], "other": report["results"][1]["avg_at_k"]}
+    assert set(report["settings"]["adapters"]) == {adapters["random"], adapters["large"]}
+    assert output_file.with_suffix(".md").read_text() == printed
+    assert "| model | sums | other |" in printed
+    assert output_file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_thinking_responses_need_the_end_of_the_thought():
-    engine = CannedEngine(RIGHT, ("Hm.</think>" + RIGHT[0], "stop"))
-    result = evaluate(engine, [Question("a", "7", [1])], Sampling(val_n=2), thinking=True)
-    assert [response["correct"] for response in result["samples"][0]["responses"]] == [False, True]
+def test_killed_run_goes_on_where_it_was(whole_run, tiny_model_dir, work, tmp_path):
+    output_file = tmp_path / "killed.json"
+    samples_file = output_file.with_suffix(".jsonl")
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen(
+            command(tiny_model_dir, output_file, *work), cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log
+        )
+        while not samples_file.is_file() or samples_file.stat().st_size == 0:
+            assert running.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.005)
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    kept = samples_file.read_bytes()
+    assert not json.loads(output_file.read_text())["complete"]
+    assert 0 < kept.count(b"\n") < 120
+    samples_file.write_bytes(kept[: kept.rindex(b"\n") + 1] + kept[:50])  # and a last line torn
+
+    run_command(tiny_model_dir, output_file, *work, "--data_parallel", "2")
+    assert samples_file.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])  # nothing is sampled again
+    assert read_samples(output_file) == read_samples(whole_run[0])
+    reports = [json.loads(file.read_text()) for file in (output_file, whole_run[0])]
+    assert reports[0]["results"] == reports[1]["results"]
+    assert reports[0]["fingerprint"] == reports[1]["fingerprint"]
+
+
+@pytest.fixture
+def finished_run(whole_run, tmp_path, monkeypatch):
+    """A copy of the whole run's files; no engine may start."""
+
+    def fail(*args, **options):
+        raise AssertionError("the engine was started")
+
+    monkeypatch.setattr(evaluate_math, "start_engine", fail)
+    for file in whole_run[0].parent.glob("whole.json*"):
+        shutil.copy(file, tmp_path)
+    return tmp_path / "whole.json"
+
+
+def test_finished_run_needs_no_engine(whole_run, finished_run, tiny_model_dir, work, adapters, capsys):
+    arguments = command(tiny_model_dir, finished_run, *work)[2:]
+    main(arguments)
+    assert capsys.readouterr().out == whole_run[1]
+    assert read_samples(finished_run) == read_samples(whole_run[0])
+    # Fewer samples, problems, models and data sets are among what is there.
+    main([*arguments, "--val_n", "2", "--num_samples", "3", "--checkpoint_dir", adapters["large"]])
+    few = json.loads(finished_run.read_text())
+    assert [(result["val_n"], result["num_problems"]) for result in few["results"]] == [(2, 3)] * 4
+    assert set(few["settings"]["adapters"]) == {adapters["random"], adapters["large"]}
+
+
+def test_changed_settings_are_refused_with_what_changed(
+    finished_run, tiny_model_dir, data_file, adapters, work, tmp_path, capsys
+):
+    arguments = command(tiny_model_dir, finished_run, *work)[2:]
+    before = finished_run.with_suffix(".jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        main([*arguments, "--temperature", "0.5", "--seed", "3"])
+    message = capsys.readouterr().err
+    assert "temperature: 1.0 -> 0.5" in message and "seed: 0 -> 3" in message and "--overwrite" in message
+    assert "top_p:" not in message
+
+    (tmp_path / "sums.jsonl").write_text(data_file.read_text().replace("1005", "1006"))
+    with pytest.raises(SystemExit):
+        main([*arguments, "--dataset", str(tmp_path / "sums.jsonl")])
+    message = capsys.readouterr().err
+    assert "data_sets sums:" in message and "data_sets other" not in message
+
+    weights = Path(adapters["large"]) / "adapter_model.safetensors"
+    original = weights.read_bytes()
+    weights.write_bytes((Path(adapters["random"]) / weights.name).read_bytes())
+    with pytest.raises(SystemExit):
+        main(arguments)
+    weights.write_bytes(original)
+    assert f"adapters {adapters['large']}:" in capsys.readouterr().err
+    assert finished_run.with_suffix(".jsonl").read_bytes() == before
+
+    with pytest.raises(AssertionError, match="the engine was started"):
+        main([*arguments, "--temperature", "0.5", "--overwrite"])
+    assert finished_run.with_suffix(".jsonl").read_bytes() == b""
+
+
+def test_files_of_unknown_origin_are_refused(finished_run, tiny_model_dir, work, capsys):
+    arguments = command(tiny_model_dir, finished_run, *work)[2:]
+    settings = finished_run.read_bytes()
+    for content, message in ((b"{}", "is not an evaluation"), (None, "with its settings")):
+        finished_run.unlink() if content is None else finished_run.write_bytes(content)
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert message in capsys.readouterr().err
+    finished_run.write_bytes(settings)
+    with finished_run.with_suffix(".jsonl").open("ab") as file:
+        file.write(b"{}\n")
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "whole.jsonl, line 121: not a sample" in capsys.readouterr().err
+
+
+def test_regrade_gives_the_verdicts_of_the_flags(finished_run, tmp_path, capsys):
+    regraded = tmp_path / "regraded.json"
+    original = read_samples(finished_run)
+    lines = finished_run.with_suffix(".jsonl").read_text().splitlines()
+    spoiled = [json.dumps(json.loads(line) | {"correct": None, "status": "lost", "extracted": "?"}) for line in lines]
+    finished_run.with_suffix(".jsonl").write_text("\n".join(spoiled) + "\n")
+    main(["--regrade", str(finished_run), "--output_file", str(regraded), "--grade_workers", "1"])
+    assert read_samples(regraded) == original
+    assert all(sample.status == "lost" for sample in read_samples(finished_run).values())
+    with pytest.raises(SystemExit):
+        main(["--regrade", str(finished_run), "--output_file", str(regraded)])
+    assert "--overwrite" in capsys.readouterr().err
+    main(["--regrade", str(finished_run), "--extract", "legacy", "--grader", "legacy", "--grade_workers", "1"])
+    report = json.loads(finished_run.read_text())
+    assert (report["settings"]["extract"], report["settings"]["grader"]) == ("legacy", "legacy")
+    assert all(sample.status != "lost" for sample in read_samples(finished_run).values())
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    file = tmp_path / "samples.jsonl"
+    hold = "import sys; sys.path.insert(0, '.'); from pathlib import Path; from eval.run_files import open_samples;"
+    hold += "kept = open_samples(Path(sys.argv[1])); sys.stdout.write('.'); sys.stdout.flush(); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, file], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.read(1) == b"."
+        with pytest.raises(ValueError, match="another evaluation is writing to it"):
+            open_samples(file)
+        other.stdin.close()
+    handle, samples = open_samples(file)
+    handle.close()
+    assert samples == []
+
+
+def graded(problem, sample=0, *, correct, extracted="7", **fields):
+    """A sample of the benchmark "b", in thinking mode, with its verdict."""
+    values = {"model": "base", "benchmark": "b", "answer_type": None, "text": "</think>", "finish_reason": "stop"}
+    values |= {"seed": 0, "num_tokens": 10, "problem": "?", "gold": "7", "status": "exact"} | fields
+    return Sample(problem_id=problem, sample=sample, correct=correct, extracted=extracted, **values)
+
+
+def test_scores(pool):
+    samples = [
+        graded(0, 0, correct=True),
+        graded(0, 1, correct=True),
+        graded(0, 2, correct=False, extracted="8"),
+        graded(1, 0, correct=False, extracted="6"),
+        graded(1, 1, correct=False, extracted="6.0", text="cut", finish_reason="length", num_tokens=34),
+        graded(1, 2, correct=True),
+        graded(1, GREEDY, correct=True),
+    ]
+    result = score(samples[::-1], pool, thinking=True)
+    assert result["avg_at_k"] == pytest.approx(0.5)
+    assert result["standard_error"] == pytest.approx(
+        1 / 6
+    )  # problems at 2/3 and 1/3: deviation 1/sqrt(18), over sqrt(2)
+    assert result["pass_at_k"] == pytest.approx({"1": 1 / 2, "2": (1 + 2 / 3) / 2, "3": 1})
+    assert result["majority_at_k"] == 0.5  # 7 is elected for the first problem, 6 for the second
+    assert [problem["majority"] for problem in result["problems"]] == ["7", "6"]
+    assert (result["greedy"], result["mean_tokens"]) == (1, 14)
+    assert (result["truncated"], result["unclosed_thinking"]) == (1 / 6, 1 / 6)
+    assert score(samples, pool, thinking=False)["unclosed_thinking"] is None
+
+
+def test_ungraded_problems_are_kept_apart(pool):
+    samples = [graded(0, correct=True, benchmark="amo-bench", answer_type="number")]
+    samples += [graded(n, correct=None, benchmark="amo-bench", answer_type="description") for n in (1, 2)]
+    samples.append(graded(3, correct=False, benchmark="amo-bench", answer_type="description"))
+    everything, without_descriptions = score_all(samples, pool, thinking=True)
+    assert (everything["dataset"], without_descriptions["dataset"]) == ("amo-bench", "amo-bench-39")
+    assert (everything["num_problems"], everything["num_ungraded"], everything["avg_at_k"]) == (4, 2, 0.5)
+    assert (without_descriptions["num_problems"], without_descriptions["avg_at_k"]) == (1, 1)
+    nothing = score(samples[1:3], pool, thinking=True)
+    assert (nothing["num_ungraded"], nothing["avg_at_k"], nothing["majority_at_k"]) == (2, None, None)
+    tables = report_tables([{"model": "base", "dataset": "amo-bench"} | nothing], [])
+    assert "2 of 2" in tables
+
+
+def test_paired_differences(pool):
+    verdicts = {"base": [0, 1, 0, None], "x/checkpoint-5": [1, 1, 0, 1]}
+    samples = [
+        graded(problem, correct=None if right is None else bool(right), model=model)
+        for model, rights in verdicts.items()
+        for problem, right in enumerate(rights)
+    ]
+    (difference,) = paired_differences(score_all(samples, pool, thinking=True), "base")
+    assert (difference["model"], difference["reference"], difference["dataset"]) == ("x/checkpoint-5", "base", "b")
+    assert difference["difference"] == pytest.approx(1 / 3)  # differences 1, 0, 0: the ungraded problem is out
+    assert difference["standard_error"] == pytest.approx(1 / 3)
+
+
+def test_plot_needs_checkpoints_with_steps(pool, tmp_path):
+    samples = [graded(0, correct=True, model=model) for model in ("base", "final")]
+    results = score_all(samples, pool, thinking=True)
+    assert not plot_accuracy(results, tmp_path / "plot.png")
+    samples += [graded(0, correct=True, model=f"run/checkpoint-{step}") for step in (100, 25)]
+    assert plot_accuracy(score_all(samples, pool, thinking=True), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_seeds_are_fixed_and_distinct():
-    assert sample_seed(0, "1+1", 0) == 4390963752228065215  # published results rest on this
-    seeds = {sample_seed(base, problem, index) for base in (0, 1) for problem in ("a", "b") for index in range(4)}
-    assert len(seeds) == 16
+    assert sample_seed(0, "b", "1+1", 0) == 1713884541600202259  # published results rest on this
+    seeds = {
+        sample_seed(base, benchmark, problem, index)
+        for base in (0, 1)
+        for benchmark in ("b", "c")
+        for problem in ("1", "2")
+        for index in range(4)
+    }
+    assert len(seeds) == 32
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_questions(data_file, tokenizer):
-    student = load_questions(str(data_file), tokenizer, thinking=True, num_samples=2)
-    assert [(question.problem, question.gold) for question in student] == [("358+647", "1005"), ("120+45", "165")]
+    student = load_questions(find_benchmark(str(data_file)), tokenizer, thinking=True)
+    assert [(question.index, question.problem, question.gold) for question in student[:2]] == [
+        (0, "358+647", "1005"),
+        (1, "120+45", "165"),
+    ]
     expected = encode_chat_prompt(tokenizer, fill_template(STUDENT_PROMPT, problem="358+647"), thinking=True)
     assert student[0].prompt_ids == expected
-    teacher = load_questions(str(data_file), tokenizer, thinking=True, privileged=True)
+    teacher = load_questions(find_benchmark(str(data_file)), tokenizer, thinking=True, privileged=True)
     assert "It is 1005, clearly." in tokenizer.decode(teacher[0].prompt_ids)
 
 
 def test_answers_may_be_numbers(tmp_path, tokenizer):
     file = tmp_path / "numbers.jsonl"
     file.write_text("".join(json.dumps({"q": f"{n}?", "a": n}) + "\n" for n in (25.0, 0.5, None)))
-    questions = load_questions(str(file), tokenizer, thinking=False, problem_column="q", answer_column="a")
-    assert [question.gold for question in questions] == ["25", "0.5"]
+    benchmark = find_benchmark(str(file), problem_column="q", answer_column="a")
+    assert [question.gold for question in load_questions(benchmark, tokenizer, thinking=False)] == ["25", "0.5"]
+
+
+def test_benchmarks_by_name_id_and_copy(tmp_path, tokenizer):
+    assert find_benchmark("AIME24") == find_benchmark("HuggingFaceH4/aime_2024")
+    assert find_benchmark("someone/else", split="test") == Benchmark("someone/else", "someone/else", split="test")
+    with pytest.raises(ValueError, match="--dataset aime99.*aime24, aime25"):
+        find_benchmark("aime99")
+    with pytest.raises(FileNotFoundError, match="--data_root .*amo-bench"):
+        find_benchmark("amo-bench", tmp_path)
+    folder = tmp_path / "amo-bench" / "data"
+    folder.mkdir(parents=True)
+    row = {"question_id": 1, "prompt": "1+1?", "solution": "2", "answer": "\\boxed{2}", "answer_type": "number"}
+    (folder / "test-0.jsonl").write_text(json.dumps(row) + "\n")
+    (question,) = load_questions(find_benchmark("amo-bench", tmp_path), tokenizer, thinking=False)
+    assert (question.benchmark, question.problem, question.answer_type) == ("amo-bench", "1+1?", "number")
 
 
 def test_a_template_without_thinking_mode_is_refused(data_file, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     with pytest.raises(ValueError, match="--enable_thinking.*--no_thinking"):
-        load_questions(str(data_file), tokenizer, thinking=True)
+        load_questions(find_benchmark(str(data_file)), tokenizer, thinking=True)
+
+
+@pytest.mark.parametrize("name", ["run_eval.sh", "run_eval_nonthink.sh"])
+def test_launch_scripts(name, adapters):
+    checkpoints = str(Path(adapters["random"]).parent / "checkpoint-*")
+    settings = {"DRY_RUN": "1", "CHECKPOINTS": checkpoints, "MODEL": "some/model", "OUTPUT_DIR": "there"}
+    settings["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    run = subprocess.run(
+        ["bash", ROOT / "eval" / name, "--val_n", "2"], env=os.environ | settings, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    resolved = evaluate_math.build_parser().parse_args(run.stdout.split()[2:])
+    assert sorted(resolved.checkpoint_dir) == sorted(adapters.values())
+    assert (resolved.base_model, resolved.val_n, resolved.output_file.parent) == ("some/model", 2, Path("there"))
+    assert resolved.thinking == (name == "run_eval.sh")
+    assert resolved.dataset == ["aime24", "aime25", "hmmt25"]
+    sampling = (resolved.temperature, resolved.top_p, resolved.top_k, resolved.min_p, resolved.presence_penalty)
+    assert (*sampling, resolved.max_new_tokens) == (1.0, 1.0, 0, 0.0, 0.0, 38912)  # the release's
 
 
 def spoil(adapter: str, target: Path, spoiled: str) -> str:
@@ -307,13 +579,11 @@ def test_unusable_adapters_are_refused(adapters, tmp_path, spoiled, message):
     folder = spoil(adapters["random"], tmp_path / "spoiled", spoiled)
     with pytest.raises(ValueError, match=f"--checkpoint_dir .*{message}"):
         check_adapter(folder)
-    with pytest.raises(ValueError, match="--checkpoint_dir"):
-        evaluate(CannedEngine(RIGHT), [Question("a", "7", [1])], Sampling(val_n=1), thinking=False, checkpoint=folder)
 
 
 def test_adapter_rank_and_hint(adapters):
     assert check_adapter(adapters["random"]) == 4
-    with pytest.raises(ValueError, match=f"there are adapters in {adapters['random']}"):
+    with pytest.raises(ValueError, match=f"there are adapters in .*{adapters['random']}"):
         check_adapter(str(Path(adapters["random"]).parent))
 
 
@@ -329,24 +599,31 @@ def test_adapter_rank_and_hint(adapters):
         (["--max_new_tokens", "1000000"], ["--max_new_tokens 1000000", "give at most"]),
         (["--max_model_len", "8"], ["--max_model_len 8", "longest prompt"]),
         (["--num_samples", "0"], ["--num_samples 0"]),
+        (["--presence_penalty", "3"], ["--presence_penalty 3"]),
+        (["--grade_timeout", "0"], ["--grade_timeout 0"]),
+        (["--data_parallel", "0"], ["--data_parallel 0"]),
         (["--skip_base"], ["--skip_base", "--checkpoint_dir"]),
+        (["--reference", "other"], ["--reference other", "base"]),
+        (["--regrade", "nowhere.json"], ["--regrade nowhere.json"]),
         (["--checkpoint_dir", "nowhere"], ["--checkpoint_dir nowhere", "adapter_config.json is missing"]),
         (["--base_model", "./nowhere"], ["--base_model ./nowhere", "no such folder"]),
-        (["--dataset", "nowhere.jsonl"], ["--dataset_name nowhere.jsonl", "no such file"]),
+        (["--dataset", "nowhere.jsonl"], ["--dataset nowhere.jsonl", "no such file"]),
         (["--problem_column", "question"], ["--problem_column question", "problem, solution"]),
         (["--answer_column", "gold"], ["--answer_column gold", "answer"]),
         (["--privileged", "--solution_column", "proof"], ["--solution_column proof", "solution"]),
         (["--output_file", "."], ["--output_file .", "name a file"]),
+        (["--output_file", "results.txt"], ["--output_file results.txt", ".json"]),
     ],
 )
 def test_bad_input_is_refused_before_the_engine_starts(
-    arguments, expected, tiny_model_dir, data_file, capsys, monkeypatch
+    arguments, expected, tiny_model_dir, data_file, capsys, monkeypatch, tmp_path
 ):
     def fail(*args, **options):
         raise AssertionError("the engine was started")
 
     monkeypatch.setattr(evaluate_math, "start_engine", fail)
     defaults = ["--base_model", str(tiny_model_dir), "--dataset", str(data_file), "--max_new_tokens", "8"]
+    defaults += ["--output_file", str(tmp_path / "scores.json")]
     with pytest.raises(SystemExit):
         main([*defaults, *arguments])
     message = capsys.readouterr().err

@@ -1,0 +1,182 @@
+"""Checkpoints that are complete or are not used, and leaving a run with one."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint_files.json"
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Note in a checkpoint the names and sizes, in bytes, of its files, once all of them are on the disk."""
+    sizes = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            sizes[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+    temporary = checkpoint / f"{MANIFEST}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(sizes, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(checkpoint / MANIFEST)
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """Why training cannot go on from a folder; `None` for a complete checkpoint."""
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return f"it has no readable {MANIFEST}, which is written last"
+    for name, size in sizes.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    if "trainer_state.json" not in sizes or not any(name.startswith("rng_state") for name in sizes):
+        return "it lacks the trainer's state or the random state, which --save_only_model leaves out"
+    return None
+
+
+def find_last_complete(output_dir: str | Path) -> Path | None:
+    """The complete checkpoint of the highest step in a run's folder, if there is one."""
+    for checkpoint in reversed(sort_checkpoints(output_dir)):
+        fault = find_fault(Path(checkpoint))
+        if fault is None:
+            return Path(checkpoint)
+        logger.warning("passing over %s: %s", checkpoint, fault)
+    return None
+
+
+def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool) -> str | None:
+    """
+    The checkpoint to continue from, or `None` to start from the beginning.
+
+    Args:
+        output_dir: folder of the run.
+        resume: `--resume_from_checkpoint`: a checkpoint's folder, `true` for the last complete one, or nothing.
+        overwrite: whether checkpoints may be in the way.
+
+    Raises:
+        ValueError: checkpoints in the way, or none that is complete where one is asked for.
+    """
+    if resume is None or resume.lower() in ("false", "none", ""):
+        checkpoints = sort_checkpoints(output_dir)
+        if checkpoints and not overwrite:
+            raise ValueError(
+                f"--output_dir {output_dir} holds {Path(checkpoints[-1]).name}: continue with "
+                "--resume_from_checkpoint true, start anew with --overwrite_output_dir, or choose another folder"
+            )
+        return None
+    if resume.lower() in ("true", "latest"):
+        checkpoint = find_last_complete(output_dir)
+        if checkpoint is None:
+            raise ValueError(f"--resume_from_checkpoint {resume}: there is no complete checkpoint in {output_dir}")
+        return str(checkpoint)
+    fault = find_fault(Path(resume))
+    if fault is not None:
+        raise ValueError(
+            f"--resume_from_checkpoint {resume}: not a complete checkpoint: {fault}. Say true for the last complete one of "
+            "the output folder"
+        )
+    return resume
+
+
+@contextmanager
+def _explain_failure(target: Path, run_dir: Path) -> Iterator[None]:
+    """Say of a failed attempt to write `target` what it means for the run, and the way out."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        raise RuntimeError(
+            f"{target} could not be written: {error}\nThe file system has {shutil.disk_usage(run_dir).free / 2**20:,.0f} "
+            f"MiB free. The last complete checkpoint is {find_last_complete(run_dir)}. Make room (--save_total_limit "
+            "keeps fewer checkpoints), then go on from it with --resume_from_checkpoint true"
+        ) from error
+
+
+class CompleteCheckpoints:
+    """
+    Mixin for a transformers `Trainer`, in front of it among the bases.
+
+    - A checkpoint gets a manifest when all processes have written their part, and older ones are deleted
+      (`--save_total_limit`) only after that. So there is a complete one at any time after the first.
+    - On SIGTERM the running step is finished, a checkpoint is saved, and `train` returns with `stopped_by_signal` set.
+      The processes agree on it: it is enough if one of them gets the signal. SIGINT (Ctrl-C) ends a run at once.
+
+    transformers' `--enable_jit_checkpoint` is no substitute: its processes do not agree, so that those that got the
+    signal later, or not at all, wait for ever; and it saves before the optimizer's step, after a timer of 3 seconds.
+    """
+
+    stopped_by_signal = False
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self.stopped_by_signal = self._got_signal = False
+        previous = signal.signal(signal.SIGTERM, self._note_signal)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _note_signal(self, *_: Any) -> None:
+        self._got_signal = True
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at the end: transformers would do one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._got_signal:
+            self.accelerator.set_trigger()
+        is_over = self.stopped_by_signal or self.state.global_step >= self.state.max_steps
+        if self.accelerator.check_trigger() and not is_over:
+            logger.warning("SIGTERM: saving a checkpoint after step %d and leaving", self.state.global_step)
+            self.stopped_by_signal = True
+            self.args.save_only_model = False
+            self.control.should_evaluate = False
+            self.control.should_log = self.control.should_save = self.control.should_training_stop = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        checkpoint = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and checkpoint.exists():  # torn, or its manifest would go on to vouch for it
+            shutil.rmtree(checkpoint)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with _explain_failure(checkpoint, run_dir):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            with _explain_failure(checkpoint, run_dir):
+                write_manifest(checkpoint)
+            rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        # safetensors writes beside the file and renames: a failure leaves the weights of an earlier run whole.
+        run_dir = Path(self.args.output_dir)
+        with _explain_failure(Path(output_dir or run_dir), run_dir):
+            super().save_model(output_dir)

@@ -1,0 +1,165 @@
+"""Benchmarks as data, and the questions with their prompts that come out of one."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, encode_chat_prompt, fill_template
+from eval.grading import answer_text
+from problem_data import LOADERS, keep_usable, load_problems
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where the problems of a benchmark are, and in which columns."""
+
+    name: str  # in flags, seeds, files and tables
+    path: str  # Hub id, or local file or folder
+    split: str = "train"
+    problem_column: str = "problem"
+    answer_column: str = "answer"
+    solution_column: str = "solution"
+    answer_type_column: str | None = None
+    revision: str | None = "main"  # commit, tag or branch on the Hub
+    subsets: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # name -> answer types, scored by themselves too
+
+
+BENCHMARKS = (
+    Benchmark("aime24", "HuggingFaceH4/aime_2024"),
+    Benchmark("aime25", "yentinglin/aime_2025"),
+    Benchmark("hmmt25", "MathArena/hmmt_feb_2025"),
+    Benchmark(
+        "amo-bench",
+        "meituan-longcat/AMO-Bench",
+        split="test",
+        problem_column="prompt",
+        answer_type_column="answer_type",
+        subsets={"amo-bench-39": ("number", "set", "variable")},  # all but the descriptions
+    ),
+    Benchmark("math-500", "HuggingFaceH4/MATH-500", split="test"),
+    Benchmark("minerva", "math-ai/minervamath", split="test", problem_column="question"),
+    Benchmark("amc23", "math-ai/amc23", split="test", problem_column="question"),
+)
+
+
+def find_benchmark(dataset: str, data_root: Path | None = None, **columns: str) -> Benchmark:
+    """
+    The benchmark that `dataset` means.
+
+    Args:
+        dataset: name or Hub id of one of `BENCHMARKS`, or another Hub id, or a local file or folder.
+        data_root: folder with copies of `BENCHMARKS` under their names, as folder or file, in place of the Hub.
+        columns: `split`, `problem_column`, ... of a data set that is not one of `BENCHMARKS`.
+
+    Raises:
+        FileNotFoundError: if `data_root` lacks the benchmark, or a local path does not exist.
+    """
+    for known in BENCHMARKS:
+        if dataset.lower() in (known.name, known.path.lower()):
+            if data_root is None:
+                return known
+            for copy in (data_root / known.name, *(data_root / (known.name + suffix) for suffix in LOADERS)):
+                if copy.exists():
+                    return replace(known, path=str(copy), revision=None)
+            raise FileNotFoundError(
+                f"--data_root {data_root}: there is no {known.name} in it, neither a folder of that name nor a file "
+                f"ending in {', '.join(LOADERS)}"
+            )
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return Benchmark(path.resolve().stem, str(path), revision=None, **columns)
+    if path.suffix in LOADERS or dataset.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"--dataset {dataset}: no such file or folder")
+    if "/" not in dataset:
+        raise ValueError(
+            f"--dataset {dataset}: neither a local file or folder, nor a Hub id, nor one of "
+            + ", ".join(known.name for known in BENCHMARKS)
+        )
+    return Benchmark(dataset, dataset, **columns)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A problem with its reference answer and the token ids of its prompt."""
+
+    benchmark: str
+    index: int  # of the problem in its benchmark
+    problem: str
+    gold: str
+    answer_type: str | None
+    prompt_ids: list[int]
+
+
+def load_questions(
+    benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, *, thinking: bool, privileged: bool = False
+) -> list[Question]:
+    """
+    Load the problems of a benchmark and encode their prompts.
+
+    Args:
+        tokenizer: of the base model.
+        thinking: thinking mode of the chat template.
+        privileged: the teacher's prompt, with the reference solution, in place of the student's.
+
+    Raises:
+        FileNotFoundError, ValueError: for data that cannot be used, and a tokenizer whose chat template is missing or
+            has no thinking mode where one is asked for.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError(f"--base_model {tokenizer.name_or_path}: its tokenizer has no chat template for the prompts")
+    if thinking and "think" not in tokenizer.get_chat_template():
+        raise ValueError(
+            f"--enable_thinking: the chat template of {tokenizer.name_or_path} has no thinking mode, so that every "
+            "response would count as cut off while thinking; use --no_thinking"
+        )
+    rows = load_problems(benchmark.path, benchmark.split, revision=benchmark.revision)
+    if benchmark.answer_column in rows.column_names:
+        try:
+            answers = [answer_text(value) for value in rows[benchmark.answer_column]]
+        except TypeError as error:
+            raise ValueError(f"--answer_column {benchmark.answer_column}: {error}") from error
+        rows = rows.remove_columns(benchmark.answer_column).add_column(benchmark.answer_column, answers)
+    columns = {"problem_column": benchmark.problem_column, "answer_column": benchmark.answer_column}
+    if privileged:
+        columns["solution_column"] = benchmark.solution_column
+    if benchmark.answer_type_column:
+        columns["answer_type_column"] = benchmark.answer_type_column
+    questions = []
+    for index, row in enumerate(keep_usable(rows, **columns)):
+        problem = row[benchmark.problem_column]
+        if privileged:
+            content = fill_template(TEACHER_PROMPT, problem=problem, solution=row[benchmark.solution_column])
+        else:
+            content = fill_template(STUDENT_PROMPT, problem=problem)
+        questions.append(
+            Question(
+                benchmark.name,
+                index,
+                problem,
+                row[benchmark.answer_column].strip(),
+                row[benchmark.answer_type_column] if benchmark.answer_type_column else None,
+                encode_chat_prompt(tokenizer, content, thinking),
+            )
+        )
+    return questions
+
+
+def content_hash(content: object) -> str:
+    """SHA-256 of anything that JSON can hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def data_hash(questions: Sequence[Question]) -> str:
+    """Hash of problems, reference answers and answer types, in their order."""
+    return content_hash([[question.problem, question.gold, question.answer_type] for question in questions])
+
+
+def prompt_hash(questions: Sequence[Question]) -> str:
+    """Hash of the token ids of the prompts: of prompt and chat template, thinking mode and tokenizer too."""
+    return content_hash([question.prompt_ids for question in questions])

@@ -1,0 +1,299 @@
+"""Sampling with vLLM: one engine for a model and its LoRA adapters, or one in each of several processes."""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from eval.benchmarks import Question
+from vllm_engine import engine_options, lora_options, stop_engine
+
+if TYPE_CHECKING:  # vLLM reads its environment when it is imported: see start_engine
+    from vllm import LLM
+
+ADAPTER_IDS = itertools.count(1)  # vLLM caches adapters by id: a new one for each use, as files may have changed
+
+
+def flag(default: int | float | bool, text: str) -> Any:
+    """A dataclass field that is a flag of the command line, with its default and help."""
+    return field(default=default, metadata={"help": f"{text} (default: %(default)s)"})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample; the fields are flags of the command line. Raises `ValueError` for a value outside its range."""
+
+    val_n: int = flag(4, "samples per problem, the k of Avg@k")
+    temperature: float = flag(1.0, "of these samples")
+    top_p: float = flag(1.0, "1: off")
+    top_k: int = flag(0, "0 or -1: off")
+    min_p: float = flag(0.0, "0: off")
+    presence_penalty: float = flag(0.0, "0: off")
+    max_new_tokens: int = flag(38912, "length limit of a response")
+    greedy: bool = flag(False, "also one response per problem at temperature 0")
+    seed: int = flag(0, "from which the seed of each sample derives")
+
+    def __post_init__(self):
+        for name, valid, allowed in (
+            ("val_n", self.val_n >= 1, "at least 1 sample per problem"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1 (off)"),
+            ("top_k", self.top_k >= -1, "at least 1, or 0 (off)"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 (off) and 1"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1 token"),
+        ):
+            if not valid:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A response to sample."""
+
+    checkpoint: str | None  # adapter folder; `None` for the base model
+    question: Question
+    sample: int  # 0 to val_n - 1, or GREEDY
+    seed: int | None  # `None` for the greedy one
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A sampled response."""
+
+    text: str
+    num_tokens: int
+    finish_reason: str  # "stop", or "length" where it was truncated
+
+
+GREEDY = -1  # the sample number of a problem's response at temperature 0
+
+
+def sample_seed(base_seed: int, benchmark: str, problem: str, sample: int) -> int:
+    """Seed of a sample, from what identifies it alone: neither order, batch nor model changes it. 63 bits."""
+    digest = hashlib.sha256(json.dumps([base_seed, benchmark, problem, sample]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def sampling_requests(checkpoint: str | None, questions: Iterable[Question], sampling: Sampling) -> list[Request]:
+    """The requests for all samples of a model, problem after problem."""
+    requests = []
+    for question in questions:
+        for sample in range(sampling.val_n):
+            seed = sample_seed(sampling.seed, question.benchmark, question.problem, sample)
+            requests.append(Request(checkpoint, question, sample, seed))
+        if sampling.greedy:
+            requests.append(Request(checkpoint, question, GREEDY, None))
+    return requests
+
+
+def check_adapter(folder: str) -> int:
+    """
+    The LoRA rank of an adapter.
+
+    Raises:
+        ValueError: if `folder` holds no usable adapter. A model without its adapter would be the base model.
+    """
+    path = Path(folder)
+    weights = path / "adapter_model.safetensors"
+    for file in (path / "adapter_config.json", weights):
+        if not file.is_file():
+            inside = sorted(str(found.parent) for found in path.glob("*/adapter_config.json"))
+            hint = f"; there are adapters in {', '.join(inside)}" if inside else ""
+            raise ValueError(f"--checkpoint_dir {folder}: no LoRA adapter, {file.name} is missing{hint}")
+    try:
+        with safe_open(weights, "pt") as tensors:
+            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no iterator)
+    except SafetensorError as error:
+        raise ValueError(f"--checkpoint_dir {folder}: {weights.name} cannot be read: {error}") from error
+    if not shapes or any(0 in shape for shape in shapes):  # saved under ZeRO-3 without gathering, shapes are [0]
+        raise ValueError(f"--checkpoint_dir {folder}: the adapter is empty; save it again from all processes")
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    if config["peft_type"] != "LORA":
+        raise ValueError(
+            f"--checkpoint_dir {folder}: the adapter is of type {config['peft_type']}; only LORA is served"
+        )
+    return max([config["r"], *config.get("rank_pattern", {}).values()])
+
+
+def start_engine(
+    base_model: str,
+    *,
+    lora_rank: int = 0,
+    max_model_len: int | None = None,
+    gpu_memory_utilization: float | None = None,
+    tensor_parallel_size: int = 1,
+    enforce_eager: bool = False,
+) -> "LLM":
+    """
+    Start the vLLM engine that serves `base_model` and, if there are any, its LoRA adapters.
+
+    Args:
+        lora_rank: the largest rank of the adapters that it shall serve; 0 for the base model alone.
+        max_model_len: tokens of prompt and response together; `None` for the model's own limit.
+        gpu_memory_utilization: share of the memory; `None` for 0.9 on a GPU and 0.1 on a CPU.
+        enforce_eager: without CUDA graphs.
+    """
+    options = engine_options(gpu_memory_utilization)
+    options["enforce_eager"] = options.get("enforce_eager", False) or enforce_eager
+    if lora_rank > 0:
+        # Two at a time: the next adapter starts while the last long responses of the one before go on.
+        options |= lora_options(lora_rank, max_loras=2)
+    from vllm import LLM  # only now: it reads the environment
+
+    return LLM(base_model, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size, **options)
+
+
+def generate(
+    engine: "LLM", requests: Sequence[Request], sampling: Sampling
+) -> Iterator[list[tuple[Request, Completion]]]:
+    """
+    Sample the responses, batched by the engine, each handed out as soon as it is finished.
+
+    Args:
+        engine: from `start_engine`.
+        requests: are started in this order.
+
+    Yields:
+        After each step of the engine the responses that it finished, mostly none.
+
+    Raises:
+        ValueError: if a checkpoint holds no usable adapter.
+    """
+    from vllm import SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+
+    adapters: dict[str | None, LoRARequest | None] = {None: None}
+    for checkpoint in {request.checkpoint for request in requests} - {None}:
+        check_adapter(checkpoint)
+        number = next(ADAPTER_IDS)
+        # The prefix cache goes by name and path.
+        adapters[checkpoint] = LoRARequest(f"{checkpoint}#{number}", number, checkpoint)
+    common = {
+        "max_tokens": sampling.max_new_tokens,
+        "presence_penalty": sampling.presence_penalty,
+        "skip_special_tokens": False,  # </think> may be one
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+    }
+    drawn = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+    }
+    core = engine.llm_engine
+    # Enough that the scheduler never lacks a request, not so many that the first step waits for all prompts.
+    queue_size = 2 * core.vllm_config.scheduler_config.max_num_seqs
+    # vLLM 0.31's LoRA operations on CPU take index -1, which is no adapter, for the last one: there, a base request in
+    # one batch with an adapter's would get that adapter, so that the two kinds wait for each other.
+    on_cpu = torch.cuda.device_count() == 0
+    for _, waiting in itertools.groupby(enumerate(requests), lambda item: on_cpu and item[1].checkpoint is None):
+        while True:
+            for number, request in itertools.islice(waiting, queue_size - core.get_num_unfinished_requests()):
+                if request.sample == GREEDY:
+                    parameters = SamplingParams(temperature=0.0, **common)
+                else:
+                    parameters = SamplingParams(seed=request.seed, **drawn, **common)
+                prompt = {"prompt_token_ids": request.question.prompt_ids}
+                core.add_request(str(number), prompt, parameters, lora_request=adapters[request.checkpoint])
+            if not core.has_unfinished_requests():
+                break
+            finished = []
+            for output in core.step():
+                response = output.outputs[0]
+                completion = Completion(response.text, len(response.token_ids), response.finish_reason)
+                finished.append((requests[int(output.request_id)], completion))
+            yield finished
+
+
+def generate_in_parallel(
+    processes: int, base_model: str, options: Mapping[str, Any], requests: Sequence[Request], sampling: Sampling
+) -> Iterator[list[tuple[Request, Completion]]]:
+    """
+    The same as `generate`, by one engine in each of several processes, which share the requests evenly.
+
+    Where there are GPUs, each process gets as many of the visible ones as `tensor_parallel_size` says.
+
+    Args:
+        options: for `start_engine`.
+
+    Raises:
+        RuntimeError: if one of the processes fails.
+    """
+    devices = visible_devices()
+    share = options["tensor_parallel_size"]
+    context = multiprocessing.get_context("spawn")  # CUDA and vLLM do not survive a fork
+    workers = {}
+    try:
+        for rank in range(processes):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (sender, devices[rank * share : (rank + 1) * share], base_model, options)
+            worker = context.Process(target=_serve, args=(*arguments, requests[rank::processes], sampling))
+            worker.start()
+            sender.close()  # so that the worker's end is the only one, and its death is seen here
+            workers[receiver] = worker
+        running = set(workers)
+        while running:
+            ready = wait(running, timeout=0.1)
+            if not ready:
+                yield []  # the caller's chance to do something else
+            for receiver in ready:
+                try:
+                    yield receiver.recv()
+                except EOFError:
+                    running.remove(receiver)
+                    workers[receiver].join()
+                    if workers[receiver].exitcode != 0:
+                        raise RuntimeError(
+                            f"an engine process ended with exit code {workers[receiver].exitcode}, see its message "
+                            "above; what is finished is kept, the same command goes on from there"
+                        ) from None
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+            worker.join()
+
+
+def visible_devices() -> list[str]:
+    """The GPUs of this process as CUDA_VISIBLE_DEVICES names them; empty where there are none."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else [str(device) for device in range(count)]
+
+
+def _serve(
+    sender: Connection,
+    devices: Sequence[str],
+    base_model: str,
+    options: Mapping[str, Any],
+    requests: Sequence[Request],
+    sampling: Sampling,
+) -> None:
+    """A process of `generate_in_parallel`: start an engine and send what it finishes."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+    with closing(sender):
+        engine = start_engine(base_model, **options)
+        for finished in generate(engine, requests, sampling):
+            if finished:
+                sender.send(finished)
+        stop_engine(engine)
+
+
+def _exit_with_parent() -> None:
+    """Also where the parent was killed: the GPU must be free for the run that takes its place."""
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,0 +1,109 @@
+"""Tables and plot of an evaluation's results."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+STEP = re.compile(r"checkpoint-(\d+)")  # as TRL names its checkpoint folders
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def accuracy_table(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Model -> data set -> Avg@k in [0, 1]."""
+    table: dict[str, dict[str, float | None]] = {}
+    for result in results:
+        table.setdefault(result["model"], {})[result["dataset"]] = result["avg_at_k"]
+    return table
+
+
+def report_tables(results: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown, in percent: models by data sets, then the statistics of each pair, then the paired differences."""
+    cells = {(result["model"], result["dataset"]): result for result in results}
+    models, datasets = (list(dict.fromkeys(names)) for names in zip(*cells, strict=True))
+
+    def cell(model: str, dataset: str) -> str:
+        result = cells[model, dataset]
+        error = "" if result["standard_error"] is None else f" ± {percent(result['standard_error'])}"
+        return percent(result["avg_at_k"]) + error
+
+    k = results[0]["val_n"]
+    largest = [int(size) for size in results[0]["pass_at_k"]][1:]
+    rows = [[model, *(cell(model, dataset) for dataset in datasets)] for model in models]
+    sections = [f"Avg@{k} ± standard error clustered by problem\n\n" + markdown(["model", *datasets], rows)]
+
+    header = ["data set, model", f"Avg@{k}", "95 % interval", *(f"pass@{size}" for size in largest), f"maj@{k}"]
+    header += ["greedy", "truncated", "unclosed thinking", "tokens", "ungraded problems"]
+    rows = []
+    for dataset in datasets:
+        for model in models:
+            result = cells[model, dataset]
+            rows.append([f"{dataset}, {model}", percent(result["avg_at_k"]), _interval(result["interval"])])
+            rows[-1] += [percent(result["pass_at_k"].get(str(size))) for size in largest]
+            rows[-1] += [percent(result[name]) for name in ("majority_at_k", "greedy", "truncated")]
+            rows[-1] += [percent(result["unclosed_thinking"]), f"{result['mean_tokens']:.0f}"]
+            rows[-1].append(f"{result['num_ungraded']} of {result['num_problems']}")
+    sections.append(markdown(header, rows))
+
+    if differences:
+        rows = [
+            [
+                f"{difference['dataset']}, {difference['model']} - {difference['reference']}",
+                f"{100 * difference['difference']:+.1f}",
+                percent(difference["standard_error"]),
+                _interval(difference["interval"]),
+            ]
+            for difference in differences
+        ]
+        sections.append(markdown(["paired difference", "points", "±", "95 % interval"], rows))
+    return "\n".join(sections)
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
+
+
+def plot_accuracy(results: Sequence[Mapping[str, Any]], file: Path) -> bool:
+    """
+    Plot accuracy over checkpoint steps as a PNG: a panel for each data set, a line for each run, the base at step 0.
+
+    Returns:
+        Whether there was something to plot: a checkpoint whose folder is named `checkpoint-STEP`.
+    """
+    datasets: dict[str, dict[Path | None, list[tuple[int, Mapping[str, Any]]]]] = {}
+    for result in results:
+        if result["avg_at_k"] is None:
+            continue
+        runs = datasets.setdefault(result["dataset"], {})
+        folder = Path(result["model"])
+        if result["model"] == "base":
+            runs.setdefault(None, []).append((0, result))
+        elif step := STEP.fullmatch(folder.name):
+            runs.setdefault(folder.parent, []).append((int(step[1]), result))
+    datasets = {dataset: runs for dataset, runs in datasets.items() if set(runs) - {None}}
+    if not datasets:
+        return False
+    figure = Figure(figsize=(5 * len(datasets), 4), layout="constrained")
+    panels = figure.subplots(1, len(datasets), squeeze=False)[0]
+    for axes, (dataset, runs) in zip(panels, datasets.items(), strict=True):
+        base = runs.pop(None, [])
+        for run, points in runs.items():
+            steps, shown = zip(*base, *sorted(points, key=lambda point: point[0]), strict=True)
+            errors = [100 * (result["standard_error"] or 0) for result in shown]
+            accuracies = [100 * result["avg_at_k"] for result in shown]
+            axes.errorbar(steps, accuracies, yerr=errors, marker="o", capsize=3, label=str(run))
+        axes.set(title=dataset, xlabel="step", ylabel=f"Avg@{shown[0]['val_n']}, %")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(file, dpi=150)
+    return True

@@ -1,0 +1,425 @@
+"""
+Checks, before the first step, that the claims of the method hold in this run, on this machine: `--preflight`.
+
+Noise on the trained weights makes the student differ from the base, so that an adapter that goes astray shows even
+where it is still zero. Afterwards the weights are what they were, bit for bit, and the run as if nothing had been.
+"""
+
+import logging
+import math
+import random
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object, send_to_device
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl.distributed import DistributedBackend
+from trl.trainer.utils import selective_log_softmax
+
+from data_collator import fill_template
+from opsd_trainer import OPSDTrainer
+
+logger = logging.getLogger(__name__)
+
+NUM_PROMPTS = 4
+NUM_CANDIDATES = 64  # of which the shortest are taken
+NUM_TOKENS = 32  # of a completion at most
+NOISE_SCALES = [0.01 * 1.5**i for i in range(12)]  # standard deviations; the first whose effect suffices is taken
+
+
+class Tolerance(NamedTuple):
+    """How far two log-probabilities of the same token may lie apart, in nats: on average, and at most."""
+
+    mean: float
+    maximum: float
+
+    def __str__(self) -> str:
+        return f"mean {self.mean:g}, max {self.maximum:g}"
+
+
+# By the coarsest arithmetic that takes part; training and vLLM round in different places. The maximum is for faults at
+# single tokens, such as the first one behind padding.
+TOLERANCES = {
+    "float32": Tolerance(1e-4, 1e-3),  # 24 significant bits; measured on CPU: mean to 1e-6, max to 2e-5
+    "tf32": Tolerance(1e-2, 0.25),  # float32 on a GPU, where kernels of vLLM may multiply with 11 bits; not measured
+    "float16": Tolerance(1e-2, 0.25),  # 11 bits; not measured
+    "bfloat16": Tolerance(5e-2, 1.0),  # 8 bits; measured on CPU: mean to 0.026, max to 0.4
+}
+SENSITIVITY = 10  # how many times the mean tolerance the noise moves the student: what a lost adapter would show as
+
+# What it means that a claim does not hold, and the way out.
+MEANINGS = {
+    "prompts": "the model is not asked in the form of its chat template, for instance because special tokens were lost. Use "
+    "the model's own tokenizer and chat template, and delete the cache of the data set",
+    "sensitivity": "noise on the trained weights does not change the student, so that the other checks are blind. Is the adapter "
+    "switched off, or on modules that the forward pass does not use (--lora_target_modules)?",
+    "on-policy": "vLLM does not sample from the student: it did not get the adapter, or its base is not the one in training. "
+    "Look at --model_revision, --dtype and, with --vllm_mode server, at the model and flags of the server; or sample without "
+    "--use_vllm",
+    "fixed teacher": "the teacher is not the initial policy: its base weights are not those on disk (an adapter merged into "
+    "them?), or it follows the adapter. Load the model anew and merge nothing into it",
+    "current teacher": "the teacher is not the current policy: both score the same tokens differently behind the same prompt",
+    "padding": "log-probabilities depend on the padding. Prompts have to be padded on the left (SelfDistillationDataCollator), "
+    "and the attention has to honour the mask: try --attn_implementation sdpa",
+    "loss": "the loss is not the divergence of student and teacher. Try --loss_implementation dense",
+}
+
+
+class Check(NamedTuple):
+    """One line of the table."""
+
+    claim: str  # a key of MEANINGS
+    compared: str
+    measured: str
+    tolerance: str
+    passed: bool | None  # None: not checked, for the reason in `measured`
+
+
+class PreflightError(RuntimeError):
+    """A claim of the method does not hold in this run. `checks` are all of them."""
+
+    def __init__(self, checks: list[Check]):
+        self.checks = checks
+        failed = [check for check in checks if check.passed is False]
+        lines = [
+            f"- {check.claim}: {check.compared}: {check.measured} (tolerance: {check.tolerance})" for check in failed
+        ]
+        lines += [f"{claim}: {MEANINGS[claim]}." for claim in dict.fromkeys(check.claim for check in failed)]
+        super().__init__(
+            "preflight: a claim of the method does not hold, so there is no training\n"
+            + "\n".join(lines)
+            + "\n--preflight false trains all the same"
+        )
+
+
+class Preflight(TrainerCallback):
+    """Runs the checks when the model is wrapped and the checkpoint loaded; logs the table, and raises `PreflightError`."""
+
+    def __init__(self, trainer: OPSDTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        checks = run_preflight(self.trainer)
+        logger.info("preflight, %.1f s\n%s", time.perf_counter() - start, format_table(checks))
+        if any(check.passed is False for check in checks):
+            raise PreflightError(checks)
+
+
+def format_table(checks: list[Check]) -> str:
+    """The checks as text in columns."""
+    verdicts = {True: "holds", False: "DOES NOT HOLD", None: "not checked"}
+    rows = [("claim", "compared", "measured", "tolerance", "verdict")]
+    rows += [(*check[:-1], verdicts[check.passed]) for check in checks]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+@torch.no_grad()
+def run_preflight(trainer: OPSDTrainer) -> list[Check]:
+    """
+    Check the claims of the method on a few prompts of the data set. All processes call it together.
+
+    Returns:
+        The same checks on all processes: for each, that of a process where it failed, or of the main process.
+    """
+    examples = pick_examples(trainer)
+    checks = [_check_prompts(trainer, examples)]
+    with _as_if_nothing_had_been(trainer), _noise(trainer) as add_noise:
+        checks += _check_model(trainer, examples, add_noise)
+    checks_of_processes = zip(*gather_object([checks]), strict=True)
+    return [min(same_check, key=lambda check: check.passed is not False) for same_check in checks_of_processes]
+
+
+def pick_examples(trainer: OPSDTrainer) -> list[dict]:
+    """The shortest of the first examples, with whole solutions where there are any; and half of one, to be padded."""
+    dataset = trainer.train_dataset
+    candidates = dataset.select(range(min(len(dataset), NUM_CANDIDATES)))
+    examples = sorted(candidates, key=lambda row: (row["length_status"] != "kept", len(row["teacher_prompt_ids"])))
+    half = {name: examples[0][name][: len(examples[0][name]) // 2] for name in ("problem", "solution")}
+    return examples[: NUM_PROMPTS - 1] + [examples[0] | half | trainer.data_collator.encode(half)]
+
+
+# Prompts
+
+
+def _check_prompts(trainer: OPSDTrainer, examples: list[dict]) -> Check:
+    collator = trainer.data_collator
+    batch = collator(examples)
+    num_prompts, faults = 0, []
+    for role in ("", "teacher_"):
+        template, thinking = collator.student_prompt, collator.student_thinking
+        if role and collator.teacher_sees_solution:
+            template, thinking = collator.teacher_prompt, collator.teacher_thinking
+        for example, ids, mask in zip(
+            examples, batch[f"{role}prompts"], batch[f"{role}prompt_attention_mask"], strict=True
+        ):
+            if role and example["length_status"] == "shortened":
+                continue  # its text is not known
+            content = fill_template(template, problem=example["problem"], solution=example["solution"])
+            fault = prompt_fault(collator.tokenizer, ids[mask.bool()].tolist(), content, thinking)
+            num_prompts += 1
+            faults += [] if fault is None else [f"{role or 'student_'}prompt: {fault}"]
+    measured = f"{num_prompts - len(faults)} of {num_prompts}"
+    if faults:
+        measured += f"; {faults[0]}"
+    return Check("prompts", "token ids against the chat template", measured, "all", not faults)
+
+
+def prompt_fault(tokenizer: PreTrainedTokenizerBase, ids: list[int], content: str, thinking: bool) -> str | None:
+    """What is wrong with the token ids of one user turn and the header of the assistant's turn, or `None`."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, enable_thinking=thinking
+    )
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    counts = {token: text.count(token) for token in special if token in text}
+    if not counts:
+        return "the chat template writes no special token that the tokenizer knows"
+    for token, count in counts.items():
+        if ids.count(special[token]) != count:
+            return f"{token} is in the text {count} times, among the ids {ids.count(special[token])} times"
+    if ids != tokenizer(text, add_special_tokens=False).input_ids:
+        return f"the ids are not those of the text, which ends with {text[-40:]!r}"
+    if _essence(decoded := tokenizer.decode(ids)) != _essence(text):
+        return f"the ids spell another text, which ends with {decoded[-40:]!r}"
+    return None
+
+
+def _essence(text: str) -> str:
+    """Without what tokenizers may normalize: white space and the form of Unicode."""
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+# Model
+
+
+def _check_model(trainer: OPSDTrainer, examples: list[dict], add_noise: Callable[[float], None]) -> list[Check]:
+    rollouts, tolerance, device = trainer.rollouts, choose_tolerance(trainer), trainer.accelerator.device
+    prompts = [example["student_prompt_ids"] for example in examples]
+    teacher_prompts = [example["teacher_prompt_ids"] for example in examples]
+    solutions = [
+        trainer.processing_class(example["solution"], add_special_tokens=False).input_ids[:NUM_TOKENS]
+        for example in examples
+    ]
+    teacher_before = _logprobs(trainer, teacher_prompts, solutions, as_teacher=True)
+
+    least_effect = SENSITIVITY * tolerance.mean
+    for scale in NOISE_SCALES:
+        add_noise(scale)
+        completions, sampled_logprobs = solutions, None
+        if rollouts is not None:
+            rollouts.sync_weights()
+            completions, sampled_logprobs = _sample(trainer, prompts)
+        student = _logprobs(trainer, prompts, completions)
+        add_noise(0.0)
+        effect = _least_distance(trainer, student, prompts, completions)
+        add_noise(scale)
+        if effect >= least_effect:
+            break
+    checks = [
+        Check(
+            "sensitivity",
+            "student with noise against without",
+            f"mean {effect:.1e}",
+            f"at least {least_effect:g}",
+            effect >= least_effect,
+        )
+    ]
+    if rollouts is None:
+        checks.append(Check("on-policy", "vLLM against the student", "no vLLM here", "", None))
+    else:
+        checks.append(_compare("on-policy", "vLLM against the student", sampled_logprobs, student, tolerance))
+    checks += _check_teacher(trainer, teacher_prompts, solutions, teacher_before, tolerance)
+
+    batch = send_to_device(trainer.data_collator(examples), device)
+    inputs = trainer._pair_completions(batch, [torch.tensor(ids, device=device) for ids in completions])
+    checks += _check_padding(trainer, inputs, prompts, teacher_prompts, completions, tolerance)
+    return checks + _check_loss(trainer, inputs, tolerance)
+
+
+def _check_teacher(
+    trainer: OPSDTrainer, prompts: list[list[int]], completions: list[list[int]], before: Tensor, tolerance: Tolerance
+) -> list[Check]:
+    now = _logprobs(trainer, prompts, completions, as_teacher=True)
+    if not trainer.args.fixed_teacher:
+        deviation = (now - _logprobs(trainer, prompts, completions)).abs().max().item()
+        return [
+            Check("current teacher", "against the student, same prompt", f"max {deviation:.1e}", "0", deviation == 0.0)
+        ]
+    checks = [Check("fixed teacher", "vLLM without adapter against it", "no vLLM here", "", None)]
+    if trainer.rollouts is not None:
+        room = trainer.rollouts.max_model_length - NUM_TOKENS  # vLLM need not take prompts as long as the teacher's
+        contexts = [prompt[-room:] for prompt in prompts]
+        base_completions, base_logprobs = _sample(trainer, contexts, base=True)
+        teacher = _logprobs(trainer, contexts, base_completions, as_teacher=True)
+        checks = [_compare("fixed teacher", "vLLM without adapter against it", base_logprobs, teacher, tolerance)]
+    deviation = (now - before).abs().max().item()
+    return checks + [
+        Check("fixed teacher", "before and after noise and sync", f"max {deviation:.1e}", "0", deviation == 0.0)
+    ]
+
+
+def _check_padding(
+    trainer: OPSDTrainer,
+    inputs: dict[str, Tensor],
+    prompts: list[list[int]],
+    teacher_prompts: list[list[int]],
+    completions: list[list[int]],
+    tolerance: Tolerance,
+) -> list[Check]:
+    token_ids = inputs["completion_ids"][inputs["completion_mask"]]
+    model, checks = trainer.model_wrapped, []
+    for role, role_prompts in (("student", prompts), ("teacher", teacher_prompts)):
+        with trainer._as_teacher(model) if role == "teacher" else nullcontext():
+            logits = trainer._completion_logits(model, inputs, "teacher_" if role == "teacher" else "")
+        padded = selective_log_softmax(logits.float(), token_ids)
+        alone = _logprobs(trainer, role_prompts, completions, as_teacher=role == "teacher")
+        checks.append(_compare("padding", f"{role} in a batch against each prompt alone", padded, alone, tolerance))
+    return checks
+
+
+def _check_loss(trainer: OPSDTrainer, inputs: dict[str, Tensor], tolerance: Tolerance) -> list[Check]:
+    dense, statistics, _ = trainer._dense_loss(trainer.model_wrapped, inputs)  # (N,)
+    divergence = statistics.divergence.mean().item()
+    # A teacher that is the student, also in its prompt, has nothing to teach.
+    has_lesson = trainer.args.fixed_teacher or trainer.args.teacher_sees_solution
+    is_sound = bool(dense.isfinite().all()) and (divergence > 0.0 if has_lesson else divergence == 0.0)
+    checks = [
+        Check("loss", "divergence of the micro-batch", f"{divergence:.1e}", "> 0" if has_lesson else "0", is_sound)
+    ]
+    if trainer.args.loss_implementation == "fused":
+        fused, *_ = trainer._fused_loss(trainer.model_wrapped, inputs)
+        scale = dense.abs().mean().clamp(min=1.0)
+        checks.append(_compare("loss", "fused against dense", fused / scale, dense / scale, tolerance))
+    return checks
+
+
+def choose_tolerance(trainer: OPSDTrainer) -> Tolerance:
+    """The tolerance of the dtype that student and vLLM compute in."""
+    mixed_precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
+    dtype = mixed_precision or str(trainer.model.dtype).removeprefix("torch.")
+    if dtype == "float32" and trainer.accelerator.device.type == "cuda":
+        dtype = "tf32"
+    return TOLERANCES[dtype]
+
+
+def _compare(claim: str, compared: str, values: Tensor, others: Tensor, tolerance: Tolerance) -> Check:
+    gap = (values.float().cpu() - others.float().cpu()).abs()
+    mean, maximum = gap.mean().item(), gap.max().item()
+    passed = mean <= tolerance.mean and maximum <= tolerance.maximum  # NaN is not
+    return Check(claim, compared, f"mean {mean:.1e}, max {maximum:.1e}", str(tolerance), passed)
+
+
+def _logprobs(
+    trainer: OPSDTrainer, prompts: list[list[int]], completions: list[list[int]], as_teacher: bool = False
+) -> Tensor:
+    """Log-probabilities of the completions' tokens, (N,), float32 on the CPU: plain forwards, one by one, unpadded."""
+    model, logprobs = trainer.model_wrapped, []
+    with trainer._as_teacher(model) if as_teacher else nullcontext():
+        for prompt, completion in zip(prompts, completions, strict=True):
+            input_ids = torch.tensor([prompt + completion], device=trainer.accelerator.device)
+            logits = model(input_ids=input_ids, logits_to_keep=len(completion) + 1, use_cache=False).logits[0, :-1]
+            logprobs.append(selective_log_softmax(logits.float(), input_ids[0, len(prompt) :]).cpu())
+    return torch.cat(logprobs)
+
+
+def _least_distance(
+    trainer: OPSDTrainer, logprobs: Tensor, prompts: list[list[int]], completions: list[list[int]]
+) -> float:
+    """How far, on average, `logprobs` are from those of the model as it stands, and with its adapter off; the lesser."""
+    others = [_logprobs(trainer, prompts, completions)]
+    policy = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    if isinstance(policy, PeftModel):
+        with policy.disable_adapter():
+            others.append(_logprobs(trainer, prompts, completions))
+    distance = torch.stack([(logprobs - other).abs().mean() for other in others]).min()
+    # The same on all processes, for they all go on or stop.
+    return trainer.accelerator.reduce(distance.to(trainer.accelerator.device), "mean").item()
+
+
+def _sample(trainer: OPSDTrainer, prompts: list[list[int]], base: bool = False) -> tuple[list[list[int]], Tensor]:
+    """Short rollouts from vLLM, with the adapter or without: token ids, and what it says that it gave them, (N,)."""
+    rollouts = trainer.rollouts
+    max_completion_length = rollouts.max_completion_length
+    rollouts.max_completion_length = min(NUM_TOKENS, max_completion_length)
+    try:
+        _, completions, logprobs, _ = rollouts.generate(prompts, step=trainer.state.global_step, base=base)
+    finally:
+        rollouts.max_completion_length = max_completion_length
+    # vLLM's NaN arrives as None
+    return completions, torch.tensor([math.nan if value is None else value for row in logprobs for (value,) in row])
+
+
+# Noise that leaves no trace
+
+
+@contextmanager
+def _noise(trainer: OPSDTrainer) -> Iterator[Callable[[float], None]]:
+    """
+    Yields a function that adds normal noise of a given standard deviation to the trained weights as they were before
+    the block, the same at each call. After the block they are as before, bit for bit.
+
+    In full fine-tuning only vectors get noise, those of the norms: they are in every layer, and easily kept.
+    """
+    has_adapter = isinstance(trainer.model, PeftModel)
+    weights = [
+        weight
+        for weight in trainer.model.parameters()
+        if weight.requires_grad and (has_adapter or len(getattr(weight, "ds_shape", weight.shape)) == 1)
+    ]
+    with _writable(trainer, weights) as parts:
+        before = [part.to("cpu", copy=True) for part in parts]
+    generator = torch.Generator().manual_seed(trainer.args.seed)
+    noise = [torch.randn(part.shape, generator=generator) for part in before]
+
+    def write(values: list[Tensor]) -> None:
+        with _writable(trainer, weights) as parts:
+            for part, value in zip(parts, values, strict=True):
+                part.copy_(value)
+
+    try:
+        yield lambda scale: write([part + scale * noise_ for part, noise_ in zip(before, noise, strict=True)])
+    finally:
+        write(before)
+
+
+@contextmanager
+def _writable(trainer: OPSDTrainer, weights: list[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """Inside the block, the weights as this process can write to them: whole, or under FSDP its part of them."""
+    for module in trainer.model_wrapped.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # or the next forward would go on with the gathered weights of the last one
+    gathered = nullcontext()
+    if DistributedBackend(trainer.accelerator).is_zero3:
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
+    with gathered:
+        yield [weight.to_local() if isinstance(weight, DTensor) else weight.data for weight in weights]
+
+
+@contextmanager
+def _as_if_nothing_had_been(trainer: OPSDTrainer) -> Iterator[None]:
+    """Without dropout in the block; after it, random state and mode of the model are as before."""
+    device = trainer.accelerator.device
+    python_state, numpy_state, is_training = random.getstate(), np.random.get_state(), trainer.model.training
+    trainer.model_wrapped.eval()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            trainer.model_wrapped.train(is_training)
+            trainer._synced_step = None  # vLLM holds the noise: no rollout before the next sync
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)

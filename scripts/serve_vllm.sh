@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Start the vLLM server that `opsd_train.py --use_vllm true --vllm_mode server --vllm_server_port PORT` samples from:
+#
+#   MODEL=Qwen/Qwen3-1.7B PORT=8000 MAX_LORA_RANK=64 bash scripts/serve_vllm.sh --tensor-parallel-size 2
+#
+# The training hands over its adapter before each step, through a folder that both see (--vllm_adapter_dir where they
+# run on different machines) and an endpoint that loads any path: keep the port to machines that you trust.
+# Further arguments go to vLLM, the last one wins. DRY_RUN=1 prints the command.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ ! -e .venv/bin/activate ] || source .venv/bin/activate
+
+MODEL=${MODEL:?name the model that is trained, as in --model_name_or_path}
+PORT=${PORT:-8000}
+MAX_LORA_RANK=${MAX_LORA_RANK:-64} # at least --lora_r; vLLM takes 1, 8, 16, 32, 64, 128, 256, 320 and 512
+
+settings=(
+    VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
+)
+arguments=(
+    --model "$MODEL"
+    --port "$PORT"
+    --enable-lora
+    --max-loras 1
+    --max-cpu-loras 1
+    --max-lora-rank "$MAX_LORA_RANK"
+    --logprobs-mode raw_logprobs
+)
+if ! nvidia-smi >/dev/null 2>&1; then # as vllm_engine.py has it for engines in the training processes
+    settings+=(
+        VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
+        VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"
+        VLLM_CPU_CI_ENV="${VLLM_CPU_CI_ENV:-1}"
+        VLLM_ENABLE_V1_MULTIPROCESSING="${VLLM_ENABLE_V1_MULTIPROCESSING:-0}"
+    )
+    arguments+=(
+        --dtype float32
+        --enforce-eager
+        --no-enable-chunked-prefill
+        --gpu-memory-utilization 0.1
+    )
+fi
+command=(env "${settings[@]}" python -m vllm.entrypoints.openai.api_server "${arguments[@]}" "$@")
+printf '%q ' "${command[@]}" && echo
+[ "${DRY_RUN:-0}" = 1 ] || exec "${command[@]}"

@@ -1,0 +1,182 @@
+"""Run by `test_launchers.py` under `accelerate launch`, in each of its processes: several runs of `opsd_train.py`."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, gather_object
+from requests.adapters import HTTPAdapter
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+import opsd_train
+from opsd_trainer import OPSDTrainer
+
+SETTINGS = {
+    "use_cpu": True,
+    "use_vllm": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", "1")),
+    "max_steps": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "max_completion_length": 40,
+    "max_length": 1000,
+    "beta": 0.5,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "jsd_token_clip": 0.0,
+    "max_grad_norm": 1.0,
+    "teacher_thinking": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+ADAPTER = {
+    "fixed_teacher": True,
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "lora_target_modules": "all-linear",
+}
+
+
+def let_fsdp_run_on_cpu() -> None:
+    """accelerate takes FSDP on CPU for DDP, and says nothing."""
+    make_state = PartialState.__init__
+
+    def make_state_for_fsdp(self, *args, **kwargs):
+        make_state(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = make_state_for_fsdp
+
+
+class KeptTrainer(OPSDTrainer):
+    """Stays within reach after `opsd_train.main`; and an engine that is deleted takes the process group with it."""
+
+    kept: list[OPSDTrainer] = []
+    extra_callbacks: list[TrainerCallback] = []
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, callbacks=self.extra_callbacks, **kwargs)
+        self.kept.append(self)
+
+
+class KillServer(TrainerCallback):
+    """The server dies between two steps."""
+
+    def __init__(self, pid: int):
+        self.server = psutil.Process(pid)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2 and state.is_world_process_zero:
+            for process in (*self.server.children(recursive=True), self.server):
+                process.kill()
+            # Without TRL's minute of further attempts
+            KeptTrainer.kept[-1].rollouts.vllm_client.session.mount("http://", HTTPAdapter())
+
+
+def train(settings: dict) -> OPSDTrainer:
+    """`opsd_train.py` with these flags; the trainer as it is at the end."""
+    opsd_train.main([text for flag, value in settings.items() for text in (f"--{flag}", str(value))])
+    return KeptTrainer.kept[-1]
+
+
+def describe(trainer: OPSDTrainer) -> dict:
+    """How this process trains, and how many elements of the model it holds."""
+    wrapped, weights = trainer.model_wrapped, list(trainer.model.parameters())
+    return {
+        "backend": dist.get_backend(),
+        "world_size": dist.get_world_size(),
+        "distributed_type": trainer.accelerator.distributed_type.value,
+        "wrapper": type(wrapped).__name__,
+        "zero_stage": wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None,
+        "elements": sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in weights),
+    }
+
+
+def whole(trainer: OPSDTrainer, weight: Tensor) -> Tensor:
+    """A copy of a weight, gathered from the processes where they share it."""
+    with trainer.rollouts._dist.gather_params([weight]):
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        return weight.detach().clone()
+
+
+def moved_base_weights(trainer: OPSDTrainer, model_dir: str) -> list[str]:
+    """Names of the frozen weights that differ from those of the model's file in any bit."""
+    file = load_file(Path(model_dir, "model.safetensors"))
+    moved, seen = [], set()
+    for name, weight in trainer.model.named_parameters():
+        if weight.requires_grad:
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if not torch.equal(whole(trainer, weight), file[name].to(weight.dtype)):
+            moved.append(name)
+        seen.add(name)
+    if seen != set(file):
+        raise ValueError(f"not compared: {seen ^ set(file)}")
+    return moved
+
+
+def main(model: str, dataset: str, folder: str, *further: str) -> None:
+    """
+    Run and its resumption in float32, ten steps in bfloat16; with "full" also a full fine-tuning. With "server PORT PID"
+    a run against a server, and one in which it dies.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        let_fsdp_run_on_cpu()
+    opsd_train.OPSDTrainer = KeptTrainer
+    end_training, Accelerator.end_training = Accelerator.end_training, lambda self: None
+    common = SETTINGS | {"model_name_or_path": model, "dataset_name": dataset} | ADAPTER
+    run, resumed = Path(folder, "run"), Path(folder, "resumed")
+    if "server" in further:
+        _, port, pid = further
+        common |= {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
+
+    trainer = train(common | {"output_dir": run})
+    results = {"run": trainer.state.log_history, "processes": gather_object([describe(trainer)])}
+    if "server" in further:
+        if trainer.accelerator.is_main_process:
+            Path(folder, "results.json").write_text(json.dumps(results))
+        KeptTrainer.extra_callbacks = [KillServer(int(pid))]
+        train(common | {"output_dir": Path(folder, "killed")})
+    if trainer.accelerator.is_main_process:
+        shutil.copytree(run / "checkpoint-2", resumed / "checkpoint-2")
+    trainer.accelerator.wait_for_everyone()
+
+    trainer = train(common | {"output_dir": resumed, "resume_from_checkpoint": True})
+    results["resumed"] = trainer.state.log_history
+    results["processes"] += gather_object([describe(trainer)])
+
+    common |= {"save_strategy": "no"}
+    bfloat16 = {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "max_steps": 10}
+    trainer = train(common | bfloat16 | {"output_dir": Path(folder, "bfloat16")})
+    results["bfloat16"] = trainer.state.log_history
+    results["processes"] += gather_object([describe(trainer)])
+    results["moved_base_weights"] = moved_base_weights(trainer, model)
+
+    if "full" in further:
+        full = {"use_peft": False, "fixed_teacher": False, "learning_rate": 1e-4, "max_steps": 3}
+        trainer = train(common | full | {"output_dir": Path(folder, "full")})
+        results["full"] = trainer.state.log_history
+
+    if trainer.accelerator.is_main_process:
+        Path(folder, "results.json").write_text(json.dumps(results))
+    end_training(trainer.accelerator)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,248 @@
+"""Every launcher configuration, on two CPU processes with real vLLM: the same run as in a single process."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from launch_worker import ADAPTER, SETTINGS
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from checkpoints import find_fault, find_last_complete
+from vllm_engine import CPU_ENGINE, CPU_ENVIRONMENT
+
+ROOT = Path(__file__).parents[1]
+WORKER = Path(__file__).with_name("launch_worker.py")
+CONFIGS = ROOT / "scripts" / "accelerate"
+LAUNCHERS = {
+    "ddp": {"distributed_type": "MULTI_CPU", "wrapper": "DistributedDataParallel", "zero_stage": None},
+    "zero2": {"distributed_type": "DEEPSPEED", "wrapper": "DeepSpeedEngine", "zero_stage": 2},
+    "zero3": {"distributed_type": "DEEPSPEED", "wrapper": "DeepSpeedEngine", "zero_stage": 3},
+    "fsdp2": {"distributed_type": "FSDP", "wrapper": "FSDPPeftModelForCausalLM", "zero_stage": None},
+}
+
+
+@contextmanager
+def started(command: list, log: Path, **environment: str) -> Iterator[subprocess.Popen]:
+    """A command that runs, its output in `log`; behind the block nothing is left of what it has started."""
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
+    environment["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, where torch.load can put nothing
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
+                process.wait()
+
+
+def launch(config: str, num_processes: int, log: Path, *arguments: object, **environment: str) -> int:
+    """The exit status of `accelerate launch` of the worker."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
+    command += ["--num_processes", str(num_processes), "--main_process_port", "0", "--mixed_precision", "no"]
+    command += [WORKER, *map(str, arguments)]
+    with started(command, log, **environment) as process:
+        return process.wait(timeout=600)
+
+
+@pytest.fixture(scope="module")
+def data(problems, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    problems.to_json(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def deepspeed_build(tmp_path_factory) -> str:
+    """Where DeepSpeed compiles what it needs; in the user's folder a killed test would leave a lock for ever."""
+    return str(tmp_path_factory.mktemp("torch_extensions"))
+
+
+@pytest.fixture(scope="module")
+def one_process(tiny_model_dir, data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one_process")
+    assert launch("cpu", 1, folder / "log", tiny_model_dir, data, folder) == 0, (folder / "log").read_text()[-5000:]
+    return folder
+
+
+def values(history: list[dict], name: str) -> list[float]:
+    return [logs[name] for logs in history if name in logs]
+
+
+def rollouts(folder: Path) -> list[tuple]:
+    """(step, prompt, completion) of all rollouts, in an order that does not depend on the processes."""
+    lines = [line for file in (folder / "completions").iterdir() for line in file.read_text().splitlines()]
+    return sorted((record["step"], record["prompt"], record["completion"]) for record in map(json.loads, lines))
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def check_run(folder: Path, history: list[dict], reference: Path | None = None) -> None:
+    """4 on-policy steps whose adapter is saved whole; with `reference` the losses, rollouts and adapter of that run."""
+    assert len(values(history, "loss")) == 4
+    assert max(values(history, "rollout_logprob_gap_max")) <= 1e-5
+    trained = adapter(folder)
+    assert all(weight.any() for weight in trained.values())  # all parts of it have moved: B starts at zero
+    assert_close(adapter(folder / "checkpoint-4"), trained, rtol=0, atol=0)
+    assert len(set(rollouts(folder))) == 16
+    if reference is None:
+        return
+    expected = json.loads((reference / "results.json").read_text())["run"]
+    assert values(history, "loss") == pytest.approx(values(expected, "loss"), rel=1e-5)
+    assert rollouts(folder) == rollouts(reference / "run")
+    assert_close(trained, adapter(reference / "run"), rtol=0, atol=1e-5)
+
+
+def check_resumed_and_bfloat16(folder: Path, results: dict) -> None:
+    """The run that was resumed at step 2 equals the whole one; ten steps in bfloat16 leave the base as it was."""
+    assert values(results["resumed"], "loss")[2:] == pytest.approx(values(results["run"], "loss")[2:], rel=1e-6)
+    assert rollouts(folder / "resumed") == [record for record in rollouts(folder / "run") if record[0] > 2]
+    assert_close(adapter(folder / "resumed"), adapter(folder / "run"), rtol=0, atol=1e-6)
+
+    assert len(values(results["bfloat16"], "loss")) == 10
+    assert all(weight.any() for weight in adapter(folder / "bfloat16").values())
+    assert results["moved_base_weights"] == []
+
+
+def test_one_process(one_process):
+    results = json.loads((one_process / "results.json").read_text())
+    check_run(one_process / "run", results["run"])
+    check_resumed_and_bfloat16(one_process, results)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launcher(launcher, one_process, tiny_model_dir, data, deepspeed_build, tmp_path):
+    log = tmp_path / "log"
+    further = ["full"] if launcher == "zero3" else []
+    status = launch(launcher, 2, log, tiny_model_dir, data, tmp_path, *further, TORCH_EXTENSIONS_DIR=deepspeed_build)
+    assert status == 0, log.read_text()[-5000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    total = sum(weight.numel() for weight in adapter(one_process / "run").values())
+    total += sum(weight.numel() for weight in load_file(tiny_model_dir / "model.safetensors").values())
+    elements = {"zero3": 0, "fsdp2": total // 2}.get(launcher, total)
+    expected = {"backend": "gloo", "world_size": 2, "elements": elements} | LAUNCHERS[launcher]
+    assert results["processes"] == [expected] * 6  # in three runs
+    check_run(tmp_path / "run", results["run"], one_process)
+    check_resumed_and_bfloat16(tmp_path, results)
+    if further:
+        assert max(values(results["full"], "rollout_logprob_gap_max")) <= 1e-5
+        base, trained = load_file(tiny_model_dir / "model.safetensors"), load_file(tmp_path / "full/model.safetensors")
+        assert {name: weight.shape for name, weight in trained.items()} == {n: w.shape for n, w in base.items()}
+        assert not any(trained[name].equal(weight) for name, weight in base.items())
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def test_server(one_process, tiny_model_dir, data, tmp_path):
+    """Two processes and a server: the same run; and when the server dies, a clear error and an intact checkpoint."""
+    port, log = free_port(), tmp_path / "log"
+    command = ["bash", ROOT / "scripts" / "serve_vllm.sh", "--host", "127.0.0.1", "--max-model-len", "1000"]
+    settings = {"MODEL": str(tiny_model_dir), "PORT": str(port), "MAX_LORA_RANK": str(ADAPTER["lora_r"])}
+    with started(command, tmp_path / "server.log", **settings) as server:
+        status = launch("ddp", 2, log, tiny_model_dir, data, tmp_path, "server", port, server.pid)
+        assert (tmp_path / "results.json").exists(), (log.read_text()[-5000:], (tmp_path / "server.log").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
+    check_run(tmp_path / "run", results["run"], one_process)
+    assert status != 0
+    assert f"ConnectionError: the vLLM server at http://127.0.0.1:{port} failed" in log.read_text()
+    assert find_fault(tmp_path / "killed" / "checkpoint-2") is None
+    assert not (tmp_path / "killed" / "checkpoint-4").exists()
+
+
+# Configurations and scripts
+
+
+def test_configurations():
+    files = [ROOT / "accelerate.yaml", *CONFIGS.glob("*.yaml")]
+    assert {file.stem for file in files[1:]} >= {*LAUNCHERS, "single_gpu", "cpu", "multi_node"}
+    for file in files:
+        load_config_from_file(str(file))  # refuses keys that it does not know
+        # accelerate takes these from the command line only, whatever the file says
+        assert not {"rdzv_backend", "same_network"} & set(yaml.safe_load(file.read_text())), file
+    assert yaml.safe_load(files[0].read_text()) == yaml.safe_load((CONFIGS / "ddp.yaml").read_text())
+
+
+def test_server_script_has_the_settings_of_the_colocated_engine():
+    """On a machine without GPU, where the script and `vllm_engine.py` name them both."""
+    environment = {name: value for name, value in os.environ.items() if name not in CPU_ENVIRONMENT}
+    command = subprocess.run(
+        ["bash", ROOT / "scripts" / "serve_vllm.sh", "--port", "1"],
+        env=environment | {"MODEL": "a model", "DRY_RUN": "1", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    words = shlex.split(command.stdout)
+    assert words[words.index("--model") + 1] == "a model" and words[-2:] == ["--port", "1"]
+    assert {f"{name}={value}" for name, value in CPU_ENVIRONMENT.items()} <= set(words)
+    for name, value in CPU_ENGINE.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            assert ("--" if value else "--no-") + flag in words
+        else:
+            assert words[words.index(f"--{flag}") + 1] == str(value)
+
+
+@contextmanager
+def started_under_slurm(folder: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen]:
+    """The SLURM script with two nodes of one process each, all on this machine."""
+    commands = {
+        "scontrol": "echo 127.0.0.1",
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift\n"$@" & first=$!\n"$@"\nwait $first',
+    }
+    for name, lines in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (folder / name).chmod(0o755)
+    allocation = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    allocation |= {"PORT": str(free_port()), "PATH": f"{folder}:{os.environ['PATH']}"} | environment
+    command = ["bash", ROOT / "scripts" / "train_multi_node.sh", *arguments]
+    with started(command, folder / "log", **allocation) as process:
+        yield process
+
+
+def test_multi_node_script(tiny_model_dir, data, tmp_path):
+    """Two nodes find each other and train; SIGTERM makes them save, and the same command goes on from there."""
+    run = tmp_path / "run"
+    names = {"MODEL": str(tiny_model_dir), "OUTPUT_DIR": str(run)}
+    settings = SETTINGS | ADAPTER | {"use_vllm": False, "dtype": "float32", "dataset_name": data}
+    settings |= {"per_device_train_batch_size": 2, "max_steps": 100_000, "save_steps": 100_000}
+    arguments = [word for flag, value in settings.items() for word in (f"--{flag}", str(value))]
+    with started_under_slurm(tmp_path, *arguments, **names) as srun:
+        deadline = time.monotonic() + 600
+        while not list(run.glob("completions/*_00002.jsonl")):
+            assert srun.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-5000:]
+            time.sleep(0.5)
+        for process in psutil.Process(srun.pid).children(recursive=True):  # as SLURM does it: launchers and training
+            if process.name().startswith("python"):
+                process.terminate()
+        assert srun.wait(timeout=300) != 0
+    checkpoint = find_last_complete(run)
+    assert checkpoint is not None, (tmp_path / "log").read_text()[-5000:]
+    assert len((run / "completions" / "completions_00001.jsonl").read_text().splitlines()) == 4  # 2 of each node
+
+    with started_under_slurm(tmp_path, *arguments, **names, DRY_RUN="1") as printed:
+        assert printed.wait(timeout=60) == 0
+    assert "--resume_from_checkpoint true" in (tmp_path / "log").read_text()

@@ -1,0 +1,312 @@
+"""The preflight: it holds for sound runs and leaves no trace in them, and it names the claim that a planted fault breaks."""
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_problems, make_trainer_factory
+from test_opsd_trainer import Recorder
+
+import data_collator
+import opsd_train
+import preflight
+from opsd_trainer import OPSDTrainer
+from preflight import Preflight, PreflightError, run_preflight
+
+ENGINES = {
+    "float32": {"temperature": 1.1, "top_p": 0.95, "top_k": 20, "presence_penalty": 0.5},
+    "bfloat16": {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}},
+    "full fine-tuning": {"lora": False, "learning_rate": 1e-4},
+}
+
+
+@pytest.fixture(scope="module")
+def make_in_module(tiny_model_dir, tmp_path_factory) -> Callable[..., OPSDTrainer]:
+    return make_trainer_factory(tiny_model_dir, make_problems(), tmp_path_factory.mktemp("preflight"))
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def trained(request, make_in_module) -> Iterator[tuple[OPSDTrainer, Recorder]]:
+    """A trainer with an engine, after a training with preflight."""
+    trainer = make_in_module(use_vllm=True, callbacks=[recorder := Recorder()], **ENGINES[request.param])
+    trainer.add_callback(Preflight(trainer))
+    trainer.train()
+    yield trainer, recorder
+    trainer.rollouts.close()
+
+
+@pytest.fixture
+def trainer(trained) -> OPSDTrainer:
+    """As at the first step: with an adapter of zeros."""
+    trainer, _ = trained
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            if "lora_B" in name:
+                weight.zero_()
+    return trainer
+
+
+def failed(checks: list[preflight.Check]) -> set[str]:
+    assert {check.claim for check in checks} <= set(preflight.MEANINGS)
+    return {check.claim for check in checks if check.passed is False}
+
+
+def random_state() -> list:
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
+def assert_same_training(recorder: Recorder, trainer: OPSDTrainer, other_recorder: Recorder, other: OPSDTrainer):
+    for name in ("loss", "grad_norm", "num_generated_tokens", "completions/mean_length", "entropy/student"):
+        assert len(recorder.values(name)) == 2 and recorder.values(name) == other_recorder.values(name), name
+    for (name, weight), other_weight in zip(trainer.model.named_parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(weight, other_weight), name
+
+
+# Sound runs
+
+
+def test_training_is_the_same_without_it(trained, make_in_module, monkeypatch, request):
+    trainer, recorder = trained
+    settings = ENGINES[request.node.callspec.params["trained"]]
+
+    def share_engine(self):
+        trainer.rollouts.model = self.model
+        return trainer.rollouts
+
+    monkeypatch.setattr(OPSDTrainer, "_start_rollouts", share_engine)
+    other = make_in_module(use_vllm=True, callbacks=[other_recorder := Recorder()], **settings)
+    other.train()
+    trainer.rollouts.model = trainer.model
+    assert_same_training(recorder, trainer, other_recorder, other)
+
+
+def test_a_sound_run_passes_and_is_left_as_it_was(trained):
+    trainer, _ = trained
+    trainer.model.train()
+    weights = [weight.clone() for weight in trainer.model.parameters()]
+    before, limit = random_state(), trainer.rollouts.max_completion_length
+    checks = run_preflight(trainer)
+    assert [check.claim for check in checks if check.passed is not True] == []
+    assert {check.claim for check in checks} >= {"prompts", "on-policy", "padding", "loss"}
+    assert random_state() == before and trainer.model.training
+    assert trainer.rollouts.max_completion_length == limit
+    for weight, other in zip(trainer.model.parameters(), weights, strict=True):
+        assert torch.equal(weight, other)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"fixed_teacher": False, "loss_implementation": "dense", "teacher_sees_solution": False},
+        {"lora": False, "use_tinker_loss": True},
+        {"max_length": 300, "top_k_loss": 5, "lora_settings": {"lora_dropout": 0.5}},
+    ],
+    ids=["LoRA", "current teacher, nothing to learn", "full fine-tuning", "shortened solutions, dropout"],
+)
+def test_sound_runs_without_vllm(make_trainer, problems, settings):
+    if "max_length" in settings:
+        problems = problems.map(lambda row: {"solution": row["solution"] * 20})
+    runs = []
+    for callback in (Preflight, None):
+        trainer = make_trainer(problems, callbacks=[recorder := Recorder()], **settings)
+        if callback is not None:
+            trainer.add_callback(callback(trainer))
+        trainer.train()
+        runs += [recorder, trainer]
+    assert_same_training(*runs)
+    checks = run_preflight(trainer)
+    assert failed(checks) == set()
+    assert {check.claim for check in checks if check.passed is None} == (
+        {"on-policy", "fixed teacher"} if trainer.args.fixed_teacher else {"on-policy"}
+    )
+
+
+# Faults
+
+
+@contextmanager
+def changed_weights(model: torch.nn.Module, name: str) -> Iterator[None]:
+    """With other values in the weights with `name` in theirs."""
+    weights = [weight.data for key, weight in model.named_parameters() if name in key]
+    before = [weight.clone() for weight in weights]
+    for weight in weights:
+        weight.mul_(1.2)
+    assert weights
+    yield
+    for weight, value in zip(weights, before, strict=True):
+        weight.copy_(value)
+
+
+@contextmanager
+def adapter_that_is_not_loaded(trainer, patch):
+    patch.setattr(trainer.rollouts, "_load_adapter", lambda folder: None)
+    patch.setattr(trainer.rollouts, "_adapter", None)
+    yield
+
+
+@contextmanager
+def adapter_of_an_earlier_sync(trainer, patch):
+    trainer.rollouts.sync_weights()
+    patch.setattr(trainer.rollouts, "sync_weights", lambda: None)
+    yield
+
+
+@contextmanager
+def base_that_has_been_merged(trainer, patch):
+    with changed_weights(trainer.model, "v_proj.base_layer.weight"):
+        yield
+
+
+@contextmanager
+def base_of_vllm_that_has_been_merged(trainer, patch):
+    with changed_weights(trainer.rollouts.llm.llm_engine.model_executor.driver_worker.model_runner.model, "norm"):
+        yield
+
+
+@contextmanager
+def sync_that_merges_and_unmerges(trainer, patch):
+    sync_weights = trainer.rollouts.sync_weights
+
+    def merge_and_sync():
+        trainer.model.merge_adapter()
+        trainer.model.unmerge_adapter()
+        sync_weights()
+
+    before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
+    patch.setattr(trainer.rollouts, "sync_weights", merge_and_sync)
+    yield
+    for name, weight in trainer.model.named_parameters():
+        weight.data.copy_(before[name])
+
+
+@contextmanager
+def teacher_with_the_adapter_on(trainer, patch):
+    patch.setattr(trainer, "_as_teacher", lambda model: nullcontext())
+    yield
+
+
+def encode_anew(trainer, patch):
+    dataset = trainer.train_dataset.map(trainer.data_collator.encode, load_from_cache_file=False)
+    patch.setattr(trainer, "train_dataset", dataset)
+
+
+@contextmanager
+def special_tokens_lost_on_the_way(trainer, patch):
+    encode = data_collator.encode_chat_prompt
+
+    def encode_and_lose(tokenizer, content, thinking):
+        text = tokenizer.decode(encode(tokenizer, content, thinking), skip_special_tokens=True)
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    patch.setattr(data_collator, "encode_chat_prompt", encode_and_lose)
+    encode_anew(trainer, patch)
+    yield
+
+
+@contextmanager
+def template_without_special_tokens(trainer, patch):
+    tokenizer = trainer.processing_class
+    template = tokenizer.chat_template.replace("<|im_start|>", "").replace("<|im_end|>", "")
+    patch.setattr(tokenizer, "chat_template", template)
+    encode_anew(trainer, patch)
+    yield
+
+
+@contextmanager
+def prompts_without_the_header(trainer, patch):
+    apply = trainer.processing_class.apply_chat_template
+    with pytest.MonkeyPatch.context() as within:
+        within.setattr(
+            trainer.processing_class,
+            "apply_chat_template",
+            lambda *args, **kwargs: apply(*args, **kwargs | {"add_generation_prompt": False}),
+        )
+        encode_anew(trainer, patch)
+    yield
+
+
+@contextmanager
+def prompts_padded_on_the_right(trainer, patch):
+    pad = data_collator.pad
+    patch.setattr(data_collator, "pad", lambda *args, **kwargs: pad(*args, **kwargs | {"padding_side": "right"}))
+    yield
+
+
+@contextmanager
+def noise_that_does_not_show(trainer, patch):
+    patch.setattr(preflight, "NOISE_SCALES", [0.0])
+    yield
+
+
+@contextmanager
+def wrong_fused_loss(trainer, patch):
+    dense_loss = trainer._dense_loss
+    patch.setattr(trainer, "_fused_loss", lambda *args: (1.01 * dense_loss(*args)[0], None, None))
+    yield
+
+
+@contextmanager
+def loss_that_is_not_a_number(trainer, patch):
+    dense_loss = trainer._dense_loss
+    patch.setattr(trainer, "_dense_loss", lambda *args: (dense_loss(*args)[0] * torch.nan, *dense_loss(*args)[1:]))
+    yield
+
+
+FAULTS = [
+    (adapter_that_is_not_loaded, {"on-policy"}),
+    (adapter_of_an_earlier_sync, {"on-policy"}),
+    (base_that_has_been_merged, {"on-policy", "fixed teacher"}),
+    (base_of_vllm_that_has_been_merged, {"on-policy", "fixed teacher"}),
+    (sync_that_merges_and_unmerges, {"fixed teacher"}),
+    (teacher_with_the_adapter_on, {"fixed teacher"}),
+    (prompts_padded_on_the_right, {"padding"}),
+    (special_tokens_lost_on_the_way, {"prompts"}),
+    (template_without_special_tokens, {"prompts"}),
+    (prompts_without_the_header, {"prompts"}),
+    (noise_that_does_not_show, {"sensitivity"}),
+    (wrong_fused_loss, {"loss"}),
+    (loss_that_is_not_a_number, {"loss"}),
+]
+
+
+@pytest.mark.parametrize("trained", ["float32"], indirect=True)
+@pytest.mark.parametrize(("fault", "claims"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_fault_is_named(trainer, fault, claims):
+    with pytest.MonkeyPatch.context() as patch, fault(trainer, patch):
+        checks = run_preflight(trainer)
+    assert failed(checks) == claims
+
+
+@pytest.mark.parametrize("trained", ["bfloat16"], indirect=True)
+def test_faults_are_named_in_bfloat16(trainer):
+    for fault, claims in FAULTS[:7]:
+        with pytest.MonkeyPatch.context() as patch, fault(trainer, patch):
+            checks = run_preflight(trainer)
+        assert failed(checks) == claims, fault.__name__
+
+
+def test_refused_before_anything_is_done(tiny_model_dir, tmp_path, problems, monkeypatch, caplog):
+    """The flag, a fault, and what the program says."""
+    problems.to_json(tmp_path / "train.jsonl")
+    arguments = {
+        "model_name_or_path": tiny_model_dir,
+        "dataset_name": tmp_path / "train.jsonl",
+        "config": opsd_train.__file__.replace("opsd_train.py", "quickstart/opsd.yaml"),
+        "output_dir": tmp_path / "out",
+        "per_device_train_batch_size": 4,
+        "use_vllm": False,
+        "preflight": True,
+    }
+    caplog.set_level(logging.INFO)
+    with prompts_padded_on_the_right(None, monkeypatch), pytest.raises(PreflightError) as error:
+        opsd_train.main([part for name, value in arguments.items() for part in (f"--{name}", str(value))])
+    assert failed(error.value.checks) == {"padding"}
+    assert "padding: log-probabilities depend on the padding" in str(error.value)
+    (table,) = [record.getMessage() for record in caplog.records if record.name == "preflight"]
+    assert table.count("DOES NOT HOLD") == 2 and "not checked" in table
+    assert not list((tmp_path / "out").glob("completions*")) and not list((tmp_path / "out").glob("checkpoint*"))
