@@ -144,6 +144,14 @@ def save_run_configuration(path: Path, **parts: object) -> None:
     path.write_text(json.dumps(configuration, indent=2, default=str) + "\n", encoding="utf-8")
 
 
+def finish(trainer: OPSDTrainer) -> None:
+    """Leave the process group, once all are done: the engine before the training, which it shares the group with."""
+    trainer.accelerator.wait_for_everyone()
+    if trainer.rollouts is not None:
+        trainer.rollouts.close()
+    trainer.accelerator.end_training()
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the program with the given command line (default: that of the process)."""
     try:
@@ -156,8 +164,19 @@ def main(arguments: list[str] | None = None) -> None:
         if model_args.model_name_or_path is None:
             raise ValueError("--model_name_or_path is missing: name a model's folder or Hub id")
         OPSDTrainer.check_teacher(training_args, has_adapter=model_args.use_peft)
+        is_fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        if is_fsdp and model_args.use_peft and model_args.dtype != "float32":
+            raise ValueError(
+                f"--dtype {model_args.dtype}: FSDP2 shards weights of one dtype only, and the adapter's is float32; say --dtype "
+                "float32 (with bf16 mixed precision the forward is in bfloat16 all the same), or launch with ZeRO-3"
+            )
         if training_args.use_vllm and model_args.use_peft:
             check_servable(get_peft_config(model_args))
+        if training_args.use_vllm and (model_args.load_in_4bit or model_args.load_in_8bit):
+            raise ValueError(
+                "--use_vllm: vLLM would sample from the base as it is published, not from the quantized one; leave out "
+                "--load_in_4bit and --load_in_8bit, or sample without --use_vllm"
+            )
         name_run(script_args, training_args, model_args)
         checkpoint = find_checkpoint(
             training_args.output_dir, training_args.resume_from_checkpoint, script_args.overwrite_output_dir
@@ -204,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
     output_dir = Path(training_args.output_dir)
     if trainer.accelerator.is_main_process:
         if checkpoint is None and script_args.overwrite_output_dir:
-            for old in (*sort_checkpoints(output_dir), *output_dir.glob("completions")):
+            for old in (*sort_checkpoints(output_dir), *output_dir.glob("completions"), *output_dir.glob("nonfinite")):
                 shutil.rmtree(old)
                 logger.info("--overwrite_output_dir: deleted %s", old)
         save_run_configuration(
@@ -216,11 +235,11 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped_by_signal:
         trainer.accelerator.print("stopped by SIGTERM before the end; go on with --resume_from_checkpoint true")
-        trainer.accelerator.end_training()
+        finish(trainer)
         sys.exit(128 + signal.SIGTERM)
     trainer.save_model()  # the adapter, or the whole model without --use_peft; and the tokenizer
     trainer.accelerator.print(f"saved to {output_dir}")
-    trainer.accelerator.end_training()
+    finish(trainer)
 
 
 if __name__ == "__main__":

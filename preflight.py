@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 NUM_PROMPTS = 4
 NUM_CANDIDATES = 64  # of which the shortest are taken
 NUM_TOKENS = 32  # of a completion at most
-NOISE_SCALES = [0.01 * 1.5**i for i in range(12)]  # standard deviations; the first whose effect suffices is taken
+NOISE = 0.01  # standard deviation to begin with
+NUM_NOISE_TRIALS = 8
 
 
 class Tolerance(NamedTuple):
@@ -215,7 +216,8 @@ def _check_model(trainer: OPSDTrainer, examples: list[dict], add_noise: Callable
     teacher_before = _logprobs(trainer, teacher_prompts, solutions, as_teacher=True)
 
     least_effect = SENSITIVITY * tolerance.mean
-    for scale in NOISE_SCALES:
+    scale = NOISE
+    for _ in range(NUM_NOISE_TRIALS):
         add_noise(scale)
         completions, sampled_logprobs = solutions, None
         if rollouts is not None:
@@ -227,6 +229,7 @@ def _check_model(trainer: OPSDTrainer, examples: list[dict], add_noise: Callable
         add_noise(scale)
         if effect >= least_effect:
             break
+        scale *= min(max(math.sqrt(2 * least_effect / max(effect, 1e-9)), 1.3), 4.0)
     checks = [
         Check(
             "sensitivity",

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
+from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from requests.adapters import HTTPAdapter
 from safetensors.torch import load_file
@@ -139,7 +139,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
     opsd_train.OPSDTrainer = KeptTrainer
-    end_training, Accelerator.end_training = Accelerator.end_training, lambda self: None
+    finish, opsd_train.finish = opsd_train.finish, lambda trainer: None  # the group stays for the next run
     common = SETTINGS | {"model_name_or_path": model, "dataset_name": dataset} | ADAPTER
     run, resumed = Path(folder, "run"), Path(folder, "resumed")
     if "server" in further:
@@ -162,7 +162,8 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     results["processes"] += gather_object([describe(trainer)])
 
     common |= {"save_strategy": "no"}
-    bfloat16 = {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "max_steps": 10}
+    dtype = "float32" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "bfloat16"  # see opsd_train.py
+    bfloat16 = {"dtype": dtype, "bf16": True, "gradient_checkpointing": True, "max_steps": 10}
     trainer = train(common | bfloat16 | {"output_dir": Path(folder, "bfloat16")})
     results["bfloat16"] = trainer.state.log_history
     results["processes"] += gather_object([describe(trainer)])
@@ -175,7 +176,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
 
     if trainer.accelerator.is_main_process:
         Path(folder, "results.json").write_text(json.dumps(results))
-    end_training(trainer.accelerator)
+    finish(trainer)
 
 
 if __name__ == "__main__":

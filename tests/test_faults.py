@@ -220,12 +220,17 @@ def test_sigterm_in_the_last_step_changes_nothing(forks, tiny_model_dir, train_f
 
 # Two processes
 
-DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
+DEEPSPEED = {
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_TORCH_DEVICE": "cpu",  # with ACCELERATE_USE_CPU it would be DDP
+}
 LAUNCHERS = {
-    "ddp": {},
+    "ddp": {"ACCELERATE_USE_CPU": "true"},
     "zero2": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
     "zero3": DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"},
     "fsdp2": {
+        "ACCELERATE_USE_CPU": "true",
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -241,7 +246,7 @@ def skip_and_leave(launcher, rank, port, model_dir, folder, arguments):
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | LAUNCHERS[launcher]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions")}
     if launcher == "fsdp2":
         let_fsdp_run_on_cpu()
     trainer = make_trainer_factory(model_dir, make_problems(), folder)(

@@ -69,6 +69,9 @@ def write(file, *lines):
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a complete checkpoint"),
         (["--per_device_train_batch_size", "128"], "64 usable examples, fewer than one step takes (128)"),
         (["--eval_strategy", "steps"], "--eval_dataset_name and --eval_strategy need each other"),
+        (["--use_vllm", "true", "--use_peft", "--use_dora"], "--use_dora: vLLM does not serve such an adapter"),
+        (["--use_vllm", "true", "--use_peft", "--load_in_4bit"], "leave out --load_in_4bit"),
+        (["--presence_penalty", "1"], "--presence_penalty 1.0: must be 0 without --use_vllm"),
         (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -76,6 +79,12 @@ def write(file, *lines):
 def test_bad_input_is_refused_before_a_model_is_loaded(run, no_model, arguments, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         run(*arguments)
+
+
+def test_fsdp_with_an_adapter_of_another_dtype_is_refused(run, no_model, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(SystemExit, match="--dtype bfloat16: FSDP2 shards weights of one dtype only"):
+        run("--use_peft", "--dtype", "bfloat16")
 
 
 def test_missing_model_name(no_model):

@@ -239,7 +239,8 @@ def prompts_padded_on_the_right(trainer, patch):
 
 @contextmanager
 def noise_that_does_not_show(trainer, patch):
-    patch.setattr(preflight, "NOISE_SCALES", [0.0])
+    patch.setattr(preflight, "NOISE", 0.0)
+    patch.setattr(preflight, "NUM_NOISE_TRIALS", 1)
     yield
 
 
