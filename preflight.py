@@ -229,7 +229,7 @@ def _check_model(trainer: OPSDTrainer, examples: list[dict], add_noise: Callable
         add_noise(scale)
         if effect >= least_effect:
             break
-        scale *= min(max(math.sqrt(2 * least_effect / max(effect, 1e-9)), 1.3), 4.0)
+        scale *= min(max(math.sqrt(2 * least_effect / max(effect, 1e-9)), 1.3), 2.0)
     checks = [
         Check(
             "sensitivity",

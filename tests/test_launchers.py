@@ -129,7 +129,7 @@ def test_one_process(one_process):
     check_resumed_and_bfloat16(one_process, results)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["ddp", pytest.param("zero2", marks=pytest.mark.slow), "zero3", "fsdp2"])
 def test_launcher(launcher, one_process, tiny_model_dir, data, deepspeed_build, tmp_path):
     log = tmp_path / "log"
     further = ["full"] if launcher == "zero3" else []
@@ -156,6 +156,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_server(one_process, tiny_model_dir, data, tmp_path):
     """Two processes and a server: the same run; and when the server dies, a clear error and an intact checkpoint."""
     port, log = free_port(), tmp_path / "log"
@@ -223,6 +224,7 @@ def started_under_slurm(folder: Path, *arguments: str, **environment: str) -> It
         yield process
 
 
+@pytest.mark.slow
 def test_multi_node_script(tiny_model_dir, data, tmp_path):
     """Two nodes find each other and train; SIGTERM makes them save, and the same command goes on from there."""
     run = tmp_path / "run"
