@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
         if is_fsdp and model_args.use_peft and model_args.dtype != "float32":
             raise ValueError(
                 f"--dtype {model_args.dtype}: FSDP2 shards weights of one dtype only, and the adapter's is float32; say --dtype "
-                "float32 (with bf16 mixed precision the forward is in bfloat16 all the same), or launch with ZeRO-3"
+                "float32, or launch with ZeRO-3"
             )
         if training_args.use_vllm and model_args.use_peft:
             check_servable(get_peft_config(model_args))

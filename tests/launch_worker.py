@@ -96,15 +96,16 @@ def train(settings: dict) -> OPSDTrainer:
 
 
 def describe(trainer: OPSDTrainer) -> dict:
-    """How this process trains, and how many elements of the model it holds."""
-    wrapped, weights = trainer.model_wrapped, list(trainer.model.parameters())
+    """How this process trains, and how many elements of the model it keeps (ZeRO-3 gathers the small weights, too)."""
+    wrapped = trainer.model_wrapped
+    parts = [getattr(weight, "ds_tensor", weight) for weight in trainer.model.parameters()]
     return {
         "backend": dist.get_backend(),
         "world_size": dist.get_world_size(),
         "distributed_type": trainer.accelerator.distributed_type.value,
         "wrapper": type(wrapped).__name__,
         "zero_stage": wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None,
-        "elements": sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in weights),
+        "elements": sum((part.to_local() if isinstance(part, DTensor) else part).numel() for part in parts),
     }
 
 
