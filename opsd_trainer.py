@@ -425,11 +425,16 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     def _as_teacher(self, model: nn.Module) -> Iterator[None]:
         """Inside the block the model is the teacher: its adapter is off (`fixed_teacher`), or it is the current policy."""
         policy = self.accelerator.unwrap_model(model)
+        trained = [weight for weight in policy.parameters() if weight.requires_grad]
         with (
             torch.no_grad(),
             self._timed("teacher"),
             policy.disable_adapter() if self.args.fixed_teacher else nullcontext(),
         ):
+            # PEFT takes the flags away with the adapter; FSDP2 looks at them in its first forward, which is the
+            # teacher's, to learn in what dtype gradients are reduced.
+            for weight in trained:
+                weight.requires_grad_(True)
             yield
 
     def _check_frozen_weights(self) -> None:
@@ -543,7 +548,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         if self.model.training or self._synced_step != self.state.global_step:
             self.rollouts.sync_weights()
             self._synced_step = self.state.global_step
-        _, completions, logprobs, _ = self.rollouts.generate(prompts, step=self.state.global_step)
+        self.rollouts.step = self.state.global_step
+        _, completions, logprobs, _ = self.rollouts.generate(prompts)
         device = generation_batch["prompts"].device
         completions = [torch.tensor(ids, dtype=torch.long, device=device) for ids in completions]
         # vLLM's NaN arrives as None

@@ -28,14 +28,9 @@ def load_problems(name: str, split: str = "train", config: str | None = None, re
         FileNotFoundError: a path that does not exist, or a folder without any data file.
         ValueError: a file that cannot be parsed (with the line), an unknown suffix, an unknown split, an empty split.
     """
-    path = Path(name).expanduser()
-    looks_local = path.suffix in LOADERS or name.startswith((".", "/", "~"))
-    if path.exists():
+    path = find_local(name)
+    if path is not None:
         dataset = _load_files(path, split)
-    elif looks_local:
-        raise FileNotFoundError(
-            f"--dataset_name {name}: no such file or folder; give an existing path or the id of a Hub data set"
-        )
     else:
         try:
             loaded = load_dataset(name, config, revision=revision)
@@ -49,6 +44,18 @@ def load_problems(name: str, split: str = "train", config: str | None = None, re
     if len(dataset) == 0:
         raise ValueError(f"--dataset_name {name}: the split {split} is empty")
     return dataset
+
+
+def find_local(name: str, flag: str = "dataset_name") -> Path | None:
+    """The file or folder that a data set's name means, or `None` for a Hub id; `FileNotFoundError` if it is not there."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if path.suffix in LOADERS or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(
+            f"--{flag} {name}: no such file or folder; give an existing path or the id of a Hub data set"
+        )
+    return None
 
 
 def _load_files(path: Path, split: str) -> Dataset:
@@ -106,6 +113,15 @@ def _is_json(text: str) -> bool:
     return True
 
 
+def check_columns(dataset: Dataset, **columns: str) -> None:
+    """Raise `ValueError`, naming flag and columns, for a column that is not there; `columns`: flag name -> column name."""
+    for flag, column in columns.items():
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"--{flag} {column}: the data set has no such column; it has {', '.join(dataset.column_names)}"
+            )
+
+
 def keep_usable(dataset: Dataset, **columns: str) -> Dataset:
     """
     Drop the rows in which one of the needed texts is missing or blank, and say how many these were.
@@ -117,11 +133,8 @@ def keep_usable(dataset: Dataset, **columns: str) -> Dataset:
     Raises:
         ValueError: a column that does not exist (naming those that do), one that does not hold text, or no row left.
     """
+    check_columns(dataset, **columns)
     for flag, column in columns.items():
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"--{flag} {column}: the data set has no such column; it has {', '.join(dataset.column_names)}"
-            )
         if dataset.features[column].dtype not in ("string", "large_string", "null"):
             raise ValueError(f"--{flag} {column}: the column does not hold text but {dataset.features[column]}")
     usable = dataset.filter(

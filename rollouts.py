@@ -13,9 +13,10 @@ import shutil
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,24 @@ def check_servable(peft_config: PeftConfig) -> None:
             )
 
 
-def sample_seeds(prompts: Sequence[Sequence[int]], seed: int, step: int) -> list[int]:
+def prompt_keys(prompts: Sequence[Sequence[int]], seed: int, step: int) -> list[bytes]:
+    """A hash of the run's seed, the step and the prompt, for each prompt."""
+    return [hashlib.sha256(json.dumps([seed, step, list(prompt)]).encode()).digest() for prompt in prompts]
+
+
+def sample_seeds(keys: Sequence[bytes], keys_before: Iterable[bytes] = ()) -> list[int]:
     """
-    A seed for each rollout, 63 bits, from the run's seed, the step, the prompt and how often it came before.
+    A seed for each rollout, 63 bits, from the hash of its prompt (`prompt_keys`) and how often that came before.
 
     So a rollout depends neither on its place in the batch, nor on the number of processes, nor on a resume.
+
+    Args:
+        keys: of the prompts.
+        keys_before: of the prompts that other processes have in front of these.
     """
-    occurrences: Counter[bytes] = Counter()
+    occurrences = Counter(keys_before)
     seeds = []
-    for prompt in prompts:
-        key = hashlib.sha256(json.dumps([seed, step, list(prompt)]).encode()).digest()
+    for key in keys:
         digest = hashlib.sha256(key + occurrences[key].to_bytes(4, "big")).digest()
         occurrences[key] += 1
         seeds.append(int.from_bytes(digest[:8], "big") >> 1)
@@ -96,6 +105,9 @@ class OnPolicyGeneration(VLLMGeneration):
         **kwargs: Any,
     ):
         self.seed = seed
+        self.step = (
+            0  # of the run, kept up to date by its trainer: with seed and prompt what a sample's seed derives from
+        )
         if adapter_dir is None:
             has_room = MEMORY_DIR.is_dir() and shutil.disk_usage(MEMORY_DIR).free > MEMORY_DIR_FREE
             adapter_dir = MEMORY_DIR if has_room else tempfile.gettempdir()
@@ -257,23 +269,24 @@ class OnPolicyGeneration(VLLMGeneration):
         images: None = None,
         num_generations: int = 1,
         profiler: Any = None,
-        step: int = 0,
         base: bool = False,
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
         """
-        One completion for each prompt, from the adapter (in full fine-tuning: the weights) of the last sync.
+        One completion for each prompt, from the adapter (in full fine-tuning: the weights) of the last sync. All
+        processes call it together.
 
         Args:
             prompts: token ids of this process, with repetitions where a prompt shall have several completions.
             images, num_generations, profiler: of `VLLMGeneration.generate`; not used.
-            step: with the run's seed and the prompt, what a sample's seed derives from.
             base: sample from the base model, without the adapter.
 
         Returns:
             As `VLLMGeneration.generate`: prompts, completions (token ids, with the end-of-sequence token where there
             is one), and log-probabilities and ids of the sampled tokens, (prompts, tokens, 1).
         """
-        seeds = sample_seeds(prompts, self.seed, step)
+        keys = prompt_keys(prompts, self.seed, self.step)
+        keys_of_processes = gather_object([keys])
+        seeds = sample_seeds(keys, chain.from_iterable(keys_of_processes[: self.accelerator.process_index]))
         settings = {
             "temperature": self.temperature,
             "top_p": self.top_p,

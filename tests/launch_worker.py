@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import opsd_train
+import run_setup
 from opsd_trainer import OPSDTrainer
 
 SETTINGS = {
@@ -140,7 +141,8 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
     opsd_train.OPSDTrainer = KeptTrainer
-    finish, opsd_train.finish = opsd_train.finish, lambda trainer: None  # the group stays for the next run
+    # The group stays for the next run
+    finish, run_setup.finish = run_setup.finish, lambda trainer, rollouts: None
     common = SETTINGS | {"model_name_or_path": model, "dataset_name": dataset} | ADAPTER
     run, resumed = Path(folder, "run"), Path(folder, "resumed")
     if "server" in further:
@@ -163,8 +165,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     results["processes"] += gather_object([describe(trainer)])
 
     common |= {"save_strategy": "no"}
-    dtype = "float32" if os.environ.get("ACCELERATE_USE_FSDP") == "true" else "bfloat16"  # see opsd_train.py
-    bfloat16 = {"dtype": dtype, "bf16": True, "gradient_checkpointing": True, "max_steps": 10}
+    bfloat16 = {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "max_steps": 10}
     trainer = train(common | bfloat16 | {"output_dir": Path(folder, "bfloat16")})
     results["bfloat16"] = trainer.state.log_history
     results["processes"] += gather_object([describe(trainer)])
@@ -177,7 +178,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
 
     if trainer.accelerator.is_main_process:
         Path(folder, "results.json").write_text(json.dumps(results))
-    finish(trainer)
+    finish(trainer, trainer.rollouts)
 
 
 if __name__ == "__main__":

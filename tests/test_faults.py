@@ -36,7 +36,7 @@ class Sampler:
     def sync_weights(self):
         pass
 
-    def generate(self, prompts, step):
+    def generate(self, prompts):
         end = self.trainer.processing_class.eos_token_id
         completions = [[5 + i for i in range(abs(n))] for n in (next(self.lengths) for _ in prompts)]
         completions = [ids[:-1] + [end] if ids and len(ids) < 6 else ids for ids in completions]

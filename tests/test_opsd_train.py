@@ -81,12 +81,6 @@ def test_bad_input_is_refused_before_a_model_is_loaded(run, no_model, arguments,
         run(*arguments)
 
 
-def test_fsdp_with_an_adapter_of_another_dtype_is_refused(run, no_model, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(SystemExit, match="--dtype bfloat16: FSDP2 shards weights of one dtype only"):
-        run("--use_peft", "--dtype", "bfloat16")
-
-
 def test_missing_model_name(no_model):
     with pytest.raises(SystemExit, match="--model_name_or_path is missing"):
         opsd_train.main(["--use_cpu", "--bf16", "false"])
@@ -144,51 +138,6 @@ def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
     assert not (out / "checkpoint-3").exists() and (out / "checkpoint-1").exists()
     assert [file.name for file in (out / "completions").iterdir()] == ["completions_00001.jsonl"]
     assert (out / "checkpoint-best").exists()
-
-
-def test_names_of_runs():
-    def name(*arguments, run_config=None):
-        script = opsd_train.ScriptArguments(run_config=run_config)
-        training = opsd_train.OPSDConfig(
-            use_cpu=True, bf16=False, per_device_train_batch_size=4, gradient_accumulation_steps=2, **dict(arguments)
-        )
-        opsd_train.name_run(script, training, opsd_train.ModelArguments(model_name_or_path="Qwen/Qwen3-1.7B"))
-        return training.run_name, training.output_dir
-
-    composed = "opsd_Qwen3-1.7B_lr5e-06_bs8_tok1024"
-    assert name() == (composed, os.path.join("outputs", composed))
-    assert name(run_config="trial") == ("trial", os.path.join("outputs", "trial"))
-    assert name(("output_dir", "here")) == (composed, "here")
-    assert name(("output_dir", "here"), run_config="trial") == ("trial", os.path.join("here", "trial"))
-    assert name(("run_name", "mine"), run_config="trial") == ("mine", os.path.join("outputs", "trial"))
-
-
-def test_released_spellings():
-    parser = opsd_train.TrlParser((opsd_train.ScriptArguments, opsd_train.OPSDConfig, opsd_train.ModelArguments))
-    script, _, model = parser.parse_args_and_config(
-        ["--use_cpu", "--bf16", "false", "--torch_dtype", "bfloat16", "--dataset_train_split", "all"]
-    )
-    assert (model.dtype, script.dataset_split) == ("bfloat16", "all")
-
-
-def test_attention_falls_back_and_says_so(caplog):
-    config = opsd_train.OPSDConfig(use_cpu=True, bf16=False)
-    with caplog.at_level("INFO"):
-        assert opsd_train.choose_attention("flash_attention_2", "bfloat16", config) == "sdpa"
-        assert opsd_train.choose_attention(None, "bfloat16", config) == "sdpa"
-    assert caplog.text.count("attention: sdpa") == 2
-    assert opsd_train.choose_attention("eager", "bfloat16", config) == "eager"
-
-
-def test_attention_where_flash_attention_is_installed(monkeypatch):
-    monkeypatch.setattr(opsd_train, "is_flash_attn_2_available", lambda: True)
-    config = opsd_train.OPSDConfig(use_cpu=True, bf16=False)
-    assert opsd_train.choose_attention(None, "bfloat16", config) == "sdpa"
-    config.use_cpu = False
-    assert opsd_train.choose_attention(None, "float32", config) == "sdpa"
-    assert opsd_train.choose_attention(None, "bfloat16", config) == "flash_attention_2"
-    config.bf16 = True
-    assert opsd_train.choose_attention(None, "float32", config) == "flash_attention_2"
 
 
 def test_wandb_offline(run, monkeypatch, tmp_path):

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from test_opsd_trainer import Recorder, rollout
 
 from opsd_trainer import OPSDTrainer
-from rollouts import check_servable, sample_seeds
+from rollouts import check_servable, prompt_keys, sample_seeds
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,13 @@ def gap(trainer: OPSDTrainer, inputs: dict) -> torch.Tensor:
 
 def test_seeds_are_those_of_the_sample_wherever_it_stands():
     prompts = [[1, 2], [3], [1, 2], [1]]
-    seeds = sample_seeds(prompts, seed=0, step=5)
+    keys = prompt_keys(prompts, seed=0, step=5)
+    seeds = sample_seeds(keys)
     assert len(set(seeds)) == 4  # repeated prompts too, which shall give different completions
-    assert sample_seeds([[3], [1, 2]], seed=0, step=5) == [seeds[1], seeds[0]]
-    assert not set(seeds) & set(sample_seeds(prompts, seed=0, step=6) + sample_seeds(prompts, seed=1, step=5))
+    assert sample_seeds(prompt_keys([[3], [1, 2]], seed=0, step=5)) == [seeds[1], seeds[0]]
+    for other in (prompt_keys(prompts, seed=0, step=6), prompt_keys(prompts, seed=1, step=5)):
+        assert not set(seeds) & set(sample_seeds(other))
+    assert sample_seeds(keys[2:], keys_before=keys[:2]) == seeds[2:]  # the second of two processes
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
@@ -74,17 +77,19 @@ def test_a_sync_hands_over_the_adapter_and_nothing_else(trainer):
 
 def test_completions_do_not_depend_on_their_place(trainer):
     prompts = [trainer.train_dataset[i]["student_prompt_ids"] for i in range(4)]
-    _, completions, logprobs, token_ids = trainer.rollouts.generate(prompts, step=7)
-    _, reversed_completions, _, _ = trainer.rollouts.generate(prompts[::-1], step=7)
+    trainer.rollouts.step = 7
+    _, completions, logprobs, token_ids = trainer.rollouts.generate(prompts)
+    _, reversed_completions, _, _ = trainer.rollouts.generate(prompts[::-1])
     assert reversed_completions[::-1] == completions
     assert [[ids for (ids,) in row] for row in token_ids] == completions
-    _, other_step, _, _ = trainer.rollouts.generate(prompts, step=8)
+    trainer.rollouts.step = 8
+    _, other_step, _, _ = trainer.rollouts.generate(prompts)
     assert other_step != completions
 
 
 def test_repeated_prompts_get_different_completions(trainer):
     prompt = trainer.train_dataset[0]["student_prompt_ids"]
-    _, completions, _, _ = trainer.rollouts.generate([prompt] * 8, step=0)
+    _, completions, _, _ = trainer.rollouts.generate([prompt] * 8)
     assert len(set(map(tuple, completions))) > 1
 
 

@@ -1,0 +1,122 @@
+"""
+Fine-tune a model on reference solutions (SFT): the off-policy baseline of the paper (Table 4).
+
+    accelerate launch sft_train.py --model_name_or_path Qwen/Qwen3-1.7B --dtype bfloat16 \
+        --dataset_name siyanzhao/Openthoughts_math_30k_opsd --use_peft --lora_target_modules all-linear
+
+The model sees the prompt that the evaluator asks with. All flags: `python sft_train.py --help`.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer, get_peft_config
+
+from checkpoints import CompleteCheckpoints
+from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
+from run_setup import (
+    RunArguments,
+    check_model,
+    load_data,
+    load_tokenizer,
+    model_options,
+    parse_arguments,
+    print_dry_run,
+    refuse_bad_input,
+    run_training,
+    settle_run,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SFTArguments(RunArguments):
+    """What SFT reads of the data, and its prompt."""
+
+    problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
+    solution_column: str = field(default="solution", metadata={"help": "Column of the solution, which is learned."})
+    thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
+
+
+class CompleteSFTTrainer(CompleteCheckpoints, SFTTrainer):
+    """TRL's `SFTTrainer`, whose checkpoints are complete or not used."""
+
+
+def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict[str, list[int]]:
+    """
+    Token ids of prompt, solution and end of turn, and for each whether it belongs to the completion.
+
+    TRL would render the whole conversation with the chat template, which in many models differs from the prompt that
+    they are asked with: the empty think block of the non-thinking mode is in one and not in the other.
+    """
+    content = fill_template(STUDENT_PROMPT, problem=row["problem"])
+    prompt_ids = encode_chat_prompt(tokenizer, content, thinking)
+    completion_ids = tokenizer(row["solution"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return {
+        "input_ids": prompt_ids + completion_ids,
+        "completion_mask": [0] * len(prompt_ids) + [1] * len(completion_ids),
+    }
+
+
+def prepare(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool, max_length: int | None) -> Dataset:
+    """Encode all rows; leave out, and count, those that are too long: a solution without its end teaches not to end."""
+    encoded = dataset.map(
+        encode,
+        fn_kwargs={"tokenizer": tokenizer, "thinking": thinking},
+        remove_columns=dataset.column_names,
+        desc="Encoding prompts and solutions",
+    )
+    fitting = encoded.filter(lambda ids: max_length is None or len(ids) <= max_length, input_columns="input_ids")
+    if len(fitting) == 0:
+        raise ValueError(f"--max_length {max_length}: all {len(encoded)} examples are longer; raise it")
+    if len(fitting) < len(encoded):
+        logger.warning(
+            "%d of %d examples left out as longer than %d tokens (--max_length)",
+            len(encoded) - len(fitting), len(encoded), max_length,
+        )  # fmt: skip
+    return fitting
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program with the given command line (default: that of the process)."""
+    with refuse_bad_input("sft_train.py"):
+        script_args, training_args, model_args = parse_arguments(
+            SFTArguments,
+            SFTConfig,
+            arguments,
+            max_length=16_000,  # paper Table 4; TRL would cut at 1,024
+            completion_only_loss=True,
+        )
+        settings = (script_args, training_args, model_args)
+        check_model(model_args)
+        checkpoint = settle_run("sft", training_args.max_length, *settings)
+        if script_args.dry_run is not None:
+            print_dry_run(*settings)
+            return
+        columns = {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
+        datasets = load_data(script_args, columns)
+        tokenizer = load_tokenizer(model_args, training_args)
+        with training_args.main_process_first(local=False):
+            train_dataset, eval_dataset = (
+                dataset and prepare(dataset, tokenizer, script_args.thinking, training_args.max_length)
+                for dataset in datasets
+            )
+
+    training_args.model_init_kwargs = model_options(model_args, training_args)
+    trainer = CompleteSFTTrainer(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+    )
+    run_training(trainer, script_args, model_args, checkpoint)
+
+
+if __name__ == "__main__":
+    main()

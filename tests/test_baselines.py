@@ -1,0 +1,246 @@
+"""The baselines: what SFT and GRPO learn from, what they say of bad input, and whole runs on the tiny model."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoTokenizer
+
+import grpo_train
+import sft_train
+from checkpoints import find_fault
+from eval.benchmarks import find_benchmark, load_questions
+from problem_data import load_problems
+
+ROOT = Path(__file__).parents[1]
+AIME = ROOT.parent / "shared" / "data" / "eval" / "aime24"
+SETTINGS = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "lora_target_modules": "all-linear",
+    "learning_rate": 1e-3,
+    "per_device_train_batch_size": 4,
+    "max_steps": 4,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "report_to": "none",
+}
+
+
+@pytest.fixture
+def train_file(tmp_path, problems):
+    file = tmp_path / "train.jsonl"
+    problems.to_json(file)
+    return file
+
+
+@pytest.fixture
+def run(tiny_model_dir, train_file, tmp_path):
+    """A function that runs a program on the tiny model; keywords replace and add to the flags above."""
+
+    def run(program, folder="out", **settings):
+        defaults = {"model_name_or_path": tiny_model_dir, "dataset_name": train_file, "output_dir": tmp_path / folder}
+        flags = defaults | SETTINGS | settings
+        program.main([text for flag, value in flags.items() for text in (f"--{flag}", str(value))])
+        return tmp_path / folder
+
+    return run
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a model would have been loaded")
+
+    monkeypatch.setattr(sft_train.CompleteSFTTrainer, "__init__", fail)
+    monkeypatch.setattr(grpo_train.OnPolicyGRPOTrainer, "__init__", fail)
+
+
+@pytest.mark.parametrize(
+    ("program", "settings", "message"),
+    [
+        (sft_train, {"solution_column": "proof"}, "--solution_column proof: the data set has no such column"),
+        (sft_train, {"max_length": 20}, "--max_length 20: all 64 examples are longer"),
+        (sft_train, {"effective_batch_size": 6}, "--effective_batch_size 6: is not a multiple of 1 processes x"),
+        (sft_train, {"eval_strategy": "steps"}, "--eval_dataset_name and --eval_strategy need each other"),
+        (
+            grpo_train,
+            {"num_generations": 4, "answer_column": "key"},
+            "--answer_column key: the data set has no such column",
+        ),
+        (grpo_train, {"num_generations": 4, "max_prompt_length": 20}, "0 usable problems are fewer than one step"),
+        (grpo_train, {"num_generations": 3}, "must be divisible by num_generations"),
+        (grpo_train, {"use_vllm": True, "use_dora": True, "num_generations": 4}, "--use_dora: vLLM does not serve"),
+        (
+            grpo_train,
+            {"num_generations": 4, "model_name_or_path": "./nowhere"},
+            "--model_name_or_path ./nowhere: no such folder",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(run, no_model, program, settings, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run(program, **settings)
+
+
+# SFT
+
+
+def test_sft_learns_the_solution_behind_the_prompt_of_the_evaluation(tiny_model_dir, train_file, problems):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    questions = load_questions(find_benchmark(str(train_file)), tokenizer, thinking=False)
+    encoded = sft_train.prepare(problems, tokenizer, thinking=False, max_length=None)
+    for row, question, problem in zip(encoded, questions, problems, strict=True):
+        ids, mask = row["input_ids"], row["completion_mask"]
+        length = len(question.prompt_ids)
+        assert ids[:length] == question.prompt_ids
+        assert mask == [0] * length + [1] * (len(ids) - length)
+        assert tokenizer.decode(ids[length:]) == problem["solution"] + tokenizer.eos_token
+
+
+def test_sft_leaves_out_and_counts_what_is_too_long(tiny_model_dir, problems, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    lengths = [len(ids) for ids in sft_train.prepare(problems, tokenizer, False, None)["input_ids"]]
+    limit = sorted(lengths)[len(lengths) // 2]
+    fitting = sft_train.prepare(problems, tokenizer, False, limit)
+    assert [len(ids) for ids in fitting["input_ids"]] == [length for length in lengths if length <= limit]
+    assert f"{len(lengths) - len(fitting)} of 64 examples left out as longer than {limit} tokens" in caplog.text
+
+
+def test_sft_trains_evaluates_and_resumes(run, train_file, tiny_model_dir, problems):
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset_name": train_file}
+    folder = run(sft_train, **evaluation)
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    losses = [logs["loss"] for logs in state["log_history"] if "loss" in logs]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    evaluations = [logs["eval_loss"] for logs in state["log_history"] if "eval_loss" in logs]
+    assert len(evaluations) == 2 and evaluations[1] < evaluations[0]
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
+    settings = json.loads((folder / "run_config.json").read_text())
+    assert settings["model"]["lora_r"] == 16 and settings["training"]["completion_only_loss"] is True
+
+    with pytest.raises(SystemExit, match="holds checkpoint-4"):
+        run(sft_train)
+    resumed = run(sft_train, **evaluation, resume_from_checkpoint=folder / "checkpoint-2", folder="resumed")
+    assert_close(load_file(resumed / "adapter_model.safetensors"), adapter, rtol=0, atol=0)
+
+
+# GRPO
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "math", "exact_match"),
+    [
+        (r"So \boxed{12}", "12", 1.0, 1.0),
+        (r"So \boxed{\frac{1}{2}}", "0.5", 1.0, 0.0),
+        (r"So \boxed{013}", "13", 1.0, 0.0),
+        (r"So \boxed{12}", "13", 0.0, 0.0),
+        ("So 12", "12", 0.0, 0.0),
+        ("", "12", 0.0, 0.0),
+    ],
+)
+def test_rewards(response, answer, math, exact_match):
+    arguments = {"completions": [[{"role": "assistant", "content": response}]], "answer": [answer], "prompts": []}
+    assert grpo_train.make_reward("math", thinking=False)(**arguments) == [math]
+    assert grpo_train.make_reward("exact_match", thinking=False)(**arguments) == [exact_match]
+
+
+def test_thoughts_that_were_cut_off_earn_nothing():
+    completions = [[{"role": "assistant", "content": text}] for text in (r"<think>\boxed{1}", r"</think>\boxed{1}")]
+    assert grpo_train.make_reward("math", thinking=True)(completions=completions, answer=["1", "1"]) == [0.0, 1.0]
+
+
+def test_grpo_rewards_right_answers_on_policy_and_resumes(run, tiny_model_dir, train_file):
+    settings = {"use_vllm": True, "num_generations": 4, "per_device_train_batch_size": 16, "temperature": 1.0}
+    folder = run(grpo_train, **settings, max_completion_length=64)
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    logs = [entry for entry in state["log_history"] if "reward" in entry]
+    assert len(logs) == 4
+    assert 0.2 < sum(entry["reward"] for entry in logs) / 4 < 0.8  # the base is right in half of the cases
+    for entry in logs:
+        assert entry["sampling/sampling_logp_difference/max"] <= 1e-4  # vLLM has the adapter as it is
+        assert 0.0 <= entry["frac_reward_zero_std"] <= 1.0
+    tokens = [entry["num_generated_tokens"] for entry in logs]
+    assert tokens == pytest.approx([16 * sum(e["completions/mean_length"] for e in logs[: i + 1]) for i in range(4)])
+    adapter = load_file(folder / "adapter_model.safetensors")
+    assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
+
+    resume = {"resume_from_checkpoint": folder / "checkpoint-2", "folder": "resumed"}
+    resumed = run(grpo_train, **settings, max_completion_length=64, **resume)
+    assert_close(load_file(resumed / "adapter_model.safetensors"), adapter, rtol=0, atol=1e-6)
+
+
+# All of them
+
+
+def training_rows() -> Dataset:
+    """Rows with the eleven columns of the published training data, from real problems where these are at hand."""
+    if AIME.exists():
+        rows = load_problems(str(AIME))
+        texts = [(row["problem"], row["solution"], str(row["answer"])) for row in rows]
+        texts = sorted(texts, key=lambda row: sum(map(len, row)))[:16]
+    else:
+        texts = [(rf"What is ${i}+{i}$?", rf"Twice {i} is \boxed{{{2 * i}}}.", str(2 * i)) for i in range(100, 116)]
+    return Dataset.from_list(
+        [
+            {
+                "source": "aops_forum",
+                "problem": problem,
+                "solution": solution,
+                "messages": [{"role": "user", "content": problem}, {"role": "assistant", "content": solution}],
+                "system": "You are a helpful assistant.",
+                "conversations": [{"from": "user", "value": problem}, {"from": "assistant", "value": solution}],
+                "generated_token_count": len(solution),
+                "correct": True,
+                "Question": problem,
+                "COT_Reason": solution,
+                "Answer": answer,
+            }
+            for problem, solution, answer in texts
+        ]
+    )
+
+
+def test_two_processes_train_on_the_columns_of_the_published_data(tiny_model_dir, tmp_path):
+    """OPSD, SFT and GRPO under `accelerate launch`, with vLLM."""
+    dataset = training_rows()
+    assert len(dataset.column_names) == 11
+    dataset.to_parquet(tmp_path / "train.parquet")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--config_file", ROOT / "scripts" / "accelerate" / "ddp.yaml", "--mixed_precision", "no"]
+    command += [ROOT / "tests" / "baseline_worker.py", tiny_model_dir, tmp_path / "train.parquet", tmp_path]
+    environment = {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    with (tmp_path / "log").open("w") as log:
+        completed = subprocess.run(
+            list(map(str, command)), cwd=ROOT, env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    assert completed.returncode == 0, (tmp_path / "log").read_text()[-5000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["processes"] == [{"backend": "gloo", "world_size": 2}] * 2
+    for method, size in (("opsd", 8), ("sft", 4), ("grpo", 4)):
+        log = results[method]["log"]
+        assert sum("loss" in entry for entry in log) == 2
+        assert find_fault(tmp_path / method / "checkpoint-2") is None
+        assert (tmp_path / method / "adapter_model.safetensors").exists()
+        settings = json.loads((tmp_path / method / "run_config.json").read_text())
+        batch = settings["training"]["per_device_train_batch_size"]
+        assert settings["training"]["gradient_accumulation_steps"] == size // (2 * batch)
+        if method != "sft":
+            rollouts = {tuple(ids) for ids in results[method]["rollouts"]}
+            assert len(rollouts) == 2 * size  # no two alike, in two steps

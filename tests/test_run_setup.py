@@ -1,0 +1,115 @@
+"""What the training programs share: batches, names, old spellings, the choice of the attention, dry runs."""
+
+import json
+import os
+
+import pytest
+from trl import GRPOConfig, SFTConfig
+
+import run_setup
+from grpo_train import GRPOArguments
+from opsd_train import OPSDArguments
+from opsd_trainer import OPSDConfig
+from run_setup import choose_attention, parse_arguments, print_dry_run, settle_run
+from sft_train import SFTArguments
+
+CPU = ["--use_cpu", "--bf16", "false", "--model_name_or_path", "Qwen/Qwen3-1.7B"]
+
+
+def parse(*arguments):
+    return parse_arguments(OPSDArguments, OPSDConfig, [*CPU, *arguments])
+
+
+def test_names_of_runs():
+    def name(*arguments):
+        batch = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+        run, training, model = parse(*batch, *arguments)
+        settle_run("opsd", training.max_completion_length, run, training, model)
+        return training.run_name, training.output_dir
+
+    composed = "opsd_Qwen3-1.7B_lr5e-06_bs8_tok1024"
+    assert name() == (composed, os.path.join("outputs", composed))
+    assert name("--run_config", "trial") == ("trial", os.path.join("outputs", "trial"))
+    assert name("--output_dir", "here") == (composed, "here")
+    assert name("--output_dir", "here", "--run_config", "trial") == ("trial", os.path.join("here", "trial"))
+    assert name("--run_name", "mine", "--run_config", "trial") == ("mine", os.path.join("outputs", "trial"))
+
+
+def test_released_spellings():
+    run, _, model = parse("--torch_dtype", "bfloat16", "--dataset_train_split", "all")
+    assert (model.dtype, run.dataset_split) == ("bfloat16", "all")
+
+
+@pytest.mark.parametrize(("num_processes", "per_device", "steps"), [(1, 4, 8), (2, 4, 4), (4, 4, 2), (8, 2, 2)])
+def test_effective_batch_stays_whatever_the_number_of_processes(num_processes, per_device, steps):
+    batch = ["--effective_batch_size", "32", "--per_device_train_batch_size", str(per_device)]
+    _, training, _ = parse(*batch, "--dry_run", str(num_processes))
+    assert training.gradient_accumulation_steps == steps
+    assert parse(*batch, "--dry_run", str(num_processes), "--gradient_accumulation_steps", str(steps))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--per_device_train_batch_size 4 --dry_run 3",
+            "--effective_batch_size 32: is not a multiple of 3 processes x",
+        ),
+        ("--per_device_train_batch_size 64", "--effective_batch_size 32: is not a multiple of 1 processes x"),
+        (
+            "--per_device_train_batch_size 4 --dry_run 8 --gradient_accumulation_steps 2",
+            "--gradient_accumulation_steps 2: --effective_batch_size 32 asks for 1; leave one of the two out",
+        ),
+    ],
+)
+def test_batches_that_do_not_come_out_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        parse("--effective_batch_size", "32", *arguments.split())
+
+
+def test_accumulation_reaches_what_depends_on_it():
+    """Groups of 8 rollouts on 8 processes with one each: GRPO refuses settings in which a group is not whole."""
+    batch = ["--effective_batch_size", "32", "--per_device_train_batch_size", "1", "--dry_run", "8"]
+    _, training, _ = parse_arguments(GRPOArguments, GRPOConfig, [*CPU, *batch, "--num_generations", "8"])
+    assert (training.gradient_accumulation_steps, training.generation_batch_size) == (4, 32)
+
+
+def test_dry_run_prints_the_settings(capsys, tmp_path):
+    settings = parse_arguments(SFTArguments, SFTConfig, [*CPU, "--dry_run", "4", "--learning_rate", "2e-5"])
+    print_dry_run(*settings)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["training"]["learning_rate"] == 2e-5
+    assert printed["model"]["model_name_or_path"] == "Qwen/Qwen3-1.7B"
+    missing = parse_arguments(SFTArguments, SFTConfig, [*CPU, "--dry_run", "4", "--dataset_name", "./nowhere.jsonl"])
+    with pytest.raises(FileNotFoundError, match="--dataset_name ./nowhere.jsonl: no such file or folder"):
+        print_dry_run(*missing)
+
+
+def test_attention_falls_back_and_says_so(caplog):
+    config = OPSDConfig(use_cpu=True, bf16=False)
+    with caplog.at_level("INFO"):
+        assert choose_attention("flash_attention_2", "bfloat16", config) == "sdpa"
+        assert choose_attention(None, "bfloat16", config) == "sdpa"
+    assert caplog.text.count("attention: sdpa") == 2
+    assert choose_attention("eager", "bfloat16", config) == "eager"
+
+
+def test_attention_where_flash_attention_is_installed(monkeypatch):
+    monkeypatch.setattr(run_setup, "is_flash_attn_2_available", lambda: True)
+    config = OPSDConfig(use_cpu=True, bf16=False)
+    assert choose_attention(None, "bfloat16", config) == "sdpa"
+    config.use_cpu = False
+    assert choose_attention(None, "float32", config) == "sdpa"
+    assert choose_attention(None, "bfloat16", config) == "flash_attention_2"
+    config.bf16 = True
+    assert choose_attention(None, "float32", config) == "flash_attention_2"
+
+
+def test_lora_flags_need_an_adapter_or_a_word():
+    with pytest.raises(
+        ValueError, match="--lora_r, --lora_alpha without --use_peft: the whole model would be trained"
+    ):
+        parse("--lora_r", "64", "--lora_alpha", "128")
+    assert parse("--lora_r", "64", "--use_peft")[2].use_peft is True
+    assert parse("--lora_r", "64", "--use_peft", "false")[2].use_peft is False
+    assert parse()[2].use_peft is False
