@@ -5,7 +5,8 @@ import hashlib
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from sharded_weights import is_sharded, local_part
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the size of an entry in bytes
 
@@ -29,19 +30,14 @@ class FrozenWeights:
     def _sums(self) -> Tensor:
         sums = torch.zeros(len(self._weights), dtype=torch.int64, device=self.accelerator.device)
         for i, weight in enumerate(self._weights.values()):
-            part = getattr(
-                weight, "ds_tensor", weight.detach()
-            )  # ZeRO-3 leaves an empty weight and keeps its part there
-            part = part.to_local() if isinstance(part, DTensor) else part
+            part = local_part(weight)
             sums[i] = part.view(INTEGERS[part.dtype.itemsize]).sum(dtype=torch.int64)
         return sums
 
     def checksum(self) -> str:
         """Of the weights at the start: the same for any number of processes, whole weights or sharded ones."""
-        is_sharded = any(
-            hasattr(weight, "ds_tensor") or isinstance(weight, DTensor) for weight in self._weights.values()
-        )
-        sums = self.accelerator.reduce(self._at_start, "sum") if is_sharded else self._at_start
+        has_parts = is_sharded(list(self._weights.values()))
+        sums = self.accelerator.reduce(self._at_start, "sum") if has_parts else self._at_start
         return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()
 
     def check(self) -> None:

@@ -48,7 +48,6 @@ def main(arguments: list[str] | None = None) -> None:
         script_args, training_args, model_args = parse_arguments(OPSDArguments, OPSDConfig, arguments)
         settings = (script_args, training_args, model_args)
         check_model(model_args, training_args.use_vllm)
-        OPSDTrainer.check_teacher(training_args, has_adapter=model_args.use_peft)
         checkpoint = settle_run("opsd", training_args.max_completion_length, *settings)
         if script_args.dry_run is not None:
             print_dry_run(*settings)

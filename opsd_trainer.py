@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.import_utils import is_vllm_available
 from trl.models.utils import _ForwardRedirection
@@ -43,6 +43,7 @@ from opsd_loss import (
     sampled_token_loss,
 )
 from rollouts import OnPolicyGeneration, check_servable
+from teacher_weights import TeacherWeights
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +100,27 @@ class OPSDConfig(GOLDConfig):
     fixed_teacher: bool = field(
         default=False,
         metadata={
-            "help": "The teacher is the initial policy: the same model with its LoRA adapter off (needs --use_peft). "
-            "Otherwise the teacher is the current policy."
+            "help": "The teacher is the initial policy: the same model with its LoRA adapter off or, without --use_peft, "
+            "a copy of the weights. Otherwise the teacher is the current policy."
+        },
+    )
+    use_ema_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher is an exponential moving average of the student, kept in float32, from its start."
+        },
+    )
+    ema_decay: float = field(
+        default=0.999,
+        metadata={
+            "help": "With --use_ema_teacher: teacher = decay x teacher + (1 - decay) x student, at each update."
+        },
+    )
+    ema_update_steps: int = field(
+        default=1,
+        metadata={
+            "help": "With --use_ema_teacher: optimizer steps between two updates. With --ema_decay 0 the teacher is the "
+            "student as it was at the last of them."
         },
     )
     teacher_sees_solution: bool = field(
@@ -188,6 +208,13 @@ class OPSDConfig(GOLDConfig):
                 "be 1: each rollout comes from the present student",
             ),
             ("vllm_structured_outputs_regex", self.vllm_structured_outputs_regex is None, "stay unset"),
+            (
+                "use_ema_teacher",
+                not (self.use_ema_teacher and self.fixed_teacher),
+                "be left out with --fixed_teacher: choose one teacher",
+            ),
+            ("ema_decay", 0.0 <= self.ema_decay < 1.0, "lie in [0, 1); for a teacher that stays, --fixed_teacher"),
+            ("ema_update_steps", self.ema_update_steps >= 1, "be at least 1"),
             ("max_nonfinite_steps", self.max_nonfinite_steps >= 1, "be at least 1"),
             ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
@@ -233,6 +260,19 @@ class _NoTeacherModel(nn.Module):
         pass
 
 
+class _TeacherCallback(TrainerCallback):
+    """When the teacher gets its weights, and when it follows the student."""
+
+    def __init__(self, trainer: "OPSDTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._start_teacher()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._update_teacher()
+
+
 def _causal_lm(policy: nn.Module) -> PreTrainedModel:
     """The language model itself, whose modules an adapter, if there is one, has been put into."""
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
@@ -272,11 +312,12 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         args: settings.
         train_dataset, eval_dataset: rows with the texts `problem` and `solution`. Evaluation is on-policy too.
         processing_class: the model's tokenizer.
-        peft_config: LoRA configuration; needed by `fixed_teacher` unless `model` is a PEFT model.
+        peft_config: LoRA configuration; `None` trains the model itself, or its adapter if it is a PEFT model.
         kwargs: further arguments of `GOLDTrainer`.
 
     Raises:
-        ValueError: `fixed_teacher` without an adapter, a tokenizer without chat template, or too few examples.
+        ValueError: for an adapter that moves the teacher or that vLLM does not serve, a tokenizer without chat template,
+            or too few examples.
     """
 
     _tag_names = ["trl", "opsd"]
@@ -301,7 +342,6 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
-        self.check_teacher(args, has_adapter=peft_config is not None or isinstance(model, PeftModel))
         if args.fixed_teacher and getattr(peft_config, "bias", "none") != "none":
             raise ValueError(
                 f"bias={peft_config.bias!r} in the LoRA configuration trains weights that stay when the adapter is "
@@ -335,6 +375,9 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self._head_settings = read_head_settings(_causal_lm(self.accelerator.unwrap_model(self.model)))
         self._num_loss_tokens: Tensor | None = None  # of the running optimizer step, over all processes
         self._frozen_weights: FrozenWeights | None = None  # as they were when training began
+        self._teacher_weights: TeacherWeights | None = None  # of a teacher that is neither the base nor the student
+        self._resumed_from: str | None = None
+        self.add_callback(_TeacherCallback(self))
         self._nonfinite_losses: dict[int, Tensor] = {}  # of the running step, by micro-batch: the loss of each token
         self._num_skipped_in_a_row = 0
         # Since the last log, or in the running evaluation
@@ -412,25 +455,44 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     # Teacher
 
-    @staticmethod
-    def check_teacher(args: OPSDConfig, has_adapter: bool) -> None:
-        """Raise `ValueError` if the teacher shall be fixed and there is no adapter to switch off."""
-        if args.fixed_teacher and not has_adapter:
-            raise ValueError(
-                "--fixed_teacher needs --use_peft: the fixed teacher is the model with its LoRA adapter off. Add "
-                "--use_peft, or drop --fixed_teacher to learn from the current policy"
-            )
+    @property
+    def teacher_is_base(self) -> bool:
+        """Whether the teacher is the model with its adapter off."""
+        return self.args.fixed_teacher and isinstance(self.model, PeftModel)
+
+    def _start_teacher(self) -> None:
+        """Copy the weights that the teacher starts from or, after a resume, read those that it had."""
+        if self.teacher_is_base or not (self.args.fixed_teacher or self.args.use_ema_teacher):
+            return
+        decay = None if self.args.fixed_teacher else self.args.ema_decay
+        self._teacher_weights = TeacherWeights(self.model_wrapped, self.accelerator, decay)
+        if self._resumed_from is not None:
+            self._teacher_weights.load(self._resumed_from)
+
+    def _update_teacher(self) -> None:
+        if self._teacher_weights is not None and self.state.global_step % self.args.ema_update_steps == 0:
+            self._teacher_weights.update()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._teacher_weights is not None:
+            self._teacher_weights.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._resumed_from = checkpoint
 
     @contextmanager
     def _as_teacher(self, model: nn.Module) -> Iterator[None]:
-        """Inside the block the model is the teacher: its adapter is off (`fixed_teacher`), or it is the current policy."""
+        """Inside the block the model is the teacher: with its adapter off, with weights of its own, or as it is."""
         policy = self.accelerator.unwrap_model(model)
         trained = [weight for weight in policy.parameters() if weight.requires_grad]
-        with (
-            torch.no_grad(),
-            self._timed("teacher"),
-            policy.disable_adapter() if self.args.fixed_teacher else nullcontext(),
-        ):
+        teacher = nullcontext()
+        if self.teacher_is_base:
+            teacher = policy.disable_adapter()
+        elif self._teacher_weights is not None:
+            teacher = self._teacher_weights.applied()
+        with torch.no_grad(), self._timed("teacher"), teacher:
             # PEFT takes the flags away with the adapter; FSDP2 looks at them in its first forward, which is the
             # teacher's, to learn in what dtype gradients are reduced.
             for weight in trained:

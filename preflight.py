@@ -18,15 +18,13 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object, send_to_device
 from peft import PeftModel
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl.distributed import DistributedBackend
 from trl.trainer.utils import selective_log_softmax
 
 from data_collator import fill_template
 from opsd_trainer import OPSDTrainer
+from sharded_weights import writable_parts
 
 logger = logging.getLogger(__name__)
 
@@ -255,13 +253,15 @@ def _check_teacher(
     trainer: OPSDTrainer, prompts: list[list[int]], completions: list[list[int]], before: Tensor, tolerance: Tolerance
 ) -> list[Check]:
     now = _logprobs(trainer, prompts, completions, as_teacher=True)
-    if not trainer.args.fixed_teacher:
+    if not (trainer.args.fixed_teacher or trainer.args.use_ema_teacher):
         deviation = (now - _logprobs(trainer, prompts, completions)).abs().max().item()
         return [
             Check("current teacher", "against the student, same prompt", f"max {deviation:.1e}", "0", deviation == 0.0)
         ]
     checks = [Check("fixed teacher", "vLLM without adapter against it", "no vLLM here", "", None)]
-    if trainer.rollouts is not None:
+    if not trainer.teacher_is_base:
+        checks = []  # its weights are here alone
+    elif trainer.rollouts is not None:
         room = trainer.rollouts.max_model_length - NUM_TOKENS  # vLLM need not take prompts as long as the teacher's
         contexts = [prompt[-room:] for prompt in prompts]
         base_completions, base_logprobs = _sample(trainer, contexts, base=True)
@@ -296,7 +296,8 @@ def _check_loss(trainer: OPSDTrainer, inputs: dict[str, Tensor], tolerance: Tole
     dense, statistics, _ = trainer._dense_loss(trainer.model_wrapped, inputs)  # (N,)
     divergence = statistics.divergence.mean().item()
     # A teacher that is the student, also in its prompt, has nothing to teach.
-    has_lesson = trainer.args.fixed_teacher or trainer.args.teacher_sees_solution
+    # The noise makes the student another policy than a teacher with weights of its own.
+    has_lesson = trainer.args.fixed_teacher or trainer.args.use_ema_teacher or trainer.args.teacher_sees_solution
     is_sound = bool(dense.isfinite().all()) and (divergence > 0.0 if has_lesson else divergence == 0.0)
     checks = [
         Check("loss", "divergence of the micro-batch", f"{divergence:.1e}", "> 0" if has_lesson else "0", is_sound)
@@ -331,6 +332,8 @@ def _logprobs(
     model, logprobs = trainer.model_wrapped, []
     with trainer._as_teacher(model) if as_teacher else nullcontext():
         for prompt, completion in zip(prompts, completions, strict=True):
+            if not completion:
+                continue
             input_ids = torch.tensor([prompt + completion], device=trainer.accelerator.device)
             logits = model(input_ids=input_ids, logits_to_keep=len(completion) + 1, use_cache=False).logits[0, :-1]
             logprobs.append(selective_log_softmax(logits.float(), input_ids[0, len(prompt) :]).cpu())
@@ -354,10 +357,11 @@ def _least_distance(
 def _sample(trainer: OPSDTrainer, prompts: list[list[int]], base: bool = False) -> tuple[list[list[int]], Tensor]:
     """Short rollouts from vLLM, with the adapter or without: token ids, and what it says that it gave them, (N,)."""
     rollouts = trainer.rollouts
+    rollouts.step = trainer.state.global_step
     max_completion_length = rollouts.max_completion_length
     rollouts.max_completion_length = min(NUM_TOKENS, max_completion_length)
     try:
-        _, completions, logprobs, _ = rollouts.generate(prompts, step=trainer.state.global_step, base=base)
+        _, completions, logprobs, _ = rollouts.generate(prompts, base=base)
     finally:
         rollouts.max_completion_length = max_completion_length
     # vLLM's NaN arrives as None
@@ -381,13 +385,13 @@ def _noise(trainer: OPSDTrainer) -> Iterator[Callable[[float], None]]:
         for weight in trainer.model.parameters()
         if weight.requires_grad and (has_adapter or len(getattr(weight, "ds_shape", weight.shape)) == 1)
     ]
-    with _writable(trainer, weights) as parts:
+    with writable_parts(trainer.model_wrapped, weights) as parts:
         before = [part.to("cpu", copy=True) for part in parts]
     generator = torch.Generator().manual_seed(trainer.args.seed)
     noise = [torch.randn(part.shape, generator=generator) for part in before]
 
     def write(values: list[Tensor]) -> None:
-        with _writable(trainer, weights) as parts:
+        with writable_parts(trainer.model_wrapped, weights) as parts:
             for part, value in zip(parts, values, strict=True):
                 part.copy_(value)
 
@@ -395,21 +399,6 @@ def _noise(trainer: OPSDTrainer) -> Iterator[Callable[[float], None]]:
         yield lambda scale: write([part + scale * noise_ for part, noise_ in zip(before, noise, strict=True)])
     finally:
         write(before)
-
-
-@contextmanager
-def _writable(trainer: OPSDTrainer, weights: list[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """Inside the block, the weights as this process can write to them: whole, or under FSDP its part of them."""
-    for module in trainer.model_wrapped.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # or the next forward would go on with the gathered weights of the last one
-    gathered = nullcontext()
-    if DistributedBackend(trainer.accelerator).is_zero3:
-        import deepspeed
-
-        gathered = deepspeed.zero.GatheredParameters(weights, modifier_rank=0)
-    with gathered:
-        yield [weight.to_local() if isinstance(weight, DTensor) else weight.data for weight in weights]
 
 
 @contextmanager

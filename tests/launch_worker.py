@@ -135,7 +135,8 @@ def moved_base_weights(trainer: OPSDTrainer, model_dir: str) -> list[str]:
 
 def main(model: str, dataset: str, folder: str, *further: str) -> None:
     """
-    Run and its resumption in float32, ten steps in bfloat16; with "full" also a full fine-tuning. With "server PORT PID"
+    A run after a preflight and its resumption, the same with an EMA teacher, ten steps in bfloat16; with "full" also a full
+    fine-tuning. With "server PORT PID"
     a run against a server, and one in which it dies.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -149,7 +150,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
         _, port, pid = further
         common |= {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
 
-    trainer = train(common | {"output_dir": run})
+    trainer = train(common | {"output_dir": run, "preflight": True})
     results = {"run": trainer.state.log_history, "processes": gather_object([describe(trainer)])}
     if "server" in further:
         if trainer.accelerator.is_main_process:
@@ -164,6 +165,11 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     results["resumed"] = trainer.state.log_history
     results["processes"] += gather_object([describe(trainer)])
 
+    average = common | {"fixed_teacher": False, "use_ema_teacher": True, "ema_decay": 0.5}
+    results["ema"] = train(average | {"output_dir": Path(folder, "ema")}).state.log_history
+    resume = {"resume_from_checkpoint": Path(folder, "ema", "checkpoint-2"), "output_dir": Path(folder, "ema_resumed")}
+    results["ema_resumed"] = train(average | resume).state.log_history
+
     common |= {"save_strategy": "no"}
     bfloat16 = {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "max_steps": 10}
     trainer = train(common | bfloat16 | {"output_dir": Path(folder, "bfloat16")})
@@ -172,7 +178,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     results["moved_base_weights"] = moved_base_weights(trainer, model)
 
     if "full" in further:
-        full = {"use_peft": False, "fixed_teacher": False, "learning_rate": 1e-4, "max_steps": 3}
+        full = {"use_peft": False, "learning_rate": 1e-4, "max_steps": 3}
         trainer = train(common | full | {"output_dir": Path(folder, "full")})
         results["full"] = trainer.state.log_history
 

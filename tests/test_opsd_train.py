@@ -55,7 +55,8 @@ def write(file, *lines):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--use_peft", "false"], "--fixed_teacher needs --use_peft"),
+        (["--use_ema_teacher"], "--use_ema_teacher True: must be left out with --fixed_teacher"),
+        (["--ema_decay", "1"], "--ema_decay 1.0: must lie in [0, 1)"),
         (["--beta", "1.5"], "--beta 1.5: must lie in [0, 1]"),
         (["--jsd_token_clip", "-1"], "--jsd_token_clip -1.0: must not be negative"),
         (["--temperature", "0"], "--temperature 0.0: must be positive"),

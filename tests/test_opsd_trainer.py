@@ -329,11 +329,6 @@ def test_adapter_with_trained_biases_is_refused(make_trainer):
         make_trainer(lora_settings={"bias": "all"})
 
 
-def test_fixed_teacher_without_adapter_is_refused(make_trainer):
-    with pytest.raises(ValueError, match="--fixed_teacher needs --use_peft"):
-        make_trainer(lora=False, fixed_teacher=True)
-
-
 # Data
 
 

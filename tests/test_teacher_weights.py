@@ -1,0 +1,131 @@
+"""Teachers with weights of their own: an average of the student, and the start policy of a full fine-tuning."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_opsd_trainer import rollout, teacher_logits
+from torch.testing import assert_close
+from transformers import TrainerCallback
+
+DECAY = 0.7
+EMA = {"fixed_teacher": False, "use_ema_teacher": True, "ema_decay": DECAY, "learning_rate": 1e-2}
+
+
+class Students(TrainerCallback):
+    """Keeps the trained weights: at the start, and after each step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def keep(self, model):
+        self.weights.append({n: w.detach().double().clone() for n, w in model.named_parameters() if w.requires_grad})
+
+    def on_train_begin(self, *args, model, **kwargs):
+        self.keep(model)
+
+    def on_step_end(self, *args, model, **kwargs):
+        self.keep(model)
+
+
+def copies(trainer):
+    teacher = trainer._teacher_weights
+    return dict(zip(teacher._names, teacher._copies, strict=True))
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_ema_teacher_follows_the_closed_form(make_trainer, lora):
+    students = Students()
+    trainer = make_trainer(lora=lora, max_steps=5, callbacks=[students], **EMA)
+    trainer.train()
+    start, *after = students.weights
+    assert len(after) == 5
+    for name, copy in copies(trainer).items():
+        expected = DECAY**5 * start[name]
+        expected += (1 - DECAY) * sum(DECAY ** (5 - i) * after[i - 1][name] for i in range(1, 6))
+        assert copy.dtype == torch.float32
+        assert_close(copy.double(), expected, rtol=0, atol=1e-6)
+        assert lora or not torch.equal(copy, after[-1][name].float())
+
+
+def test_ema_teacher_scores_with_its_own_weights_and_gives_the_students_back(make_trainer):
+    trainer = make_trainer(max_steps=3, **EMA)
+    (inputs,) = rollout(trainer)
+    start = teacher_logits(trainer, inputs)
+    trainer.train()
+    student = {n: w.detach().clone() for n, w in trainer.model.named_parameters()}
+    average = teacher_logits(trainer, inputs)
+    for name, weight in trainer.model.named_parameters():
+        assert torch.equal(weight, student[name]), name
+        assert weight.requires_grad == ("lora_" in name)
+    assert not torch.allclose(average, start, atol=1e-3)
+    for name, weight in trainer.model.named_parameters():  # the teacher's weights put in by hand
+        if name in copies(trainer):
+            weight.data.copy_(copies(trainer)[name])
+    with torch.no_grad():
+        assert_close(trainer._completion_logits(trainer.model, inputs, "teacher_"), average, rtol=0, atol=0)
+
+
+def test_first_step_is_that_of_the_fixed_teacher(make_trainer):
+    def first_loss(**settings):
+        trainer = make_trainer(max_steps=1, **settings)
+        trainer.train()
+        return trainer.state.log_history[0]["loss"]
+
+    assert first_loss(**EMA) == pytest.approx(first_loss(fixed_teacher=True), rel=1e-6)
+
+
+def test_teacher_of_some_steps_ago(make_trainer):
+    students = Students()
+    trainer = make_trainer(max_steps=5, callbacks=[students], **EMA | {"ema_decay": 0.0, "ema_update_steps": 2})
+    trainer.train()
+    for name, copy in copies(trainer).items():
+        assert_close(copy, students.weights[4][name].float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [EMA, {"lora": False, "fixed_teacher": True, "learning_rate": 1e-3}], ids=["ema", "full fine-tuning"]
+)
+def test_resumed_teacher_is_the_one_that_was_saved(make_trainer, settings, tmp_path):
+    settings = settings | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(**settings)
+    whole.train()
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for name, copy in copies(resumed).items():
+        assert_close(copy, copies(whole)[name], rtol=0, atol=0)
+    losses = [[logs["loss"] for logs in t.state.log_history if "loss" in logs] for t in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+    (tmp_path / "run" / "checkpoint-2" / "teacher_weights_0.safetensors").unlink()
+    with pytest.raises(ValueError, match="teacher_weights_0.safetensors is missing or has not the teacher's weights"):
+        make_trainer(**settings).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+
+
+def test_fixed_teacher_of_a_full_fine_tuning_stays(make_trainer, tiny_model_dir):
+    trainer = make_trainer(lora=False, fixed_teacher=True, max_steps=3, learning_rate=1e-3)
+    (inputs,) = rollout(trainer)
+    start = teacher_logits(trainer, inputs)  # before training the model is its own start policy
+    trainer.train()
+    assert torch.equal(teacher_logits(trainer, inputs), start)
+    with torch.no_grad():
+        student = trainer._completion_logits(trainer.model, inputs, "teacher_")
+    assert not torch.allclose(student, start, atol=1e-3)
+    stored = load_file(tiny_model_dir / "model.safetensors")
+    assert all(torch.equal(copy, stored[name]) for name, copy in copies(trainer).items())
+
+
+def test_float32_copies_do_not_stall_where_the_weights_are_bfloat16(make_trainer):
+    """0.999 of a bfloat16 weight and 0.001 of another round to the first: the copies have to be finer."""
+    trainer = make_trainer(
+        max_steps=1, bf16=True, model_init_kwargs={"dtype": "bfloat16"}, **EMA | {"ema_decay": 0.999}, lora=False
+    )
+    trainer.train()
+    start = {name: copy.clone() for name, copy in copies(trainer).items()}
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            weight.mul_(1.5)
+    trainer._teacher_weights.update()
+    for name, copy in copies(trainer).items():
+        weight = trainer.model.get_parameter(name).float()
+        assert_close(copy, 0.999 * start[name] + 0.001 * weight, rtol=1e-6, atol=1e-8)
+        assert not torch.equal(copy, start[name])
