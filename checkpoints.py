@@ -12,7 +12,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
+from trl.trainer.utils import RepeatSampler
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +117,7 @@ class CompleteCheckpoints:
 
     - A checkpoint gets a manifest when all processes have written their part, and older ones are deleted
       (`--save_total_limit`) only after that. So there is a complete one at any time after the first.
+    - A resumed run goes on in the data order of the interrupted one, in later epochs too.
     - On SIGTERM the running step is finished, a checkpoint is saved, and `train` returns with `stopped_by_signal` set.
       The processes agree on it: it is enough if one of them gets the signal. SIGINT (Ctrl-C) ends a run at once.
 
@@ -135,11 +138,18 @@ class CompleteCheckpoints:
     def _note_signal(self, *_: Any) -> None:
         self._got_signal = True
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        if isinstance(self._train_sampler, RepeatSampler):
+            # It draws each epoch's order from where the last one left its generator, which a resumed run does not know.
+            self._train_sampler.generator.manual_seed(self.args.seed + epoch)
         if self.state.global_step >= self.state.max_steps:  # resumed at the end: transformers would do one step more
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self._got_signal:

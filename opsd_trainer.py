@@ -23,7 +23,6 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.import_utils import is_vllm_available
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import (
-    RepeatSampler,
     global_then_local_main_first,
     maybe_gather_lm_head_ctx,
     pad,
@@ -437,16 +436,9 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 "--per_device_train_batch_size or --gradient_accumulation_steps, or raise --max_length"
             )
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
-
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        # TRL's sampler draws each epoch's order from where the last one left its generator, which a resumed run does
-        # not know: let it depend on the epoch alone.
-        self._train_sampler.generator.manual_seed(self.args.seed + epoch)
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._check_frozen_weights()
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
+        super()._run_epoch(*args, **kwargs)
         self._check_frozen_weights()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

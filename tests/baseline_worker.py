@@ -6,28 +6,14 @@ from pathlib import Path
 
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from tiny_settings import ADAPTER, CPU
 
 import grpo_train
 import opsd_train
 import run_setup
 import sft_train
 
-COMMON = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "use_peft": True,
-    "lora_r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.0,
-    "lora_target_modules": "all-linear",
-    "learning_rate": 1e-3,
-    "max_steps": 2,
-    "save_steps": 1,
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
+COMMON = CPU | ADAPTER | {"max_steps": 2, "save_steps": 1}
 ROLLOUTS = {"use_vllm": True, "max_completion_length": 40, "temperature": 1.0, "effective_batch_size": 8}
 RUNS = {
     "opsd": (

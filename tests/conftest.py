@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
+from tiny_settings import CPU, OPSD
 from transformers import AutoTokenizer
 
 from opsd_trainer import OPSDConfig, OPSDTrainer
@@ -31,31 +32,20 @@ def make_problems() -> Dataset:
 
 
 def make_trainer_factory(model_dir: Path, problems: Dataset, folder: Path) -> Callable[..., OPSDTrainer]:
-    """A function that builds an `OPSDTrainer`, float32 on CPU; keyword arguments replace the settings below."""
+    """A function that builds an `OPSDTrainer`; keyword arguments replace `tiny_settings` and those below."""
 
     def make(dataset=problems, lora=True, lora_settings=None, callbacks=None, eval_dataset=None, **settings):
-        defaults = {
-            "output_dir": str(folder / "run"),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "per_device_train_batch_size": 4,
-            "max_steps": 2,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "max_completion_length": 40,
-            "max_length": 1000,
-            "beta": 0.5,
-            "temperature": 1.0,
-            "top_p": 1.0,
-            "top_k": 0,
-            "jsd_token_clip": 0.0,
-            "max_grad_norm": 1.0,
-            "fixed_teacher": lora,
-            "teacher_thinking": False,
-            "disable_tqdm": True,
-        }
+        defaults = (
+            CPU
+            | OPSD
+            | {
+                "output_dir": str(folder / "run"),
+                "per_device_train_batch_size": 4,
+                "max_steps": 2,
+                "save_strategy": "no",
+                "fixed_teacher": lora,
+            }
+        )
         adapter = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (
             lora_settings or {}
         )

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import tiny_settings
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -21,36 +22,14 @@ import opsd_train
 import run_setup
 from opsd_trainer import OPSDTrainer
 
-SETTINGS = {
-    "use_cpu": True,
+SETTINGS = tiny_settings.CPU | tiny_settings.OPSD
+SETTINGS |= {
     "use_vllm": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
     "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", "1")),
     "max_steps": 4,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
     "save_steps": 2,
-    "max_completion_length": 40,
-    "max_length": 1000,
-    "beta": 0.5,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "jsd_token_clip": 0.0,
-    "max_grad_norm": 1.0,
-    "teacher_thinking": False,
-    "disable_tqdm": True,
-    "report_to": "none",
 }
-ADAPTER = {
-    "fixed_teacher": True,
-    "use_peft": True,
-    "lora_r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.0,
-    "lora_target_modules": "all-linear",
-}
+ADAPTER = tiny_settings.ADAPTER | {"fixed_teacher": True}
 
 
 def let_fsdp_run_on_cpu() -> None:

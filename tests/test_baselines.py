@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from safetensors.torch import load_file
+from tiny_settings import ADAPTER, CPU
 from torch.testing import assert_close
 from transformers import AutoTokenizer
 
@@ -21,23 +22,7 @@ from problem_data import load_problems
 
 ROOT = Path(__file__).parents[1]
 AIME = ROOT.parent / "shared" / "data" / "eval" / "aime24"
-SETTINGS = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "use_peft": True,
-    "lora_r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.0,
-    "lora_target_modules": "all-linear",
-    "learning_rate": 1e-3,
-    "per_device_train_batch_size": 4,
-    "max_steps": 4,
-    "save_steps": 2,
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "report_to": "none",
-}
+SETTINGS = CPU | ADAPTER | {"per_device_train_batch_size": 4, "max_steps": 4, "save_steps": 2}
 
 
 @pytest.fixture
@@ -165,8 +150,11 @@ def test_thoughts_that_were_cut_off_earn_nothing():
     assert grpo_train.make_reward("math", thinking=True)(completions=completions, answer=["1", "1"]) == [0.0, 1.0]
 
 
-def test_grpo_rewards_right_answers_on_policy_and_resumes(run, tiny_model_dir, train_file):
+def test_grpo_rewards_right_answers_on_policy_and_resumes(run, tmp_path, problems):
+    file = tmp_path / "few.jsonl"
+    problems.select(range(8)).to_json(file)  # two steps in an epoch
     settings = {"use_vllm": True, "num_generations": 4, "per_device_train_batch_size": 16, "temperature": 1.0}
+    settings |= {"dataset_name": file, "save_steps": 3}
     folder = run(grpo_train, **settings, max_completion_length=64)
     state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
     logs = [entry for entry in state["log_history"] if "reward" in entry]
@@ -180,7 +168,7 @@ def test_grpo_rewards_right_answers_on_policy_and_resumes(run, tiny_model_dir, t
     adapter = load_file(folder / "adapter_model.safetensors")
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
 
-    resume = {"resume_from_checkpoint": folder / "checkpoint-2", "folder": "resumed"}
+    resume = {"resume_from_checkpoint": folder / "checkpoint-3", "folder": "resumed"}
     resumed = run(grpo_train, **settings, max_completion_length=64, **resume)
     assert_close(load_file(resumed / "adapter_model.safetensors"), adapter, rtol=0, atol=1e-6)
 
