@@ -112,6 +112,16 @@ def check_run(folder: Path, history: list[dict], reference: Path | None = None) 
     assert_close(trained, adapter(reference / "run"), rtol=0, atol=1e-5)
 
 
+def check_ema(results: dict, reference: dict | None = None) -> None:
+    """The teacher follows the student, and with `reference` as it does there; it is resumed, too."""
+    losses = values(results["ema"], "loss")
+    assert losses[0] == pytest.approx(values(results["run"], "loss")[0], rel=1e-6)  # from the same teacher
+    assert losses[3] != pytest.approx(values(results["run"], "loss")[3], rel=1e-2)
+    assert values(results["ema_resumed"], "loss")[2:] == pytest.approx(losses[2:], rel=1e-6)
+    if reference is not None:
+        assert losses == pytest.approx(values(reference["ema"], "loss"), rel=1e-5)
+
+
 def check_resumed_and_bfloat16(folder: Path, results: dict) -> None:
     """The run that was resumed at step 2 equals the whole one; ten steps in bfloat16 leave the base as it was."""
     assert values(results["resumed"], "loss")[2:] == pytest.approx(values(results["run"], "loss")[2:], rel=1e-6)
@@ -126,6 +136,7 @@ def check_resumed_and_bfloat16(folder: Path, results: dict) -> None:
 def test_one_process(one_process):
     results = json.loads((one_process / "results.json").read_text())
     check_run(one_process / "run", results["run"])
+    check_ema(results)
     check_resumed_and_bfloat16(one_process, results)
 
 
@@ -144,6 +155,7 @@ def test_launcher(launcher, one_process, tiny_model_dir, data, deepspeed_build, 
     expected = {"backend": "gloo", "world_size": 2, "elements": elements} | LAUNCHERS[launcher]
     assert results["processes"] == [expected] * 6  # in three runs
     check_run(tmp_path / "run", results["run"], one_process)
+    check_ema(results, json.loads((one_process / "results.json").read_text()))
     check_resumed_and_bfloat16(tmp_path, results)
     if further:
         assert max(values(results["full"], "rollout_logprob_gap_max")) <= 1e-5
@@ -211,17 +223,17 @@ def test_server_script_has_the_settings_of_the_colocated_engine():
 
 @contextmanager
 def started_under_slurm(folder: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen]:
-    """The SLURM script with two nodes of one process each, all on this machine."""
+    """The SLURM script and a recipe, with two nodes of one process each, all on this machine."""
     commands = {
         "scontrol": "echo 127.0.0.1",
-        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift\n"$@" & first=$!\n"$@"\nwait $first',
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift\nSLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@"\nwait $first',
     }
     for name, lines in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{lines}\n")
         (folder / name).chmod(0o755)
     allocation = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     allocation |= {"PORT": str(free_port()), "PATH": f"{folder}:{os.environ['PATH']}"} | environment
-    command = ["bash", ROOT / "scripts" / "train_multi_node.sh", *arguments]
+    command = ["bash", ROOT / "scripts" / "train_multi_node.sh", "scripts/run_opsd_8b.sh", *arguments]
     with started(command, folder / "log", **allocation) as process:
         yield process
 
@@ -232,7 +244,8 @@ def test_multi_node_script(tiny_model_dir, data, tmp_path):
     run = tmp_path / "run"
     names = {"MODEL": str(tiny_model_dir), "OUTPUT_DIR": str(run)}
     settings = SETTINGS | ADAPTER | {"use_vllm": False, "dtype": "float32", "dataset_name": data}
-    settings |= {"per_device_train_batch_size": 2, "max_steps": 100_000, "save_steps": 100_000}
+    settings |= {"per_device_train_batch_size": 2, "effective_batch_size": 4, "preflight": False}
+    settings |= {"max_steps": 100_000, "save_steps": 100_000}
     arguments = [word for flag, value in settings.items() for word in (f"--{flag}", str(value))]
     with started_under_slurm(tmp_path, *arguments, **names) as srun:
         deadline = time.monotonic() + 600
@@ -248,5 +261,5 @@ def test_multi_node_script(tiny_model_dir, data, tmp_path):
     assert len((run / "completions" / "completions_00001.jsonl").read_text().splitlines()) == 4  # 2 of each node
 
     with started_under_slurm(tmp_path, *arguments, **names, DRY_RUN="1") as printed:
-        assert printed.wait(timeout=60) == 0
+        assert printed.wait(timeout=300) == 0
     assert "--resume_from_checkpoint true" in (tmp_path / "log").read_text()

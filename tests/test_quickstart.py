@@ -12,27 +12,72 @@ from transformers import AutoTokenizer
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT
 from eval.grading import extract_answer
 from quickstart import addition
+from quickstart.report import LABELS, markdown_table, summary_table
 
 
 def test_quickstart_teaches_the_model(tiny_model_dir, tmp_path):
-    """The whole program with its default settings: real training, real vLLM, held-out problems."""
+    """The whole program, shorter than by default: real training, real vLLM, held-out problems."""
     subprocess.run(
-        [sys.executable, ROOT / "quickstart" / "run.py", "--output_dir", tmp_path], check=True, timeout=1200
+        [sys.executable, ROOT / "quickstart" / "run.py", "--output_dir", tmp_path, "--steps", "60"],
+        check=True,
+        timeout=1200,
     )
     report = json.loads((tmp_path / "report.json").read_text())
     assert 0.35 <= report["base"]["avg_at_4"] <= 0.65
     assert report["teacher"]["avg_at_4"] >= 0.95
     assert report["opsd"]["avg_at_4"] >= max(0.90, report["base"]["avg_at_4"] + 0.30)
-    assert [point["step"] for point in report["curve"]] == [0, 20, 40, 60, 80, 100]
+    assert [point["step"] for point in report["curve"]] == [0, 12, 24, 36, 48, 60]
     assert report["curve"][0]["avg_at_4"] == report["base"]["avg_at_4"]
     assert report["curve"][-1]["avg_at_4"] == report["opsd"]["avg_at_4"]
-    assert report["opsd"]["steps"] == 100
+    assert report["opsd"]["steps"] == 60
     rollouts = [json.loads(line) for file in (tmp_path / "opsd" / "completions").iterdir() for line in file.open()]
-    assert len(rollouts) == 3200
+    assert len(rollouts) == 1920
     assert report["opsd"]["generated_tokens"] == sum(rollout["num_tokens"] for rollout in rollouts)
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    for plot in ("accuracy.png", "tokens.png"):
+        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
     test_problems = {row["problem"] for row in addition.held_out_problems()}
     assert not any(problem + "\n" in rollout["prompt"] for rollout in rollouts for problem in test_problems)
+
+
+@pytest.mark.slow
+def test_baselines_and_controls_over_two_seeds(tmp_path):
+    """Two steps each, to see that all of it runs and is reported; `README.md` has what comes out of a hundred."""
+    command = [sys.executable, ROOT / "quickstart" / "run.py", "--output_dir", tmp_path, "--steps", "2"]
+    command += ["--baselines", "--controls", "--seed", "0", "1", "--no-use_vllm"]
+    subprocess.run(command, check=True, timeout=1800)
+    for seed in (0, 1):
+        report = json.loads((tmp_path / f"seed_{seed}" / "report.json").read_text())
+        assert set(LABELS) <= set(report)
+        assert report["grpo"]["steps"] == 2 and report["grpo_3x"]["steps"] == 6
+        assert report["grpo_3x"]["generated_tokens"] > report["grpo"]["generated_tokens"] > 0
+        assert report["sft"]["generated_tokens"] == 0
+        assert report["no_privilege"]["avg_at_4"] == report["base"]["avg_at_4"]
+        assert [point["step"] for point in report["curves"]["grpo"]] == [0, 1, 2, 3, 4, 5, 6]
+    table = (tmp_path / "summary.md").read_text()
+    assert all(f"| {label} |" in table for label in LABELS.values())
+    assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
+
+
+def make_report(seed, base, opsd, tokens):
+    result = {"standard_error": 0.02, "greedy": 0.5, "generated_tokens": tokens, "steps": 2, "train_seconds": 30.4}
+    curve = [{"step": i, "avg_at_4": a, "generated_tokens": i * tokens // 2} for i, a in enumerate((base, opsd, opsd))]
+    report = {
+        "seed": seed,
+        "base": {"avg_at_4": base, "standard_error": 0.02, "greedy": 0.5},
+        "curves": {"opsd": curve},
+    }
+    return report | {"opsd": result | {"avg_at_4": opsd}, "curve": curve}
+
+
+def test_tables():
+    reports = [make_report(0, 0.5, 0.9, 1000), make_report(1, 0.4, 1.0, 3000)]
+    assert markdown_table(reports[0]).splitlines()[2:] == [
+        "| base | 50.0 | 2.0 | 50.0 |  |  |",
+        "| OPSD | 90.0 | 2.0 | 50.0 | 1,000 | 30 |",
+    ]
+    head, _, *rows = summary_table(reports).splitlines()
+    assert head.startswith("| | seed 0 | seed 1 | mean Avg@4")
+    assert rows == ["| base | 50.0 | 40.0 | 45.0 ± 5.0 |  |  |", "| OPSD | 90.0 | 100.0 | 95.0 ± 5.0 | 2,000 | 30 |"]
 
 
 def test_arithmetic():

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Start a training program on NUM_PROCESSES GPUs of this machine; every recipe ends here:
+#
+#   NUM_PROCESSES=4 bash scripts/launch.sh opsd_train.py [arguments]
+#
+# ACCELERATE_CONFIG names another launcher than accelerate.yaml. DRY_RUN=1 prints the command, checks all arguments with the
+# program's own parsers, prints the resolved configuration as JSON, and exits; it loads no model and no data.
+#
+# Several machines: NUM_MACHINES, MAIN_PROCESS_IP and MAIN_PROCESS_PORT, with NUM_PROCESSES on all machines together; each runs
+# the same command with a MACHINE_RANK of its own, from 0 on. scripts/train_multi_node.sh sets them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ ! -e .venv/bin/activate ] || source .venv/bin/activate
+
+program=${1:?name the program: opsd_train.py, sft_train.py or grpo_train.py}
+shift
+config=${ACCELERATE_CONFIG:-accelerate.yaml}
+NUM_PROCESSES=${NUM_PROCESSES:?set it to the number of GPUs}
+for file in "$program" "$config"; do
+    [ -f "$file" ] || { echo "launch.sh: $file: no such file" >&2 && exit 1; }
+done
+
+command=(accelerate launch --config_file "$config" --num_processes "$NUM_PROCESSES")
+if [ -n "${NUM_MACHINES:-}" ]; then # on the command line, since accelerate reads the rendezvous from nowhere else
+    command+=(
+        --num_machines "$NUM_MACHINES"
+        --machine_rank "${MACHINE_RANK:-${SLURM_NODEID:-0}}"
+        --rdzv_backend c10d
+        --main_process_ip "${MAIN_PROCESS_IP:?name the machine that the others find each other through}"
+        --main_process_port "${MAIN_PROCESS_PORT:?choose a port that is free there}"
+    )
+fi
+command+=("$program" "$@")
+printf '%q ' "${command[@]}" && echo
+[ "${DRY_RUN:-0}" != 1 ] || exec python "$program" "$@" --dry_run "$NUM_PROCESSES"
+exec "${command[@]}"

@@ -1,0 +1,294 @@
+"""Every launch script, as a dry run: its arguments pass the real parsers, and are those of the paper and of the release."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+
+from eval import evaluate_math
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
+
+# What the sources say, not what the scripts say: the paper (v1: Tables 4 and 6, sections 4.1 and 8.1) and the settings of the
+# release of March 18, 2026. Names of settings as in the programs' configuration.
+
+LORA = {
+    "use_peft": True,
+    "lora_r": 64,
+    "lora_alpha": 128,
+    "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+PRECISION = {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "attn_implementation": None}
+DATA = {"dataset_name": "siyanzhao/Openthoughts_math_30k_opsd", "dataset_split": "train"}
+COLOCATED = {
+    "use_vllm": True,
+    "vllm_mode": "colocate",
+    "vllm_gpu_memory_utilization": 0.6,
+    "vllm_tensor_parallel_size": 1,
+}
+OPSD = LORA | PRECISION | DATA | COLOCATED
+OPSD |= {"problem_column": "problem", "solution_column": "solution", "max_length": 20000}
+OPSD |= {
+    "fixed_teacher": True,
+    "use_ema_teacher": False,
+    "use_tinker_loss": False,
+    "top_k_loss": 0,
+}
+OPSD |= {"num_generations": 1, "lmbda": 1.0, "min_p": 0.0, "presence_penalty": 0.0, "effective_batch_size": 32}
+OPSD |= {"preflight": True, "save_steps": 25, "logging_steps": 2}
+
+RELEASE = OPSD | {"learning_rate": 5e-6, "max_grad_norm": 0.1, "beta": 0.0, "jsd_token_clip": 0.05}
+RELEASE |= {
+    "jsd_clip_mode": "pointwise",
+    "temperature": 1.1,
+    "top_p": 0.95,
+    "top_k": 20,
+    "max_completion_length": 1024,
+}
+RELEASE |= {"student_thinking": False, "teacher_thinking": True}
+RELEASE_1B = RELEASE | {"model_name_or_path": "Qwen/Qwen3-1.7B", "per_device_train_batch_size": 4, "max_steps": 100}
+RELEASE_4B = RELEASE | {"model_name_or_path": "Qwen/Qwen3-4B", "per_device_train_batch_size": 4}
+RELEASE_8B = RELEASE | {"model_name_or_path": "Qwen/Qwen3-8B", "per_device_train_batch_size": 2}
+RELEASE_8B |= {"jsd_token_clip": 0.06}
+NONTHINKING = {"teacher_thinking": False}
+
+COSINE = {"lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+TABLE_6 = {"learning_rate": 2e-5, "temperature": 1.2, "top_p": 1.0, "top_k": 0}
+TABLE_6 |= {"effective_batch_size": 32, "per_device_train_batch_size": 1}
+PAPER_V1 = OPSD | COSINE | TABLE_6 | {"model_name_or_path": "Qwen/Qwen3-4B", "beta": 0.5, "jsd_token_clip": 0.0}
+PAPER_V1 |= {"max_completion_length": 2048}
+
+GRPO = LORA | PRECISION | DATA | COLOCATED | COSINE | TABLE_6
+GRPO |= {"problem_column": "Question", "answer_column": "Answer", "num_generations": 8, "beta": 0.0}
+GRPO |= {"max_completion_length": 16000, "max_prompt_length": 2048, "scale_rewards": "group", "reward": "math"}
+GRPO |= {"generation_batch_size": 32}
+
+SFT = LORA | PRECISION | DATA | COSINE | {"learning_rate": 2e-5, "max_length": 16000, "num_train_epochs": 4}
+SFT |= {"problem_column": "Question", "solution_column": "solution", "completion_only_loss": True}
+SFT |= {"effective_batch_size": 64, "per_device_train_batch_size": 2, "max_steps": -1}
+
+
+class Recipe(NamedTuple):
+    program: str
+    num_processes: int
+    accumulation: int  # steps of it with so many processes
+    settings: dict[str, Any]
+
+
+RECIPES = {
+    "run_opsd_1b": Recipe("opsd_train", 4, 2, RELEASE_1B),
+    "run_opsd_4b": Recipe("opsd_train", 8, 1, RELEASE_4B),
+    "run_opsd_8b": Recipe("opsd_train", 8, 2, RELEASE_8B),
+    "run_opsd_4b_nonthink": Recipe(
+        "opsd_train", 8, 1, RELEASE_4B | NONTHINKING | {"jsd_token_clip": 1e-6, "max_steps": 150}
+    ),
+    "run_opsd_8b_nonthink": Recipe("opsd_train", 8, 2, RELEASE_8B | NONTHINKING | {"jsd_token_clip": 1e-7}),
+    "run_opsd_ema": Recipe(
+        "opsd_train", 4, 2, RELEASE_1B | {"fixed_teacher": False, "use_ema_teacher": True, "ema_decay": 0.999}
+    ),
+    "run_opsd_topkloss": Recipe("opsd_train", 4, 2, RELEASE_1B | {"top_k_loss": 100}),
+    "run_opsd_tinker": Recipe("opsd_train", 8, 4, PAPER_V1 | {"use_tinker_loss": True}),
+    "run_opsd_paper_v1": Recipe("opsd_train", 8, 4, PAPER_V1),
+    "run_opsd": Recipe("opsd_train", 4, 2, RELEASE_1B),
+    "run_sft": Recipe("sft_train", 8, 4, SFT | {"model_name_or_path": "Qwen/Qwen3-1.7B"}),
+    "run_grpo": Recipe("grpo_train", 8, 4, GRPO | {"model_name_or_path": "Qwen/Qwen3-1.7B"}),
+}
+EVALUATIONS = [("run_eval.sh", "Qwen/Qwen3-1.7B", True), ("run_eval_nonthink.sh", "Qwen/Qwen3-8B", False)]
+READ_BY_SCRIPTS = {"MODEL", "DATASET", "OUTPUT_DIR", "CHECKPOINTS", "NUM_PROCESSES", "NUM_MACHINES", "PORT"}
+READ_BY_SCRIPTS |= {"ACCELERATE_CONFIG", "MACHINE_RANK"}
+
+
+def dry_run(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """The finished script, of which nothing but the dry run is asked."""
+    inherited = {name: value for name, value in os.environ.items() if name not in READ_BY_SCRIPTS}
+    inherited = {name: value for name, value in inherited.items() if not name.startswith("SLURM_")}
+    environment = {"DRY_RUN": "1", "HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.run(
+        ["bash", script, *arguments], env=inherited | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+class Started(NamedTuple):
+    """What a script would launch, as `accelerate` reads it; and what it has checked by the dry run instead."""
+
+    words: list[str]
+    launch: argparse.Namespace
+    checked: list[str]
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> Callable[..., list[list[str]]]:
+    """
+    A function that makes a dry run of a script with a `python` that prints its arguments; it returns the words of each line.
+
+    For the programs themselves are called in this process: starting one takes ten seconds. The scripts run in a copy of the
+    project, where no .venv brings its own `python`.
+    """
+    project = tmp_path_factory.mktemp("project")
+    for folder in ("scripts", "eval"):
+        shutil.copytree(ROOT / folder, project / folder)
+    for file in (ROOT / "accelerate.yaml", *ROOT.glob("*_train.py")):
+        shutil.copy(file, project)
+    (project / "bin").mkdir()
+    (project / "bin" / "python").write_text("#!/usr/bin/env bash\nprintf '%q ' \"$@\" && echo\n")
+    (project / "bin" / "python").chmod(0o755)
+
+    def printed(script: str, *arguments: str, **environment: str) -> list[list[str]]:
+        environment["PATH"] = f"{project / 'bin'}:{os.environ['PATH']}"
+        run = dry_run(project / script, *arguments, **environment)
+        assert run.returncode == 0, run.stderr
+        return [shlex.split(line) for line in run.stdout.splitlines()]
+
+    return printed
+
+
+@pytest.fixture
+def start(printed) -> Callable[..., Started]:
+    """A function that makes a dry run of a launch script."""
+
+    def start(script: str, *arguments: str, **environment: str) -> Started:
+        words, checked = printed(f"scripts/{script}", *arguments, **environment)
+        launch = launch_command_parser().parse_args(words[words.index("launch") + 1 :])
+        return Started(words, launch, checked)
+
+    return start
+
+
+@pytest.fixture
+def resolve(tmp_path, capsys) -> Callable[..., dict[str, Any]]:
+    """A function that has a program resolve a command line: all its settings, of script, trainer and model."""
+
+    def resolve(program: str, *arguments: str) -> dict[str, Any]:
+        # The project's own output folders may hold checkpoints, which a run from the beginning refuses
+        import_module(program.removesuffix(".py")).main([*arguments, "--output_dir", str(tmp_path / "run")])
+        configuration = json.loads(capsys.readouterr().out)
+        return configuration["script"] | configuration["training"] | configuration["model"]
+
+    return resolve
+
+
+def assert_equal(settings: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert {name: settings.get(name) for name in expected} == expected
+
+
+def test_table_is_complete():
+    assert {file.stem for file in SCRIPTS.glob("run_*.sh")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_has_the_published_settings(name, start, resolve):
+    recipe = RECIPES[name]
+    words, launch, checked = start(f"{name}.sh", "--seed", "7")
+    assert words[:2] == ["accelerate", "launch"]
+    assert launch.num_processes == recipe.num_processes
+    assert launch.training_script == f"{recipe.program}.py" and (ROOT / launch.training_script).is_file()
+    assert launch.config_file == "accelerate.yaml" and (ROOT / launch.config_file).is_file()
+    assert checked == [launch.training_script, *launch.training_script_args, "--dry_run", str(recipe.num_processes)]
+    assert f"outputs/{name.removeprefix('run_')}" in checked  # without OUTPUT_DIR
+
+    settings = resolve(*checked)
+    assert_equal(settings, recipe.settings)
+    assert settings["gradient_accumulation_steps"] == recipe.accumulation
+    assert settings["run_name"] == name.removeprefix("run_")
+    assert settings["seed"] == 7  # given to the script: the last one wins
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_batch_does_not_depend_on_the_number_of_processes(name, start, resolve):
+    expected = RECIPES[name].settings["effective_batch_size"]
+    for num_processes in (1, 2, 8):
+        settings = resolve(*start(f"{name}.sh", NUM_PROCESSES=str(num_processes)).checked)
+        per_step = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * num_processes
+        assert per_step == settings["effective_batch_size"] == expected
+    with pytest.raises(SystemExit, match=f"--effective_batch_size {expected}: .* 3 processes"):
+        resolve(*start(f"{name}.sh", NUM_PROCESSES="3").checked)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_unknown_flag_is_refused(name, start, resolve):
+    with pytest.raises(SystemExit, match="--no_such_flag"):
+        resolve(*start(f"{name}.sh", "--no_such_flag", "1").checked)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_recipe_on_several_nodes(nodes, start, resolve):
+    words, launch, checked = start(
+        *("train_multi_node.sh", "scripts/run_opsd_8b.sh", "--seed", "7"),
+        OUTPUT_DIR="mine",
+        SLURM_JOB_NUM_NODES=str(nodes),
+    )
+    assert words[:2] == ["accelerate", "launch"]
+    assert (launch.num_machines, launch.num_processes, launch.rdzv_backend) == (nodes, 8 * nodes, "c10d")
+    assert launch.machine_rank == 0
+    assert launch.main_process_ip == "HEAD_NODE" and launch.main_process_port is not None
+    assert (ROOT / launch.config_file).name == "multi_node.yaml" and (ROOT / launch.config_file).is_file()
+    assert checked == [launch.training_script, *launch.training_script_args, "--dry_run", str(8 * nodes)]
+    assert "mine" in checked
+    settings = resolve(*checked)
+    assert_equal(settings, RELEASE_8B)
+    assert settings["gradient_accumulation_steps"] == 2 // nodes and settings["seed"] == 7
+
+
+def test_program_on_several_nodes_goes_on_from_its_checkpoint(start, tmp_path):
+    command = ("train_multi_node.sh", "opsd_train.py", "--max_steps", "3")
+    assert start(*command, OUTPUT_DIR=str(tmp_path)).launch.training_script_args == [
+        *("--output_dir", str(tmp_path), "--max_steps", "3")
+    ]
+    (tmp_path / "checkpoint-2").mkdir()
+    assert start(*command, OUTPUT_DIR=str(tmp_path)).launch.training_script_args == [
+        *("--output_dir", str(tmp_path), "--resume_from_checkpoint", "true", "--max_steps", "3")
+    ]
+
+
+@pytest.mark.parametrize(("name", "model", "thinking"), EVALUATIONS)
+def test_evaluation_has_the_published_settings(name, model, thinking, printed):
+    """What `test_evaluate_math.py` leaves open, which has the scripts evaluate a model of its own."""
+    ((program, *arguments),) = printed(f"eval/{name}")
+    assert (ROOT / program).is_file()
+    settings = evaluate_math.build_parser().parse_args(arguments)
+    assert (settings.base_model, settings.thinking, settings.val_n) == (model, thinking, 12)
+    assert settings.dataset == ["aime24", "aime25", "hmmt25"] and settings.dry_run
+
+
+def test_real_dry_run(tmp_path):
+    """Of `run_opsd.sh`, which people start with, with their own model, data and launcher."""
+    data = tmp_path / "train.jsonl"
+    data.write_text('{"problem": "1+1?", "solution": "2"}\n')
+    environment = {"MODEL": "some/model", "DATASET": str(data), "NUM_PROCESSES": "2", "OUTPUT_DIR": str(tmp_path)}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    run = dry_run(SCRIPTS / "run_opsd.sh", ACCELERATE_CONFIG="scripts/accelerate/zero3.yaml", **environment)
+    assert run.returncode == 0, run.stderr
+    command, _, configuration = run.stdout.partition("\n")
+    words = shlex.split(command)
+    assert words[2:6] == ["--config_file", "scripts/accelerate/zero3.yaml", "--num_processes", "2"]
+    configuration = json.loads(configuration)
+    assert configuration["model"]["model_name_or_path"] == "some/model"
+    assert (configuration["script"]["dataset_name"], configuration["script"]["dry_run"]) == (str(data), 2)
+    training = configuration["training"]
+    assert (training["output_dir"], training["gradient_accumulation_steps"]) == (str(tmp_path), 4)
+
+    missing = dry_run(SCRIPTS / "run_opsd.sh", ACCELERATE_CONFIG="missing.yaml")
+    assert (missing.returncode, missing.stdout) == (1, "") and "missing.yaml: no such file" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "file", sorted([*SCRIPTS.glob("*.sh"), *(ROOT / "eval").glob("*.sh")]), ids=lambda file: file.name
+)
+def test_script_fits_every_machine(file):
+    shebang, *lines = file.read_text().splitlines()
+    assert shebang == "#!/usr/bin/env bash" and lines[0].startswith("# ")
+    for line in lines:
+        assert re.search(r"""(^|[\s='"])[/~](?!path/to/)\w""", line) is None, line
+        assert "--gradient_accumulation_steps" not in line, line
