@@ -73,6 +73,7 @@ class SelfDistillationDataCollator:
         student_prompt: template with `{problem}`.
         teacher_prompt: template with `{problem}` and `{solution}`.
         student_thinking, teacher_thinking: thinking mode of the chat template, for each role.
+        teacher_prefill: text behind the header of the assistant's turn in the teacher's prompt.
         teacher_sees_solution: `False` gives the teacher the student's prompt (a control: nothing is to be learned).
         max_prompt_length: in tokens, for each role; `None` for no limit.
 
@@ -88,6 +89,7 @@ class SelfDistillationDataCollator:
         teacher_prompt: str = TEACHER_PROMPT,
         student_thinking: bool = False,
         teacher_thinking: bool = True,
+        teacher_prefill: str = "",
         teacher_sees_solution: bool = True,
         max_prompt_length: int | None = None,
     ):
@@ -103,6 +105,7 @@ class SelfDistillationDataCollator:
         self.teacher_prompt = teacher_prompt
         self.student_thinking = student_thinking
         self.teacher_thinking = teacher_thinking
+        self.teacher_prefill_ids = tokenizer(teacher_prefill, add_special_tokens=False).input_ids
         self.teacher_sees_solution = teacher_sees_solution
         self.max_prompt_length = max_prompt_length
 
@@ -115,7 +118,7 @@ class SelfDistillationDataCollator:
 
     def _encode_teacher(self, problem: str, solution: str) -> list[int]:
         content = fill_template(self.teacher_prompt, problem=problem, solution=solution)
-        return encode_chat_prompt(self.tokenizer, content, self.teacher_thinking)
+        return encode_chat_prompt(self.tokenizer, content, self.teacher_thinking) + self.teacher_prefill_ids
 
     def _shorten(self, problem: str, solution: str) -> list[int] | None:
         """The teacher's prompt with as much of the solution's two ends as fits, or `None`."""

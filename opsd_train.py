@@ -8,12 +8,17 @@ All flags: `python opsd_train.py --help`. They may also stand in a YAML file: `-
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from trl import get_peft_config
+from trl.trainer.utils import create_model_from_path
 
 from opsd_trainer import OPSDConfig, OPSDTrainer
 from preflight import Preflight
 from run_setup import (
+    ModelArguments,
     RunArguments,
     check_model,
     load_data,
@@ -36,10 +41,28 @@ class OPSDArguments(RunArguments):
     answer_column: str | None = field(
         default=None, metadata={"help": "Column of the final answer, kept beside the saved rollouts."}
     )
+    start_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a LoRA adapter to go on training, with its own rank and modules; --fixed_teacher is then the "
+            "model with it as it is now."
+        },
+    )
     preflight: bool = field(
         default=False,
         metadata={"help": "Check the claims of the method before the first step; do not train if one does not hold."},
     )
+
+
+def check_adapter(folder: str, model_args: ModelArguments) -> None:
+    """Raise `ValueError`, naming the flag, for an adapter to start from that is not there or was not asked for."""
+    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not Path(folder, name).is_file()]
+    if missing:
+        raise ValueError(
+            f"--start_adapter {folder}: has no {' and no '.join(missing)}; name the folder of a LoRA adapter"
+        )
+    if not model_args.use_peft:
+        raise ValueError(f"--start_adapter {folder}: trains an adapter, not the model; add --use_peft")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,6 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
         script_args, training_args, model_args = parse_arguments(OPSDArguments, OPSDConfig, arguments)
         settings = (script_args, training_args, model_args)
         check_model(model_args, training_args.use_vllm)
+        if script_args.start_adapter is not None:
+            check_adapter(script_args.start_adapter, model_args)
         checkpoint = settle_run("opsd", training_args.max_completion_length, *settings)
         if script_args.dry_run is not None:
             print_dry_run(*settings)
@@ -61,13 +86,17 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(model_args, training_args)
 
     training_args.model_init_kwargs = model_options(model_args, training_args)
+    model, peft_config = model_args.model_name_or_path, get_peft_config(model_args)
+    if script_args.start_adapter is not None:
+        base = create_model_from_path(model, **training_args.model_init_kwargs)
+        model, peft_config = PeftModel.from_pretrained(base, script_args.start_adapter, is_trainable=True), None
     trainer = OPSDTrainer(
-        model=model_args.model_name_or_path,
+        model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
     )
     if script_args.preflight:
         trainer.add_callback(Preflight(trainer))

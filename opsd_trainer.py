@@ -42,11 +42,13 @@ from opsd_loss import (
     sampled_token_loss,
 )
 from rollouts import OnPolicyGeneration, check_servable
+from sharded_weights import local_part
 from teacher_weights import TeacherWeights
 
 logger = logging.getLogger(__name__)
 
 LOSS_IMPLEMENTATIONS = ("fused", "dense")
+NUM_FIRST_TOKENS = 4  # of a completion, whose divergence is logged by itself: roles in different forms disagree there
 
 
 @dataclass
@@ -69,7 +71,11 @@ class OPSDConfig(GOLDConfig):
         },
     )
     temperature: float = field(
-        default=1.1, metadata={"help": "Temperature of the rollouts and of both softmaxes in the loss."}
+        default=1.1,
+        metadata={"help": "Temperature of the rollouts and, unless --loss_temperature says otherwise, of the loss."},
+    )
+    loss_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of both softmaxes in the loss; by default --temperature."}
     )
     top_p: float = field(default=0.95, metadata={"help": "Nucleus of the rollouts; 1 switches it off."})
     top_k: int = field(default=20, metadata={"help": "Top-k of the rollouts; 0 switches it off."})
@@ -99,8 +105,8 @@ class OPSDConfig(GOLDConfig):
     fixed_teacher: bool = field(
         default=False,
         metadata={
-            "help": "The teacher is the initial policy: the same model with its LoRA adapter off or, without --use_peft, "
-            "a copy of the weights. Otherwise the teacher is the current policy."
+            "help": "The teacher is the initial policy: the same model with its LoRA adapter off or, without --use_peft "
+            "and for an adapter that is trained already, a copy of the weights. Otherwise it is the current policy."
         },
     )
     use_ema_teacher: bool = field(
@@ -128,6 +134,17 @@ class OPSDConfig(GOLDConfig):
     )
     student_thinking: bool = field(default=False, metadata={"help": "Thinking mode in the student's prompt."})
     teacher_thinking: bool = field(default=True, metadata={"help": "Thinking mode in the teacher's prompt."})
+    teacher_prefill: str = field(
+        default="",
+        metadata={
+            "help": "Text at the end of the teacher's prompt, behind the assistant's header, such as '<think>\\n' for a thinking "
+            "teacher of a student without thinking mode: the completion then counts as its thoughts."
+        },
+    )
+    num_loss_tokens_to_skip: int = field(
+        default=0,
+        metadata={"help": "First tokens of each completion that do not count: there thinking modes differ in form."},
+    )
     student_prompt: str = field(
         default=STUDENT_PROMPT, metadata={"help": "Template of the student's prompt, with {problem}."}
     )
@@ -186,6 +203,16 @@ class OPSDConfig(GOLDConfig):
             ("lmbda", self.lmbda == 1.0, "be 1: OPSD learns from the student's own rollouts only"),
             ("beta", 0.0 <= self.beta <= 1.0, "lie in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 JSD"),
             ("temperature", self.temperature > 0.0, "be positive, since it also divides the logits in the loss"),
+            (
+                "loss_temperature",
+                self.loss_temperature is None or self.loss_temperature > 0.0,
+                "be positive, since it divides the logits",
+            ),
+            (
+                "num_loss_tokens_to_skip",
+                0 <= self.num_loss_tokens_to_skip < self.max_completion_length,
+                f"lie in [0, {self.max_completion_length}), --max_completion_length",
+            ),
             ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]; 1 switches it off"),
             ("top_k", self.top_k >= 0, "not be negative; 0 switches it off"),
             ("min_p", 0.0 <= self.min_p < 1.0, "lie in [0, 1); 0 switches it off"),
@@ -243,6 +270,8 @@ class OPSDConfig(GOLDConfig):
             )
         check_template("student_prompt", self.student_prompt, {"problem"})
         check_template("teacher_prompt", self.teacher_prompt, {"problem", "solution"})
+        if self.loss_temperature is None:
+            self.loss_temperature = self.temperature
         super().__post_init__()
 
 
@@ -374,6 +403,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self._head_settings = read_head_settings(_causal_lm(self.accelerator.unwrap_model(self.model)))
         self._num_loss_tokens: Tensor | None = None  # of the running optimizer step, over all processes
         self._frozen_weights: FrozenWeights | None = None  # as they were when training began
+        # Whether the teacher is the model with its adapter off, as at the start an adapter is that was not trained yet.
+        self.teacher_is_base = args.fixed_teacher and isinstance(self.model, PeftModel) and not self._is_trained()
         self._teacher_weights: TeacherWeights | None = None  # of a teacher that is neither the base nor the student
         self._resumed_from: str | None = None
         self.add_callback(_TeacherCallback(self))
@@ -401,6 +432,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             teacher_prompt=args.teacher_prompt,
             student_thinking=args.student_thinking,
             teacher_thinking=args.teacher_thinking,
+            teacher_prefill=args.teacher_prefill,
             teacher_sees_solution=args.teacher_sees_solution,
             max_prompt_length=None if args.max_length is None else args.max_length - args.max_completion_length,
         )
@@ -447,10 +479,11 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     # Teacher
 
-    @property
-    def teacher_is_base(self) -> bool:
-        """Whether the teacher is the model with its adapter off."""
-        return self.args.fixed_teacher and isinstance(self.model, PeftModel)
+    def _is_trained(self) -> bool:
+        """Whether the adapter changes the model: its second factors are zero before the first step."""
+        factors = [weight for name, weight in self.model.named_parameters() if "lora_B" in name]
+        num_changed = sum(local_part(weight).count_nonzero() for weight in factors)
+        return self.accelerator.reduce(torch.as_tensor(num_changed, device=self.accelerator.device), "sum").item() > 0
 
     def _start_teacher(self) -> None:
         """Copy the weights that the teacher starts from or, after a resume, read those that it had."""
@@ -571,14 +604,15 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 ]
         lengths = torch.cat([inputs["completion_mask"].sum(1) for inputs in self._buffered_inputs])  # (rollouts,)
         truncated = torch.cat([self._is_truncated(inputs) for inputs in self._buffered_inputs])  # (rollouts,)
-        all_lengths, all_truncated = self.accelerator.gather((lengths, truncated))
-        self._num_loss_tokens = all_lengths.sum()
+        counted = torch.cat([inputs["loss_mask"].sum(1) for inputs in self._buffered_inputs])  # (rollouts,)
+        all_lengths, all_truncated, all_counted = self.accelerator.gather((lengths, truncated, counted))
+        self._num_loss_tokens = all_counted.sum()
 
         mode = "train" if self.model.training else "eval"
         self._lengths[mode] += all_lengths.tolist()
         self._truncated[mode] += all_truncated.tolist()
         if mode == "train":
-            self._count("num_generated_tokens", self._num_loss_tokens.item())
+            self._count("num_generated_tokens", all_lengths.sum().item())
             if self.args.save_completions:
                 self._save_completions(lengths.tolist(), truncated.tolist())
 
@@ -651,8 +685,9 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             logprobs: what the sampler gave them, (tokens,), where it says so.
 
         Returns:
-            `prompts`, `teacher_prompts` and their `_attention_mask`s, left-padded; `completion_ids`, `completion_mask`
-            and, with `logprobs`, `rollout_logprobs`, right-padded, (batch, longest completion); `answer`, a list.
+            `prompts`, `teacher_prompts` and their `_attention_mask`s, left-padded; `completion_ids`, `completion_mask`,
+            `loss_mask` (the tokens that count) and, with `logprobs`, `rollout_logprobs`, right-padded, (batch, longest
+            completion); `answer`, a list.
         """
         inputs: dict[str, Any] = {}
         for role in ("", "teacher_"):
@@ -662,6 +697,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             inputs[f"{role}prompt_attention_mask"] = mask[:, -width:]
         inputs["completion_ids"] = pad(completions, padding_value=self.processing_class.pad_token_id)
         inputs["completion_mask"] = pad([torch.ones_like(ids, dtype=torch.bool) for ids in completions], False)
+        inputs["loss_mask"] = inputs["completion_mask"].clone()
+        inputs["loss_mask"][:, : self.args.num_loss_tokens_to_skip] = False
         if logprobs is not None:
             inputs["rollout_logprobs"] = pad(logprobs, padding_value=0.0)
         inputs["answer"] = batch.get("answer", [None] * len(completions))
@@ -702,17 +739,17 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         }
 
     def _completion_logits(self, model: nn.Module, inputs: dict[str, Tensor], role: str) -> Tensor:
-        """(N, V): logits that predict the tokens of the completions that count, in the same order for both roles."""
+        """(N, V): logits that predict the tokens that count (`loss_mask`), in the same order for both roles."""
         keep = inputs["completion_ids"].shape[1] + 1
         outputs = model(**self._model_inputs(inputs, role), logits_to_keep=keep, use_cache=False)
-        return outputs.logits[:, :-1][inputs["completion_mask"]]
+        return outputs.logits[:, :-1][inputs["loss_mask"]]
 
     def _completion_hidden_states(self, policy: nn.Module, inputs: dict[str, Tensor], role: str) -> Tensor:
         """(N, H): what the language model's head turns into `_completion_logits`; call it inside the wrapped forward."""
         with self.accelerator.autocast():
             backbone = _causal_lm(policy).base_model
             hidden_states = backbone(**self._model_inputs(inputs, role), use_cache=False).last_hidden_state
-        return hidden_states[:, -inputs["completion_ids"].shape[1] - 1 : -1][inputs["completion_mask"]]
+        return hidden_states[:, -inputs["completion_ids"].shape[1] - 1 : -1][inputs["loss_mask"]]
 
     def _dense_loss(
         self, model: nn.Module, inputs: dict[str, Tensor]
@@ -730,9 +767,11 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         per_token, statistics = generalized_jsd(
             student_logits, teacher_logits, **self._objective, return_statistics=True
         )
-        token_ids = inputs["completion_ids"][inputs["completion_mask"]]
+        token_ids = inputs["completion_ids"][inputs["loss_mask"]]
         if self.args.use_tinker_loss:
-            per_token = sampled_token_loss(student_logits, teacher_logits, token_ids, temperature=self.temperature)
+            per_token = sampled_token_loss(
+                student_logits, teacher_logits, token_ids, temperature=self.args.loss_temperature
+            )
         logprobs = None
         if "rollout_logprobs" in inputs:
             logprobs = -cross_entropy(student_logits.detach().float(), token_ids, reduction="none")
@@ -757,7 +796,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self, policy: nn.Module, inputs: dict[str, Tensor], teacher_hidden: Tensor
     ) -> tuple[Tensor, TokenStatistics, Tensor | None]:
         student_hidden = self._completion_hidden_states(policy, inputs, "")  # (N, H)
-        token_ids = inputs["completion_ids"][inputs["completion_mask"]]  # (N,)
+        token_ids = inputs["completion_ids"][inputs["loss_mask"]]  # (N,)
         weight = _causal_lm(policy).get_output_embeddings().weight  # (V, H)
         with maybe_gather_lm_head_ctx(weight):
             weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
@@ -769,7 +808,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             if self.args.use_tinker_loss:
                 per_token, statistics = fused_linear_sampled_token_loss(
                     student_hidden, teacher_hidden, weight, token_ids,
-                    beta=self.beta, temperature=self.temperature, **settings,
+                    beta=self.beta, temperature=self.args.loss_temperature, **settings,
                 )  # fmt: skip
             else:
                 per_token, statistics = fused_linear_jsd(
@@ -782,7 +821,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         """Settings of the divergence. With `use_tinker_loss` it is only logged, and has no cap."""
         return {
             "beta": self.beta,
-            "temperature": self.temperature,
+            "temperature": self.args.loss_temperature,
             "clip": None if self.args.use_tinker_loss else self.args.jsd_token_clip or None,
             "clip_mode": self.args.jsd_clip_mode,
             "top_k": None if self.args.use_tinker_loss else self.args.top_k_loss or None,
@@ -807,10 +846,13 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             num_entries *= self._objective["top_k"] or self.model.config.get_text_config().vocab_size
         gap = per_token.new_zeros(1)
         if logprobs is not None:
-            gap = torch.cat([gap, (logprobs - inputs["rollout_logprobs"][inputs["completion_mask"]]).abs()])
+            gap = torch.cat([gap, (logprobs - inputs["rollout_logprobs"][inputs["loss_mask"]]).abs()])
+        mask = inputs["loss_mask"]
+        is_first = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask] < NUM_FIRST_TOKENS  # (N,)
         sums = self._token_sums[mode]
         sums[:2] += sums.new_tensor([per_token.numel(), num_entries])
-        sums[2:] += torch.stack([value.sum(dtype=torch.float64) for value in (*statistics, gap)])
+        values = (is_first, statistics.divergence * is_first, gap, *statistics)
+        sums[2:] += torch.stack([value.sum(dtype=torch.float64) for value in values])
         self._max_logprob_gap[mode] = torch.maximum(self._max_logprob_gap[mode], gap.max())
         return loss
 
@@ -867,8 +909,11 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self._seconds[phase] += time.perf_counter() - start
 
     def _zero_sums(self) -> Tensor:
-        """Sums over tokens: their number, that of the summands that the cap applies to, `TokenStatistics`, and the gap."""
-        return torch.zeros(3 + len(TokenStatistics._fields), dtype=torch.float64, device=self.accelerator.device)
+        """
+        Sums over tokens: their number, that of the summands that the cap applies to, the number and the divergence of the
+        first ones of completions, the distance of vLLM from the student, and `TokenStatistics`.
+        """
+        return torch.zeros(5 + len(TokenStatistics._fields), dtype=torch.float64, device=self.accelerator.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed up since the last log, over all processes, to what is logged."""
@@ -876,10 +921,12 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self._on_policy_step_equiv = 0.0  # GOLD would repeat the loss under a second name
         if lengths := self._lengths[mode]:
             sums = self.accelerator.reduce(self._token_sums[mode], "sum")
-            num_tokens, num_entries = sums[:2].clamp(min=1).tolist()
-            total = TokenStatistics(*sums[2:-1].tolist())
+            num_tokens, num_entries, num_first = sums[:3].clamp(min=1).tolist()
+            first_divergence, gap = sums[3:5].tolist()
+            total = TokenStatistics(*sums[5:].tolist())
             values = {
                 "divergence": total.divergence / num_tokens,
+                "divergence/first_tokens": first_divergence / num_first,
                 "clip/entries_ratio": total.clipped_entries / num_entries,
                 "clip/mass_ratio": total.clipped_mass / total.positive_mass if total.positive_mass else 0.0,
                 "entropy/student": total.student_entropy / num_tokens,
@@ -890,7 +937,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 "completions/truncated_ratio": sum(self._truncated[mode]) / len(lengths),
             }
             if self.rollouts is not None:
-                values["rollout_logprob_gap"] = sums[-1].item() / num_tokens
+                values["rollout_logprob_gap"] = gap / num_tokens
                 values["rollout_logprob_gap_max"] = self.accelerator.gather(self._max_logprob_gap[mode]).max().item()
                 self._max_logprob_gap[mode].zero_()
             if mode == "train":

@@ -167,7 +167,14 @@ def _check_prompts(trainer: OPSDTrainer, examples: list[dict]) -> Check:
             if role and example["length_status"] == "shortened":
                 continue  # its text is not known
             content = fill_template(template, problem=example["problem"], solution=example["solution"])
-            fault = prompt_fault(collator.tokenizer, ids[mask.bool()].tolist(), content, thinking)
+            prompt_ids = ids[mask.bool()].tolist()
+            if (
+                role
+                and (prefill_ids := collator.teacher_prefill_ids)
+                and prompt_ids[-len(prefill_ids) :] == prefill_ids
+            ):
+                prompt_ids = prompt_ids[: -len(prefill_ids)]
+            fault = prompt_fault(collator.tokenizer, prompt_ids, content, thinking)
             num_prompts += 1
             faults += [] if fault is None else [f"{role or 'student_'}prompt: {fault}"]
     measured = f"{num_prompts - len(faults)} of {num_prompts}"
@@ -245,6 +252,7 @@ def _check_model(trainer: OPSDTrainer, examples: list[dict], add_noise: Callable
 
     batch = send_to_device(trainer.data_collator(examples), device)
     inputs = trainer._pair_completions(batch, [torch.tensor(ids, device=device) for ids in completions])
+    inputs["loss_mask"] = inputs["completion_mask"]  # all tokens, whatever --num_loss_tokens_to_skip says
     checks += _check_padding(trainer, inputs, prompts, teacher_prompts, completions, tolerance)
     return checks + _check_loss(trainer, inputs, tolerance)
 

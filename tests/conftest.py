@@ -34,7 +34,9 @@ def make_problems() -> Dataset:
 def make_trainer_factory(model_dir: Path, problems: Dataset, folder: Path) -> Callable[..., OPSDTrainer]:
     """A function that builds an `OPSDTrainer`; keyword arguments replace `tiny_settings` and those below."""
 
-    def make(dataset=problems, lora=True, lora_settings=None, callbacks=None, eval_dataset=None, **settings):
+    def make(
+        dataset=problems, model=None, lora=True, lora_settings=None, callbacks=None, eval_dataset=None, **settings
+    ):
         defaults = (
             CPU
             | OPSD
@@ -50,12 +52,12 @@ def make_trainer_factory(model_dir: Path, problems: Dataset, folder: Path) -> Ca
             lora_settings or {}
         )
         return OPSDTrainer(
-            model=str(model_dir),
+            model=model or str(model_dir),
             args=OPSDConfig(**(defaults | settings)),
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=AutoTokenizer.from_pretrained(model_dir),
-            peft_config=LoraConfig(**adapter) if lora else None,
+            peft_config=LoraConfig(**adapter) if lora and model is None else None,
             callbacks=callbacks,
         )
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import AutoTokenizer
 
 import opsd_train
@@ -73,6 +75,9 @@ def write(file, *lines):
         (["--use_vllm", "true", "--use_peft", "--use_dora"], "--use_dora: vLLM does not serve such an adapter"),
         (["--use_vllm", "true", "--use_peft", "--load_in_4bit"], "leave out --load_in_4bit"),
         (["--presence_penalty", "1"], "--presence_penalty 1.0: must be 0 without --use_vllm"),
+        (["--start_adapter", "nowhere"], "--start_adapter nowhere: has no adapter_config.json and no adapter_model"),
+        (["--loss_temperature", "0"], "--loss_temperature 0.0: must be positive"),
+        (["--num_loss_tokens_to_skip", "64"], "--num_loss_tokens_to_skip 64: must lie in [0, 64)"),
         (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -139,6 +144,19 @@ def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
     assert not (out / "checkpoint-3").exists() and (out / "checkpoint-1").exists()
     assert [file.name for file in (out / "completions").iterdir()] == ["completions_00001.jsonl"]
     assert (out / "checkpoint-best").exists()
+
+
+def test_training_goes_on_from_a_finished_adapter(run, tmp_path):
+    first = run("--max_steps", "1")
+    second = tmp_path / "second"
+    run("--start_adapter", str(first), "--output_dir", str(second), "--max_steps", "1")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert before.keys() == after.keys() and not all(before[name].equal(after[name]) for name in before)
+    # The teacher of the second run is the policy that the first one ended with, and not the base
+    teacher = load_file(second / "checkpoint-1" / "teacher_weights_0.safetensors")
+    assert len(teacher) == len(before)
+    for name, weight in before.items():
+        assert_close(teacher[".".join(name.split(".")[:-1]) + ".default.weight"], weight, rtol=0, atol=0)
 
 
 def test_wandb_offline(run, monkeypatch, tmp_path):

@@ -41,6 +41,14 @@ def rollout(trainer, size=4, steps=1):
     return trainer._buffered_inputs
 
 
+def perturb_student(trainer):
+    """Move the adapter, which is zero at the start, so that the student is not the teacher."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+
+
 def teacher_logits(trainer, inputs):
     with trainer._as_teacher(trainer.model):
         return trainer._completion_logits(trainer.model, inputs, "teacher_")
@@ -94,7 +102,8 @@ def test_end_of_sequence_token_keeps_its_loss_when_it_is_the_padding(make_traine
 def test_padding_changes_nothing(make_trainer, problems, batch_size):
     """Per-token divergence of a padded micro-batch against plain forward passes without any padding."""
     rows = [row | {"solution": row["solution"] * (1 + 8 * i)} for i, row in enumerate(problems.select(range(4)))]
-    trainer = make_trainer(Dataset.from_list(rows), lora_settings={"init_lora_weights": False})
+    trainer = make_trainer(Dataset.from_list(rows))
+    perturb_student(trainer)
     inputs = rollout(trainer, size=batch_size)[0]
     lengths = inputs["teacher_prompt_attention_mask"].sum(1)
     assert batch_size == 1 or lengths.max() > 3 * lengths.min()
@@ -151,9 +160,8 @@ def test_fused_loss_equals_the_dense_one(make_trainer, settings):
     """Loss, logged statistics and gradient, tied head included; and the fused loss never builds the logits."""
     results = []
     for loss_implementation in ("dense", "fused"):
-        trainer = make_trainer(
-            lora_settings={"init_lora_weights": False}, loss_implementation=loss_implementation, **settings
-        )
+        trainer = make_trainer(loss_implementation=loss_implementation, **settings)
+        perturb_student(trainer)
         torch.manual_seed(0)
         (inputs,) = rollout(trainer)
         calls = []

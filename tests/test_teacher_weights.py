@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from test_opsd_trainer import rollout, teacher_logits
 from torch.testing import assert_close
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 DECAY = 0.7
 EMA = {"fixed_teacher": False, "use_ema_teacher": True, "ema_decay": DECAY, "learning_rate": 1e-2}
@@ -129,3 +130,55 @@ def test_float32_copies_do_not_stall_where_the_weights_are_bfloat16(make_trainer
         weight = trainer.model.get_parameter(name).float()
         assert_close(copy, 0.999 * start[name] + 0.001 * weight, rtol=1e-6, atol=1e-8)
         assert not torch.equal(copy, start[name])
+
+
+def test_fixed_teacher_of_an_adapter_that_is_trained_is_the_policy_with_it(make_trainer, tmp_path):
+    """Continued self-distillation: the start policy is not the base."""
+    first = make_trainer(max_steps=3, learning_rate=1e-2)
+    first.train()
+    first.save_model(str(tmp_path / "first"))
+    assert first.teacher_is_base and first._teacher_weights is None
+    base = AutoModelForCausalLM.from_pretrained(first.model.name_or_path)
+    model = PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True)
+    trainer = make_trainer(model=model, max_steps=3, learning_rate=1e-2)
+    assert not trainer.teacher_is_base
+    (inputs,) = rollout(trainer)
+    with torch.no_grad():
+        start = trainer._completion_logits(trainer.model, inputs, "teacher_")
+        with trainer.model.disable_adapter():
+            assert not torch.allclose(trainer._completion_logits(trainer.model, inputs, "teacher_"), start, atol=1e-3)
+    trainer.train()
+    assert torch.equal(teacher_logits(trainer, inputs), start)
+    with torch.no_grad():
+        assert not torch.allclose(trainer._completion_logits(trainer.model, inputs, "teacher_"), start, atol=1e-3)
+
+
+def test_first_tokens_can_be_left_out_of_the_loss(make_trainer):
+    trainer = make_trainer(num_loss_tokens_to_skip=3, loss_implementation="dense")
+    (inputs,) = rollout(trainer)
+    assert torch.equal(
+        inputs["loss_mask"], inputs["completion_mask"] & (torch.arange(inputs["loss_mask"].shape[1]) >= 3)
+    )
+    num_counted = inputs["loss_mask"].sum()
+    assert trainer._num_loss_tokens == num_counted < inputs["completion_mask"].sum()
+    per_token, _, _ = trainer._dense_loss(trainer.model, inputs)
+    inputs["loss_mask"] = inputs["completion_mask"]
+    all_tokens, _, _ = trainer._dense_loss(trainer.model, inputs)
+    positions = torch.arange(inputs["loss_mask"].shape[1]).expand_as(inputs["loss_mask"])[inputs["completion_mask"]]
+    assert_close(per_token, all_tokens[positions >= 3], rtol=0, atol=0)
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert logged["num_generated_tokens"] > num_counted and logged["divergence/first_tokens"] > 0.0
+
+
+def test_text_can_be_put_behind_the_header_of_the_teacher_alone(make_trainer):
+    plain, prefilled = (make_trainer(teacher_prefill=text).train_dataset[0] for text in ("", "<think>\n"))
+    ids = make_trainer().processing_class("<think>\n", add_special_tokens=False).input_ids
+    assert prefilled["teacher_prompt_ids"] == plain["teacher_prompt_ids"] + ids
+    assert prefilled["student_prompt_ids"] == plain["student_prompt_ids"]
+
+
+def test_loss_temperature_is_not_that_of_the_rollouts(make_trainer):
+    trainer = make_trainer(temperature=1.3, loss_temperature=0.7)
+    assert trainer.generation_config.temperature == 1.3 and trainer._objective["temperature"] == 0.7
+    assert make_trainer(temperature=1.3)._objective["temperature"] == 1.3
