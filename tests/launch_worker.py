@@ -115,8 +115,8 @@ def moved_base_weights(trainer: OPSDTrainer, model_dir: str) -> list[str]:
 def main(model: str, dataset: str, folder: str, *further: str) -> None:
     """
     A run after a preflight and its resumption, the same with an EMA teacher, ten steps in bfloat16; with "full" also a full
-    fine-tuning. With "server PORT PID"
-    a run against a server, and one in which it dies.
+    fine-tuning. With "tensor_parallel" only the first run, with one engine over two processes. With "server PORT PID" a run
+    against a server, and one in which it dies.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
@@ -129,8 +129,16 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
         _, port, pid = further
         common |= {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
 
+    if "tensor_parallel" in further:
+        common |= {"vllm_tensor_parallel_size": 2}
     trainer = train(common | {"output_dir": run, "preflight": True})
     results = {"run": trainer.state.log_history, "processes": gather_object([describe(trainer)])}
+    if "tensor_parallel" in further:
+        results["engine_size"] = trainer.rollouts.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+        if trainer.accelerator.is_main_process:
+            Path(folder, "results.json").write_text(json.dumps(results))
+        finish(trainer, trainer.rollouts)
+        return
     if "server" in further:
         if trainer.accelerator.is_main_process:
             Path(folder, "results.json").write_text(json.dumps(results))

@@ -164,6 +164,16 @@ def test_launcher(launcher, one_process, tiny_model_dir, data, deepspeed_build, 
         assert not any(trained[name].equal(weight) for name, weight in base.items())
 
 
+@pytest.mark.slow
+def test_one_engine_over_two_processes(one_process, tiny_model_dir, data, tmp_path):
+    assert launch("ddp", 2, log := tmp_path / "log", tiny_model_dir, data, tmp_path, "tensor_parallel") == 0, (
+        log.read_text()
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["engine_size"] == 2
+    check_run(tmp_path / "run", results["run"], one_process)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
