@@ -54,6 +54,13 @@ class GRPOArguments(RunArguments):
     max_prompt_length: int | None = field(
         default=2048, metadata={"help": "Problems with a longer prompt, in tokens, are left out."}
     )
+    vllm_adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder through which adapters reach vLLM; by default in memory. With --vllm_mode server on another "
+            "machine: one that both see."
+        },
+    )
     reward: str = field(
         default="math",
         metadata={
@@ -70,14 +77,16 @@ class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     own), with complete checkpoints, and with a count of the generated tokens, `num_generated_tokens`.
     """
 
-    def __init__(self, model: Any, args: GRPOConfig, **kwargs: Any):
+    def __init__(self, model: Any, args: GRPOConfig, vllm_adapter_dir: str | None = None, **kwargs: Any):
         class Generation(OnPolicyGeneration):
             logprobs_mode = (
                 "processed_logprobs"  # at the sampling temperature: what TRL's importance ratio compares with
             )
 
         revision = (args.model_init_kwargs or {}).get("revision")
-        generation = partial(Generation, seed=args.seed, engine_arguments={"revision": revision})
+        generation = partial(
+            Generation, seed=args.seed, adapter_dir=vllm_adapter_dir, engine_arguments={"revision": revision}
+        )
         with mock.patch.object(grpo_trainer, "VLLMGeneration", generation):
             super().__init__(model=model, args=args, **kwargs)
         self.rollouts: OnPolicyGeneration | None = self.vllm_generation if self.use_vllm else None
@@ -106,13 +115,15 @@ def make_reward(name: str, thinking: bool) -> Callable[..., list[float]]:
         boxed = [extract_answer(message["content"], method="legacy") for (message,) in completions]
         return [float(text == gold) for text, gold in zip(boxed, answer, strict=True)]
 
+    if name == "exact_match":
+        return exact_match
     pool = GradingPool(workers=GRADE_WORKERS)
 
     def math(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
         boxed = [extract_answer(message["content"], thinking) for (message,) in completions]
         return [float(verdict.equal is True) for verdict in pool.grade_all(zip(boxed, answer, strict=True))]
 
-    return {"math": math, "exact_match": exact_match}[name]
+    return math
 
 
 def prepare(
@@ -140,7 +151,15 @@ def prepare(
 def main(arguments: list[str] | None = None) -> None:
     """Run the program with the given command line (default: that of the process)."""
     with refuse_bad_input("grpo_train.py"):
-        script_args, training_args, model_args = parse_arguments(GRPOArguments, GRPOConfig, arguments)
+        try:
+            script_args, training_args, model_args = parse_arguments(GRPOArguments, GRPOConfig, arguments)
+        except ValueError as error:
+            if "num_generations" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} The batch is --effective_batch_size, or processes x --per_device_train_batch_size x "
+                "--gradient_accumulation_steps: make it a multiple of --num_generations"
+            ) from error
         settings = (script_args, training_args, model_args)
         check_model(model_args, training_args.use_vllm)
         checkpoint = settle_run("grpo", training_args.max_completion_length, *settings)
@@ -150,11 +169,12 @@ def main(arguments: list[str] | None = None) -> None:
         columns = {"problem_column": script_args.problem_column, "answer_column": script_args.answer_column}
         datasets = load_data(script_args, columns)
         tokenizer = load_tokenizer(model_args, training_args)
-        with training_args.main_process_first(local=False):
-            train_dataset, eval_dataset = (
-                dataset and prepare(dataset, tokenizer, script_args.thinking, script_args.max_prompt_length)
-                for dataset in datasets
-            )
+        train_dataset, eval_dataset = (
+            None
+            if dataset is None
+            else prepare(dataset, tokenizer, script_args.thinking, script_args.max_prompt_length)
+            for dataset in datasets
+        )
         needed = training_args.generation_batch_size // training_args.num_generations
         if len(train_dataset) < needed:
             raise ValueError(
@@ -163,7 +183,12 @@ def main(arguments: list[str] | None = None) -> None:
             )
 
     training_args.model_init_kwargs = model_options(model_args, training_args)
-    training_args.chat_template_kwargs = {"enable_thinking": script_args.thinking}
+    training_args.chat_template_kwargs = (training_args.chat_template_kwargs or {}) | {
+        "enable_thinking": script_args.thinking
+    }
+    if training_args.vllm_max_model_length is None and script_args.max_prompt_length is not None:
+        # The engine's cache has to hold one sequence of this length: less than the model's own limit
+        training_args.vllm_max_model_length = script_args.max_prompt_length + training_args.max_completion_length
     trainer = OnPolicyGRPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -172,6 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
+        vllm_adapter_dir=script_args.vllm_adapter_dir,
     )
     run_training(trainer, script_args, model_args, checkpoint, trainer.rollouts)
 

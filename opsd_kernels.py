@@ -11,7 +11,8 @@ try:
 except ModuleNotFoundError:  # comes with PyTorch's CUDA builds; nothing else needs it
     triton = None
 
-NUM_STATISTICS = 6  # those of `TokenStatistics`, in its order
+NUM_STATISTICS = 7  # those of `TokenStatistics`, in its order
+ABSENT = -1e30  # log-probability of what is not there; finite, so that its summands are 0 and not infinity - infinity
 
 
 class Objective(NamedTuple):
@@ -26,6 +27,47 @@ class Objective(NamedTuple):
     logit_softcap: float | None
     sampled: bool  # the sampled-token loss, where `clip` bounds the advantage, and `beta` is that of the statistics
     statistics: bool
+    top_k_of: str = "teacher"
+    tail: bool = False
+
+
+# Top-k, for the dense form too
+
+
+def kept_entries(s: Tensor, t: Tensor, top_k: int, top_k_of: str) -> tuple[Tensor, Tensor | None]:
+    """
+    The entries that `top_k` keeps of (..., V) log-probabilities s = log p_S and t = log p_T.
+
+    Returns:
+        Their indices, (..., k), or for "both" (..., 2 k), the teacher's and then the student's; and for "both" which of
+        them occur for the second time, (..., 2 k), boolean, else `None`.
+    """
+    if top_k_of != "both":
+        return (t if top_k_of == "teacher" else s).topk(top_k, dim=-1).indices, None
+    of_teacher, of_student = (role.topk(top_k, dim=-1).indices for role in (t, s))
+    in_teachers = torch.zeros_like(t, dtype=torch.bool).scatter_(-1, of_teacher, True)
+    repeated = torch.cat([torch.zeros_like(of_teacher, dtype=torch.bool), in_teachers.gather(-1, of_student)], dim=-1)
+    return torch.cat([of_teacher, of_student], dim=-1), repeated
+
+
+def restricted(log_probs: Tensor, indices: Tensor, repeated: Tensor | None, tail: bool) -> Tensor:
+    """
+    Log-probabilities (..., K) of the kept entries: renormalized, or with `tail` as they are, and (..., K + 1) with that
+    of all others together as the last. Repeated entries, and a tail that is empty, are `ABSENT`.
+
+    The tail's is a logsumexp over the complement, where nothing cancels, be it small or almost everything; its gradient
+    is the softmax over the complement.
+    """
+    kept = log_probs.gather(-1, indices)
+    if repeated is not None:
+        kept = kept.masked_fill(repeated, ABSENT)
+    if not tail:
+        return kept.log_softmax(-1)
+    rest = log_probs.scatter(-1, indices, ABSENT).logsumexp(-1, keepdim=True)
+    return torch.cat([kept, rest], dim=-1)
+
+
+# Objectives
 
 
 def elementwise(
@@ -46,7 +88,7 @@ def elementwise(
             respect to logits * logit_scale / temperature. `None` if there is no need for it.
 
     Returns:
-        (n,) and (6, n), or (0, n) if the objective has no statistics, of the logits' dtype.
+        (n,) and (7, n), or (0, n) if the objective has no statistics, of the logits' dtype.
     """
     if triton is not None and student_logits.is_cuda and student_logits.dtype == torch.float32 and not objective.top_k:
         return _elementwise_triton(student_logits, teacher_logits, token_ids, objective, gradient)
@@ -84,8 +126,27 @@ def _elementwise_eager(
     return values, statistics
 
 
+def _argmax(values: Tensor) -> Tensor:
+    """(R, V) -> (R, 1). PyTorch's own reads at a tenth of the speed of `amax` on a CPU, so that it gets a block only."""
+    vocab_size, size = values.shape[-1], 1024
+    if vocab_size <= size:
+        return values.argmax(-1, keepdim=True)
+    num_blocks = vocab_size // size  # and one more that ends with the row
+    maxima = values[:, : num_blocks * size].unflatten(-1, (num_blocks, size)).amax(-1)
+    best = torch.cat([maxima, values[:, -size:].amax(-1, keepdim=True)], dim=-1).argmax(-1, keepdim=True)
+    columns = (best * size).clamp_(max=vocab_size - size) + torch.arange(size, device=values.device)  # (R, size)
+    return columns.gather(-1, values.gather(-1, columns).argmax(-1, keepdim=True))
+
+
 def _divergence_in_place(
-    p_s: Tensor, p_t: Tensor, s: Tensor, t: Tensor, scratch: Tensor, objective: Objective, gradient: bool
+    p_s: Tensor,
+    p_t: Tensor,
+    s: Tensor,
+    t: Tensor,
+    scratch: Tensor,
+    objective: Objective,
+    gradient: bool,
+    last_is_tail: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
     """
     `generalized_jsd` of (R, V) probabilities and their logarithms, in few passes and without further memory.
@@ -94,7 +155,7 @@ def _divergence_in_place(
     z = logits / temperature: g_j - p_S,j sum_i g_i, where g is the summands' derivative with respect to s.
 
     Returns:
-        Values and the first four of `TokenStatistics` (none if not asked for), (R,) each.
+        Values and the first four and the last of `TokenStatistics` (none if not asked for), (R,) each.
     """
     beta, clip = objective.beta, objective.clip
     delta = t.sub_(s)
@@ -115,7 +176,11 @@ def _divergence_in_place(
     pointwise = clip is not None and objective.clip_mode == "pointwise"
     below = torch.le(summands, clip, out=t) if pointwise else None  # 1.0 where the cap does not bite
     num_below = below.sum(-1) if pointwise else None
-    if gradient:
+    may_reverse = pointwise and objective.statistics
+    if may_reverse:
+        top = _argmax(p_t[:, :-1] if last_is_tail else p_t)  # (R, 1)
+        should_rise = p_t.gather(-1, top) > p_s.gather(-1, top)
+    if gradient or may_reverse:
         if pointwise:
             g.mul_(below)
             if beta == 1.0:
@@ -126,18 +191,22 @@ def _divergence_in_place(
                 g_sum.masked_fill_(num_below == g.shape[-1], -1)
             p_s.mul_(-g_sum.unsqueeze(-1))
         p_s.add_(g)
-        if clip is not None and not pointwise:
+        if clip is not None and objective.clip_mode == "token":
             p_s.mul_((total <= clip).unsqueeze(-1))
+        elif clip is not None and objective.clip_mode == "scale":
+            p_s.mul_((clip / total.clamp(min=clip)).unsqueeze(-1))
 
     statistics = []
     if objective.statistics:
         capped_values, free = (summands, s) if objective.clip_mode == "pointwise" else (total.unsqueeze(-1), None)
-        clipped_entries = clipped_mass = torch.zeros_like(total)
+        clipped_entries = clipped_mass = is_reversed = torch.zeros_like(total)
         if clip is not None:
             clipped_entries = summands.shape[-1] - num_below if pointwise else (total > clip).to(total.dtype)
             clipped_mass = torch.sub(capped_values, clip, out=free).clamp_(min=0).sum(-1)
         positive_mass = torch.clamp(capped_values, min=0, out=free).sum(-1)
-        statistics = [total, clipped_entries, clipped_mass, positive_mass]
+        if may_reverse:  # only a cap that bites can do it; else what looks like it is rounding
+            is_reversed = (should_rise & (p_s.gather(-1, top) > 0)).squeeze(-1) & (clipped_entries > 0)
+        statistics = [total, clipped_entries, clipped_mass, positive_mass, is_reversed]
     if clip is None:
         return total, statistics
     return summands.clamp_(max=clip).sum(-1) if pointwise else total.clamp(max=clip), statistics
@@ -180,17 +249,22 @@ def _rows_in_place(
         if gradient:
             p_s.mul_(advantage).scatter_add_(-1, index, -advantage)
     elif objective.top_k is not None and objective.top_k < t.shape[-1]:
-        t, indices = t.topk(objective.top_k, dim=-1)  # (R, k)
-        s, t = s.gather(-1, indices).log_softmax(-1), t.log_softmax(-1)
-        p_s_k = s.exp()
-        values, statistics = _divergence_in_place(p_s_k, t.exp(), s, t, torch.empty_like(s), objective, gradient)
-        if gradient:
-            p_s.zero_().scatter_(-1, indices, p_s_k)
+        indices, repeated = kept_entries(s, t, objective.top_k, objective.top_k_of)
+        s_k, t_k = (restricted(role, indices, repeated, objective.tail) for role in (s, t))  # (R, K) or (R, K + 1)
+        p_s_k = s_k.exp()
+        values, statistics = _divergence_in_place(
+            p_s_k, t_k.exp(), s_k, t_k, torch.empty_like(s_k), objective, gradient, last_is_tail=objective.tail
+        )
+        if gradient and objective.tail:  # the tail's entries share its gradient in proportion to their probability
+            torch.softmax(s.scatter_(-1, indices, ABSENT), -1, out=p_s).mul_(p_s_k[:, -1:])
+            p_s.scatter_add_(-1, indices, p_s_k[:, :-1])
+        elif gradient:
+            p_s.zero_().scatter_add_(-1, indices, p_s_k)
     else:
         values, statistics = _divergence_in_place(p_s, p_t, s, t, free, objective, gradient)
     if slope is not None:
         student_logits.mul_(slope)
-    return values, statistics + entropies
+    return values, statistics[:4] + entropies + statistics[4:]
 
 
 if triton is not None:
@@ -246,7 +320,7 @@ if triton is not None:
         gradient_ptr,  # (n, V)
         token_ids_ptr,  # (n,)
         values_ptr,  # (n,)
-        statistics_ptr,  # (6, n)
+        statistics_ptr,  # (7, n)
         vocab_size,
         num_tokens,
         scale,
@@ -254,7 +328,8 @@ if triton is not None:
         clip,
         BETA: tl.constexpr,
         POINTWISE: tl.constexpr,  # cap on each summand
-        TOKEN: tl.constexpr,  # cap on each token's sum; neither: no cap
+        TOKEN: tl.constexpr,  # cap on each token's sum
+        SCALE: tl.constexpr,  # the same, but the gradient is scaled and not cut off; none of the three: no cap
         SAMPLED: tl.constexpr,
         SOFTCAP: tl.constexpr,
         GRADIENT: tl.constexpr,
@@ -291,8 +366,9 @@ if triton is not None:
         advantage = 0.0
         if SAMPLED:
             token_id = tl.load(token_ids_ptr + row)
-            student_logit, _ = _scaled(tl.load(student_ptr + token_id), True, scale, softcap, SOFTCAP)
-            teacher_logit, _ = _scaled(tl.load(teacher_ptr + token_id), True, scale, softcap, SOFTCAP)
+            # Names of their own: a loop below that assigns a block to a name of a scalar does not compile
+            student_logit, student_slope = _scaled(tl.load(student_ptr + token_id), True, scale, softcap, SOFTCAP)
+            teacher_logit, teacher_slope = _scaled(tl.load(teacher_ptr + token_id), True, scale, softcap, SOFTCAP)
             log_prob = student_logit - s_max - s_log_sum
             advantage = teacher_logit - t_max - t_log_sum - log_prob
             if clip > 0:
@@ -300,7 +376,7 @@ if triton is not None:
             tl.store(values_ptr + row, -advantage * log_prob)
 
         # Sums over the row; the gradient too where it does not depend on them
-        GRADIENT_NOW: tl.constexpr = SAMPLED or (BETA == 0.0 and not POINTWISE and not TOKEN)
+        GRADIENT_NOW: tl.constexpr = SAMPLED or (BETA == 0.0 and not POINTWISE and not TOKEN and not SCALE)
         total = zeros
         capped_total = zeros
         num_capped = zeros
@@ -308,6 +384,7 @@ if triton is not None:
         g_sum = zeros
         s_entropy = zeros
         t_entropy = zeros
+        top_column = tl.zeros((BLOCK,), tl.int32)  # of the teacher's most probable token
         for start in range(0, vocab_size, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             mask = columns < vocab_size
@@ -321,6 +398,8 @@ if triton is not None:
                 capped_total += tl.minimum(f, clip)
                 num_capped += tl.where(f > clip, 1.0, 0.0)
                 g = tl.where(f > clip, -p_s if BETA == 1.0 else 0.0, g)
+                if STATISTICS:
+                    top_column = tl.maximum(top_column, tl.where(z_t == t_max, columns, 0))
             g_sum += g
             if STATISTICS:
                 positive_mass += tl.maximum(f, 0.0)
@@ -337,7 +416,7 @@ if triton is not None:
         positive = tl.sum(positive_mass, 0)
         if POINTWISE:
             value = tl.sum(capped_total, 0)
-        elif TOKEN:
+        elif TOKEN or SCALE:
             value = tl.minimum(divergence, clip)
             clipped_entries = tl.where(divergence > clip, 1.0, 0.0)
             positive = tl.maximum(divergence, 0.0)
@@ -350,12 +429,28 @@ if triton is not None:
             tl.store(statistics_ptr + 3 * num_tokens + row, positive)
             tl.store(statistics_ptr + 4 * num_tokens + row, tl.sum(s_entropy, 0))
             tl.store(statistics_ptr + 5 * num_tokens + row, tl.sum(t_entropy, 0))
+            is_reversed = 0.0
+            if POINTWISE:
+                column = tl.max(top_column, 0)
+                top_student, student_slope = _scaled(tl.load(student_ptr + column), True, scale, softcap, SOFTCAP)
+                top_teacher, teacher_slope = _scaled(tl.load(teacher_ptr + column), True, scale, softcap, SOFTCAP)
+                top_p_s, top_p_t, top_f, top_g = _summands(
+                    top_student - s_max - s_log_sum, top_teacher - t_max - t_log_sum, True, BETA
+                )
+                top_g = tl.where(top_f > clip, -top_p_s if BETA == 1.0 else 0.0, top_g)
+                should_rise = (top_p_t > top_p_s) & (clipped_entries > 0)
+                is_reversed = tl.where(should_rise & (top_g - top_p_s * tl.sum(g_sum, 0) > 0), 1.0, 0.0)
+            tl.store(statistics_ptr + 6 * num_tokens + row, is_reversed)
 
         if GRADIENT and not GRADIENT_NOW:
             factor = -tl.sum(g_sum, 0)
             if BETA == 0.0:
                 factor = tl.where(clipped_entries == 0, 1.0, factor) if POINTWISE else 1.0
-            keep = tl.where(divergence > clip, 0.0, 1.0) if TOKEN else 1.0
+            keep = 1.0
+            if TOKEN:
+                keep = tl.where(divergence > clip, 0.0, 1.0)
+            elif SCALE:
+                keep = tl.where(divergence > clip, clip / divergence, 1.0)
             for start in range(0, vocab_size, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 mask = columns < vocab_size
@@ -396,6 +491,7 @@ if triton is not None:
                 BETA=objective.beta,
                 POINTWISE=capped and objective.clip_mode == "pointwise",
                 TOKEN=capped and objective.clip_mode == "token",
+                SCALE=capped and objective.clip_mode == "scale",
                 SAMPLED=objective.sampled,
                 SOFTCAP=softcap is not None,
                 GRADIENT=gradient is not None,

@@ -7,20 +7,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opsd_kernels import Objective, elementwise
+from opsd_kernels import Objective, elementwise, kept_entries, restricted
 
-CLIP_MODES = ("pointwise", "token")
+CLIP_MODES = ("pointwise", "token", "scale")
+TOP_K_OF = ("teacher", "student", "both")
 
 
 class TokenStatistics(NamedTuple):
     """What the divergence of each token is made of. Detached, of the shape and dtype of the divergence."""
 
     divergence: Tensor  # before the clip, nats
-    clipped_entries: Tensor  # how many summands (pointwise) or tokens (token) lay above the cap
+    clipped_entries: Tensor  # how many summands (pointwise) or tokens (token, scale) lay above the cap
     clipped_mass: Tensor  # what the cap took away, nats
     positive_mass: Tensor  # sum of what the cap applies to, where positive: the whole of `clipped_mass`, nats
     student_entropy: Tensor  # over the full vocabulary, nats
     teacher_entropy: Tensor
+    # 1 where a step on the loss pushes down the logit of the teacher's most probable token though p_T > p_S there. Only
+    # the pointwise cap can do it; both as the loss compares them, with `top_k` among the entries that it keeps.
+    reversed: Tensor
 
 
 def check_objective(
@@ -30,6 +34,7 @@ def check_objective(
     clip: float | None,
     clip_mode: str = "pointwise",
     top_k: int | None = None,
+    top_k_of: str = "teacher",
 ) -> None:
     """Raise `ValueError` for settings that no objective here is defined for."""
     if not 0.0 <= beta <= 1.0:
@@ -42,6 +47,8 @@ def check_objective(
         raise ValueError(f"clip_mode must be one of {', '.join(CLIP_MODES)}, got {clip_mode!r}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, or None for the full vocabulary, got {top_k}")
+    if top_k_of not in TOP_K_OF:
+        raise ValueError(f"top_k_of must be one of {', '.join(TOP_K_OF)}, got {top_k_of!r}")
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -75,6 +82,22 @@ def _summands(s: Tensor, t: Tensor, beta: float) -> Tensor:
     return -beta * p_t * mixture_to_t - (1 - beta) * p_s * mixture_to_s
 
 
+def _reversed(summands: Tensor, s: Tensor, t: Tensor, beta: float, clip: float, last_is_tail: bool) -> Tensor:
+    """`TokenStatistics.reversed`, boolean (R,), of (R, V) summands under a pointwise cap that bites in every row."""
+    p_s, p_t = s.exp(), t.exp()
+    if beta == 0.0:
+        g = -p_t
+    elif beta == 1.0:
+        g = summands + p_s
+    else:
+        mixture = torch.logaddexp(t + math.log(beta), s + math.log(1 - beta))
+        g = (1 - beta) * p_s * (s - mixture)
+    g = torch.where(summands <= clip, g, 0)  # derivative of the capped summand i with respect to s_i
+    gradient = g - p_s * g.sum(-1, keepdim=True)  # with respect to logits / temperature
+    top = (p_t[:, :-1] if last_is_tail else p_t).argmax(-1, keepdim=True)
+    return ((p_t.gather(-1, top) > p_s.gather(-1, top)) & (gradient.gather(-1, top) > 0)).squeeze(-1)
+
+
 def generalized_jsd(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -85,6 +108,8 @@ def generalized_jsd(
     clip: float | None = None,
     clip_mode: str = "pointwise",
     top_k: int | None = None,
+    top_k_of: str = "teacher",
+    tail: bool = False,
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
     """
@@ -101,10 +126,16 @@ def generalized_jsd(
         mask: (...), true or non-zero at tokens that count; the others get the value 0 and no gradient.
         beta: in [0, 1].
         temperature: of both softmaxes.
-        clip: cap in nats; a capped term has no gradient. `None` for no cap.
+        clip: cap in nats, or `None`. What is capped has no gradient, other than with "scale".
         clip_mode: "pointwise" caps each (token, vocabulary entry) summand from above before the sum, as the release
-            does, whose sum can then be negative; "token" caps a token's sum.
-        top_k: restrict both distributions to the teacher's k most probable entries, renormalized.
+            does, whose sum can then be negative; "token" caps a token's sum D; "scale" has the same value min(D, clip),
+            but keeps the gradient's direction: that of D times min(1, clip / D), so that a token counts as if its
+            divergence were `clip` at most.
+        top_k: restrict both distributions to k entries at each token. The choice is a constant for the gradient.
+        top_k_of: whose most probable entries: "teacher", "student", or "both" for the union, 2 k at most.
+        tail: what becomes of the others. False: both distributions are renormalized over the kept entries. True: the
+            kept ones stay as they are, and all others form one more entry, whose probability is theirs together. That
+            is the divergence of coarser distributions, which is never above the full one.
         return_statistics: return (divergence, `TokenStatistics`) instead.
 
     Returns:
@@ -113,7 +144,7 @@ def generalized_jsd(
     Raises:
         ValueError: for settings outside their range and for logits of different shapes.
     """
-    check_objective(beta=beta, temperature=temperature, clip=clip, clip_mode=clip_mode, top_k=top_k)
+    check_objective(beta=beta, temperature=temperature, clip=clip, clip_mode=clip_mode, top_k=top_k, top_k_of=top_k_of)
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student and teacher logits differ in shape: {tuple(student_logits.shape)}, {tuple(teacher_logits.shape)}"
@@ -121,10 +152,10 @@ def generalized_jsd(
     s = _log_softmax(student_logits, temperature)  # (..., V)
     t = _log_softmax(teacher_logits.detach(), temperature)  # (..., V)
     student_entropy, teacher_entropy = _entropy(s.detach()), _entropy(t)  # (...)
-    if top_k is not None and top_k < t.shape[-1]:
-        t, indices = t.topk(top_k, dim=-1)  # (..., k)
-        s = s.gather(-1, indices).log_softmax(-1)
-        t = t.log_softmax(-1)
+    is_restricted = top_k is not None and top_k < t.shape[-1]
+    if is_restricted:
+        indices, repeated = kept_entries(s.detach(), t, top_k, top_k_of)
+        s, t = (restricted(role, indices, repeated, tail) for role in (s, t))  # (..., K) or (..., K + 1)
 
     summands = _summands(s, t, beta)  # (..., V)
     clipped = summands.clamp(max=clip) if clip is not None and clip_mode == "pointwise" else summands
@@ -136,6 +167,8 @@ def generalized_jsd(
     divergence = clipped.sum(-1)  # (...)
     if clip is not None and clip_mode == "token":
         divergence = divergence.clamp(max=clip)
+    elif clip is not None and clip_mode == "scale":
+        divergence = divergence * (clip / divergence.detach().clamp(min=clip))
     if mask is not None:
         divergence = torch.where(mask.bool(), divergence, 0)
     if not return_statistics:
@@ -146,13 +179,21 @@ def generalized_jsd(
             summands if clip_mode == "pointwise" else summands.sum(-1, keepdim=True)
         )  # (..., V) or (..., 1)
         above = (capped_values - (math.inf if clip is None else clip)).clamp(min=0)
+        clipped_entries = (above > 0).sum(-1).to(s.dtype)
+        is_reversed = torch.zeros_like(clipped_entries)
+        if clip is not None and clip_mode == "pointwise":
+            rows = clipped_entries > 0
+            is_reversed[rows] = _reversed(
+                summands[rows], s[rows], t[rows], beta, clip, last_is_tail=is_restricted and tail
+            ).to(s.dtype)
         statistics = TokenStatistics(
             divergence=summands.sum(-1),
-            clipped_entries=(above > 0).sum(-1).to(s.dtype),
+            clipped_entries=clipped_entries,
             clipped_mass=above.sum(-1),
             positive_mass=capped_values.clamp(min=0).sum(-1),
             student_entropy=student_entropy,
             teacher_entropy=teacher_entropy,
+            reversed=is_reversed,
         )
         if mask is not None:
             statistics = TokenStatistics(*(torch.where(mask.bool(), value, 0) for value in statistics))
@@ -167,11 +208,13 @@ def sampled_token_loss(
     *,
     temperature: float = 1.0,
     clip: float | None = None,
+    importance_weights: Tensor | None = None,
 ) -> Tensor:
     """
     Policy-gradient loss of the sampled tokens alone (paper eq. 9): -A_n log p_S(y_n), A_n = log p_T(y_n) - log p_S(y_n).
 
-    The advantage A_n is a constant for the gradient. `clip` bounds it to [-clip, clip].
+    The advantage A_n is a constant for the gradient. `clip` bounds it to [-clip, clip]. With importance weights w_n, for
+    tokens that were not drawn from p_S, the loss is -w_n A_n log p_S(y_n). The paper has neither.
 
     Args:
         student_logits, teacher_logits: (..., V).
@@ -179,6 +222,8 @@ def sampled_token_loss(
         mask: (...), true or non-zero at tokens that count.
         temperature: of both softmaxes.
         clip: bound on the advantage's absolute value in nats, or `None`.
+        importance_weights: (...), constants for the gradient: p_S(y_n) over the probability that y_n was drawn with,
+            where that is not p_S. `None` for 1.
 
     Returns:
         (...), float32 or float64. Its value is no divergence; only its gradient has a meaning.
@@ -193,6 +238,8 @@ def sampled_token_loss(
     advantage = (t - s).detach()
     if clip is not None:
         advantage = advantage.clamp(-clip, clip)
+    if importance_weights is not None:
+        advantage = advantage * importance_weights.detach().to(s.dtype)
     loss = -advantage * s
     return loss if mask is None else torch.where(mask.bool(), loss, 0)
 
@@ -233,7 +280,7 @@ def _over_chunks(
     row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """
-    Values (N,) and statistics (6, N) or (0, N) of the objective, and if asked for the derivatives of values.sum(), or of
+    Values (N,) and statistics (7, N) or (0, N) of the objective, and if asked for the derivatives of values.sum(), or of
     (row_weights * values).sum(): with respect to `student_hidden` (N, H), and to `weight` (V, H) as the student's head.
     """
     (num_tokens, _), (vocab_size, _), device = student_hidden.shape, weight.shape, student_hidden.device
@@ -302,17 +349,26 @@ class _FusedLinearLoss(torch.autograd.Function):
     Takes the gradient along in the forward pass, where the logits are, and keeps dHidden: each value depends on the
     hidden state of its own token only, so that the backward pass has but to scale the rows, whatever comes after.
     The same goes for the weight's gradient where all values weigh the same, as in a sum or a mean. Else the backward
-    pass goes over the chunks again with the weights that it then knows.
+    pass goes over the chunks again with the weights that it then knows. `row_weights` (N,) are known beforehand.
     """
 
     @staticmethod
-    def forward(ctx, student_hidden, weight, teacher_hidden, teacher_weight, token_ids, objective, chunk_size):
+    def forward(
+        ctx, student_hidden, weight, teacher_hidden, teacher_weight, token_ids, row_weights, objective, chunk_size
+    ):
         inputs = (student_hidden, teacher_hidden, weight, teacher_weight, token_ids)
         hidden_gradient, weight_gradient = ctx.needs_input_grad[:2]
         values, statistics, d_hidden, d_weight = _over_chunks(
-            *inputs, objective, chunk_size, hidden_gradient=hidden_gradient, weight_gradient=weight_gradient
+            *inputs,
+            objective,
+            chunk_size,
+            hidden_gradient=hidden_gradient,
+            weight_gradient=weight_gradient,
+            row_weights=row_weights,
         )
-        ctx.save_for_backward(d_hidden, d_weight, *(inputs if weight_gradient else ()))
+        if row_weights is not None:
+            values.mul_(row_weights)
+        ctx.save_for_backward(d_hidden, d_weight, *((row_weights, *inputs) if weight_gradient else ()))
         ctx.settings = (objective._replace(statistics=False), chunk_size)
         ctx.mark_non_differentiable(statistics)
         return values, statistics
@@ -322,15 +378,17 @@ class _FusedLinearLoss(torch.autograd.Function):
     def backward(ctx, grad_values, _):
         d_hidden, d_weight, *inputs = ctx.saved_tensors
         if d_weight is not None:
+            row_weights, *inputs = inputs
             if (grad_values == grad_values[:1]).all():
                 d_weight = torch.mul(d_weight, grad_values[:1].sum(), out=torch.empty_like(d_weight))
             else:
+                row_weights = grad_values if row_weights is None else grad_values * row_weights
                 d_weight = _over_chunks(
-                    *inputs, *ctx.settings, hidden_gradient=False, weight_gradient=True, row_weights=grad_values
+                    *inputs, *ctx.settings, hidden_gradient=False, weight_gradient=True, row_weights=row_weights
                 )[3]
         if d_hidden is not None:
             d_hidden = torch.mul(d_hidden, grad_values.unsqueeze(-1), out=torch.empty_like(d_hidden))
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None
 
 
 def _fused_linear_loss(
@@ -341,6 +399,7 @@ def _fused_linear_loss(
     token_ids: Tensor | None,
     objective: Objective,
     chunk_size: int | None,
+    row_weights: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
     check_objective(
         beta=objective.beta,
@@ -348,25 +407,34 @@ def _fused_linear_loss(
         clip=objective.clip,
         clip_mode=objective.clip_mode,
         top_k=objective.top_k,
+        top_k_of=objective.top_k_of,
     )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None to choose it, got {chunk_size}")
     teacher_weight = weight if teacher_weight is None else teacher_weight
     shapes = [tuple(tensor.shape) for tensor in (student_hidden, teacher_hidden, weight, teacher_weight)]
+    of_tokens = [tensor for tensor in (token_ids, row_weights) if tensor is not None]
     if (
         any(len(shape) != 2 for shape in shapes)
         or (shapes[0][0], shapes[2][0]) != (shapes[1][0], shapes[3][0])
         or (shapes[0][1], shapes[1][1]) != (shapes[2][1], shapes[3][1])
-        or (token_ids is not None and token_ids.shape != student_hidden.shape[:1])
+        or any(tensor.shape != student_hidden.shape[:1] for tensor in of_tokens)
     ):
         raise ValueError(
-            "expected student and teacher hidden states (N, H), heads (V, H) and token ids (N,), got "
-            f"{', '.join(map(str, shapes))}" + ("" if token_ids is None else f", {tuple(token_ids.shape)}")
+            "expected student and teacher hidden states (N, H), heads (V, H), token ids and weights (N,), got "
+            f"{', '.join(map(str, shapes + [tuple(tensor.shape) for tensor in of_tokens]))}"
         )
     if not torch.is_grad_enabled():
         student_hidden, weight = student_hidden.detach(), weight.detach()
     values, statistics = _FusedLinearLoss.apply(
-        student_hidden, weight, teacher_hidden.detach(), teacher_weight.detach(), token_ids, objective, chunk_size
+        student_hidden,
+        weight,
+        teacher_hidden.detach(),
+        teacher_weight.detach(),
+        token_ids,
+        None if row_weights is None else row_weights.detach(),
+        objective,
+        chunk_size,
     )
     return (values, TokenStatistics(*statistics)) if objective.statistics else values
 
@@ -382,6 +450,8 @@ def fused_linear_jsd(
     clip: float | None = None,
     clip_mode: str = "pointwise",
     top_k: int | None = None,
+    top_k_of: str = "teacher",
+    tail: bool = False,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     chunk_size: int | None = None,
@@ -396,13 +466,14 @@ def fused_linear_jsd(
     or, where dtypes differ, three buffers (chunk_size, V). Equal to the dense form whatever reduction follows. Logits
     are float32 also where hidden states and weight are not, under autocast too; on CUDA, where the weight has 16 bits,
     the gradient of the logits is rounded to them for its product. Gradients reach `student_hidden` and, as far as they
-    want one, `lm_head_weight`, in their role as the student's; the teacher has none.
+    want one, `lm_head_weight`, in their role as the student's; the teacher has none. The Triton kernel, on CUDA, does
+    everything but `top_k`, whose element-wise part is PyTorch operations on a few tokens at a time, and slower.
 
     Args:
         student_hidden, teacher_hidden: (N, H), what enters the head, of any floating dtype.
         lm_head_weight: (V, H). The head has no bias.
         teacher_lm_head_weight: (V, H), where the teacher has another head; its H may differ from the student's.
-        beta, temperature, clip, clip_mode, top_k, return_statistics: as for `generalized_jsd`.
+        beta, temperature, clip, clip_mode, top_k, top_k_of, tail, return_statistics: as for `generalized_jsd`.
         logit_scale, logit_softcap: as in the model's configuration.
         chunk_size: tokens at a time; `None` chooses it from V, the dtypes and the memory that is free.
 
@@ -414,7 +485,17 @@ def fused_linear_jsd(
         ValueError: for settings outside their range and for shapes that do not fit.
     """
     objective = Objective(
-        beta, temperature, clip, clip_mode, top_k, logit_scale, logit_softcap, False, return_statistics
+        beta,
+        temperature,
+        clip,
+        clip_mode,
+        top_k,
+        logit_scale,
+        logit_softcap,
+        sampled=False,
+        statistics=return_statistics,
+        top_k_of=top_k_of,
+        tail=tail,
     )
     return _fused_linear_loss(
         student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, None, objective, chunk_size
@@ -430,6 +511,7 @@ def fused_linear_sampled_token_loss(
     teacher_lm_head_weight: Tensor | None = None,
     temperature: float = 1.0,
     clip: float | None = None,
+    importance_weights: Tensor | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     chunk_size: int | None = None,
@@ -442,7 +524,9 @@ def fused_linear_sampled_token_loss(
     Args:
         token_ids: (N,), int64, the sampled tokens.
         clip: bound on the advantage's absolute value in nats, or `None`.
-        return_statistics: return (loss, `TokenStatistics`), those of the divergence with `beta` and without a cap.
+        importance_weights: (N,), as for `sampled_token_loss`.
+        return_statistics: return (loss, `TokenStatistics`), those of the divergence with `beta`, without a cap or
+            weights; `reversed` is thus 0, since the sign of one sample's gradient says nothing.
         beta: of the statistics. The loss follows the gradient of beta = 1 on average.
 
     Returns:
@@ -452,7 +536,14 @@ def fused_linear_sampled_token_loss(
         beta, temperature, clip, "pointwise", None, logit_scale, logit_softcap, True, return_statistics
     )
     return _fused_linear_loss(
-        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, token_ids, objective, chunk_size
+        student_hidden,
+        teacher_hidden,
+        lm_head_weight,
+        teacher_lm_head_weight,
+        token_ids,
+        objective,
+        chunk_size,
+        importance_weights,
     )
 
 

@@ -7,10 +7,11 @@ Train a model with on-policy self-distillation (OPSD).
 All flags: `python opsd_train.py --help`. They may also stand in a YAML file: `--config FILE`.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from trl import get_peft_config
 from trl.trainer.utils import create_model_from_path
@@ -30,6 +31,8 @@ from run_setup import (
     run_training,
     settle_run,
 )
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,6 +66,14 @@ def check_adapter(folder: str, model_args: ModelArguments) -> None:
         )
     if not model_args.use_peft:
         raise ValueError(f"--start_adapter {folder}: trains an adapter, not the model; add --use_peft")
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"--start_adapter {folder}: is not a LoRA adapter but {config.peft_type}")
+    if config.base_model_name_or_path != model_args.model_name_or_path:
+        logger.warning(
+            "--start_adapter %s: was trained on %s, and --model_name_or_path is %s",
+            folder, config.base_model_name_or_path, model_args.model_name_or_path,
+        )  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -89,7 +100,17 @@ def main(arguments: list[str] | None = None) -> None:
     model, peft_config = model_args.model_name_or_path, get_peft_config(model_args)
     if script_args.start_adapter is not None:
         base = create_model_from_path(model, **training_args.model_init_kwargs)
-        model, peft_config = PeftModel.from_pretrained(base, script_args.start_adapter, is_trainable=True), None
+        plugin = training_args.deepspeed_plugin
+        model, peft_config = (
+            PeftModel.from_pretrained(
+                base,
+                script_args.start_adapter,
+                is_trainable=True,
+                autocast_adapter_dtype=plugin is None
+                or plugin.zero_stage != 3,  # as TRL does it: ZeRO-3 wants one dtype
+            ),
+            None,
+        )
     trainer = OPSDTrainer(
         model=model,
         args=training_args,

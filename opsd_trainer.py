@@ -34,6 +34,7 @@ from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, SelfDistillationDataCo
 from frozen_weights import FrozenWeights
 from opsd_loss import (
     CLIP_MODES,
+    TOP_K_OF,
     TokenStatistics,
     fused_linear_jsd,
     fused_linear_logprobs,
@@ -112,7 +113,8 @@ class OPSDConfig(GOLDConfig):
     use_ema_teacher: bool = field(
         default=False,
         metadata={
-            "help": "The teacher is an exponential moving average of the student, kept in float32, from its start."
+            "help": "The teacher is an exponential moving average of the trained weights from their start, kept in float32; "
+            "under LoRA of both factors, each by itself."
         },
     )
     ema_decay: float = field(
@@ -158,12 +160,27 @@ class OPSDConfig(GOLDConfig):
     jsd_clip_mode: str = field(
         default="pointwise",
         metadata={
-            "help": "pointwise: cap each summand, as the release does. token: cap each token's sum.",
+            "help": "pointwise: cap each summand, as the release does. token: cap each token's sum; beyond it there is no "
+            "gradient. scale: the same value, with the gradient scaled down and not cut off.",
             "choices": CLIP_MODES,
         },
     )
     top_k_loss: int = field(
         default=0, metadata={"help": "Divergence over the teacher's k most probable entries only; 0: full vocabulary."}
+    )
+    top_k_loss_of: str = field(
+        default="teacher",
+        metadata={"help": "With --top_k_loss: whose most probable entries; both: the union.", "choices": TOP_K_OF},
+    )
+    top_k_loss_tail: bool = field(
+        default=False,
+        metadata={
+            "help": "With --top_k_loss: one more entry for all the others, in place of renormalizing: a true divergence."
+        },
+    )
+    sampled_token_clip: float = field(
+        default=0.0,
+        metadata={"help": "With --use_tinker_loss: cap on the advantage |log p_teacher - log p_student|; 0: none."},
     )
     loss_implementation: str = field(
         default="fused",
@@ -245,6 +262,9 @@ class OPSDConfig(GOLDConfig):
             ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
             ("top_k_loss", self.top_k_loss >= 0, "not be negative; 0 takes the full vocabulary"),
+            ("top_k_loss_of", self.top_k_loss_of in TOP_K_OF, f"be one of {', '.join(TOP_K_OF)}"),
+            ("top_k_loss_tail", self.top_k_loss > 0 or not self.top_k_loss_tail, "go with --top_k_loss"),
+            ("sampled_token_clip", self.sampled_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             (
                 "loss_implementation",
                 self.loss_implementation in LOSS_IMPLEMENTATIONS,
@@ -487,7 +507,16 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     def _start_teacher(self) -> None:
         """Copy the weights that the teacher starts from or, after a resume, read those that it had."""
-        if self.teacher_is_base or not (self.args.fixed_teacher or self.args.use_ema_teacher):
+        has_own_weights = self.args.use_ema_teacher or (self.args.fixed_teacher and not self.teacher_is_base)
+        kind = "base" if self.teacher_is_base else "student"
+        if has_own_weights:
+            kind = "average" if self.args.use_ema_teacher else "start policy"
+        if (before := self._saved.setdefault("teacher", kind)) != kind:
+            raise ValueError(
+                f"--resume_from_checkpoint {self._resumed_from}: its teacher is the {before}, and with these flags it would be "
+                f"the {kind}; give --fixed_teacher, --use_ema_teacher, --use_peft and --start_adapter as at the first start"
+            )
+        if not has_own_weights:
             return
         decay = None if self.args.fixed_teacher else self.args.ema_decay
         self._teacher_weights = TeacherWeights(self.model_wrapped, self.accelerator, decay)
@@ -495,7 +524,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self._teacher_weights.load(self._resumed_from)
 
     def _update_teacher(self) -> None:
-        if self._teacher_weights is not None and self.state.global_step % self.args.ema_update_steps == 0:
+        is_due = self.state.global_step % self.args.ema_update_steps == 0 and self._num_skipped_in_a_row == 0
+        if self._teacher_weights is not None and is_due:
             self._teacher_weights.update()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -573,7 +603,9 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             tensor_parallel_size=args.vllm_tensor_parallel_size,
             gpu_memory_utilization=args.vllm_gpu_memory_utilization,
             max_model_length=args.vllm_max_model_length or longest,
-            max_num_seqs=args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            max_num_seqs=args.per_device_train_batch_size
+            * args.gradient_accumulation_steps
+            * args.vllm_tensor_parallel_size,
             enable_sleep_mode=args.vllm_enable_sleep_mode,
             model_impl=args.vllm_model_impl,
             trust_remote_code=args.trust_remote_code,
@@ -770,7 +802,11 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         token_ids = inputs["completion_ids"][inputs["loss_mask"]]
         if self.args.use_tinker_loss:
             per_token = sampled_token_loss(
-                student_logits, teacher_logits, token_ids, temperature=self.args.loss_temperature
+                student_logits,
+                teacher_logits,
+                token_ids,
+                temperature=self.args.loss_temperature,
+                clip=self.args.sampled_token_clip or None,
             )
         logprobs = None
         if "rollout_logprobs" in inputs:
@@ -787,13 +823,20 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         """
         policy = self.accelerator.unwrap_model(model)
         with self._as_teacher(model):
-            teacher_hidden = self._forward_redirection(
-                model, policy, self._completion_hidden_states, policy, inputs, "teacher_"
-            )  # (N, H)
-        return self._forward_redirection(model, policy, self._fused_student_loss, policy, inputs, teacher_hidden)
+            teacher = self._forward_redirection(model, policy, self._teacher_hidden_states, policy, inputs)
+        return self._forward_redirection(model, policy, self._fused_student_loss, policy, inputs, *teacher)
+
+    def _teacher_hidden_states(self, policy: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(N, H), and the teacher's head (V, H) where it is another one than the student's."""
+        hidden_states = self._completion_hidden_states(policy, inputs, "teacher_")
+        weight = _causal_lm(policy).get_output_embeddings().weight
+        if self._teacher_weights is None or not weight.requires_grad:
+            return hidden_states, None
+        with maybe_gather_lm_head_ctx(weight):
+            return hidden_states, weight.full_tensor() if isinstance(weight, DTensor) else weight.detach().clone()
 
     def _fused_student_loss(
-        self, policy: nn.Module, inputs: dict[str, Tensor], teacher_hidden: Tensor
+        self, policy: nn.Module, inputs: dict[str, Tensor], teacher_hidden: Tensor, teacher_weight: Tensor | None
     ) -> tuple[Tensor, TokenStatistics, Tensor | None]:
         student_hidden = self._completion_hidden_states(policy, inputs, "")  # (N, H)
         token_ids = inputs["completion_ids"][inputs["loss_mask"]]  # (N,)
@@ -804,11 +847,12 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             logprobs = None
             if "rollout_logprobs" in inputs:
                 logprobs = fused_linear_logprobs(student_hidden, weight, token_ids, **settings)
-            settings["return_statistics"] = True
+            settings |= {"teacher_lm_head_weight": teacher_weight, "return_statistics": True}
             if self.args.use_tinker_loss:
                 per_token, statistics = fused_linear_sampled_token_loss(
                     student_hidden, teacher_hidden, weight, token_ids,
-                    beta=self.beta, temperature=self.args.loss_temperature, **settings,
+                    beta=self.beta, temperature=self.args.loss_temperature, clip=self.args.sampled_token_clip or None,
+                    **settings,
                 )  # fmt: skip
             else:
                 per_token, statistics = fused_linear_jsd(
@@ -825,7 +869,19 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             "clip": None if self.args.use_tinker_loss else self.args.jsd_token_clip or None,
             "clip_mode": self.args.jsd_clip_mode,
             "top_k": None if self.args.use_tinker_loss else self.args.top_k_loss or None,
+            "top_k_of": self.args.top_k_loss_of,
+            "tail": self.args.top_k_loss_tail,
         }
+
+    @property
+    def _num_summands(self) -> int:
+        """How many summands of a token's divergence the cap applies to; where two sets are united, at most."""
+        if self.args.jsd_clip_mode != "pointwise":
+            return 1
+        top_k, is_union = self._objective["top_k"], self.args.top_k_loss_of == "both"
+        if top_k is None:
+            return self.model.config.get_text_config().vocab_size
+        return top_k * (2 if is_union else 1) + self.args.top_k_loss_tail
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch=None
@@ -841,16 +897,14 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             return loss * math.nan  # an infinite loss may have a finite gradient; `_get_grad_norm` must see this one
 
         mode = "train" if self.model.training else "eval"
-        num_entries = per_token.numel()
-        if self.args.jsd_clip_mode == "pointwise":
-            num_entries *= self._objective["top_k"] or self.model.config.get_text_config().vocab_size
+        num_tokens = per_token.numel()
         gap = per_token.new_zeros(1)
         if logprobs is not None:
             gap = torch.cat([gap, (logprobs - inputs["rollout_logprobs"][inputs["loss_mask"]]).abs()])
         mask = inputs["loss_mask"]
         is_first = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask] < NUM_FIRST_TOKENS  # (N,)
         sums = self._token_sums[mode]
-        sums[:2] += sums.new_tensor([per_token.numel(), num_entries])
+        sums[:2] += sums.new_tensor([num_tokens, num_tokens * self._num_summands])
         values = (is_first, statistics.divergence * is_first, gap, *statistics)
         sums[2:] += torch.stack([value.sum(dtype=torch.float64) for value in values])
         self._max_logprob_gap[mode] = torch.maximum(self._max_logprob_gap[mode], gap.max())
@@ -921,14 +975,14 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self._on_policy_step_equiv = 0.0  # GOLD would repeat the loss under a second name
         if lengths := self._lengths[mode]:
             sums = self.accelerator.reduce(self._token_sums[mode], "sum")
-            num_tokens, num_entries, num_first = sums[:3].clamp(min=1).tolist()
-            first_divergence, gap = sums[3:5].tolist()
+            num_tokens, num_entries = sums[:2].clamp(min=1).tolist()
+            num_first, first_divergence, gap = sums[2:5].tolist()
             total = TokenStatistics(*sums[5:].tolist())
             values = {
                 "divergence": total.divergence / num_tokens,
-                "divergence/first_tokens": first_divergence / num_first,
                 "clip/entries_ratio": total.clipped_entries / num_entries,
                 "clip/mass_ratio": total.clipped_mass / total.positive_mass if total.positive_mass else 0.0,
+                "clip/reversed_ratio": total.reversed / num_tokens,
                 "entropy/student": total.student_entropy / num_tokens,
                 "entropy/teacher": total.teacher_entropy / num_tokens,
                 "completions/mean_length": sum(lengths) / len(lengths),
@@ -936,6 +990,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 "completions/max_length": max(lengths),
                 "completions/truncated_ratio": sum(self._truncated[mode]) / len(lengths),
             }
+            if num_first > 0:
+                values["divergence/first_tokens"] = first_divergence / num_first
             if self.rollouts is not None:
                 values["rollout_logprob_gap"] = gap / num_tokens
                 values["rollout_logprob_gap_max"] = self.accelerator.gather(self._max_logprob_gap[mode]).max().item()

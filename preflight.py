@@ -66,6 +66,8 @@ MEANINGS = {
     "--use_vllm",
     "fixed teacher": "the teacher is not the initial policy: its base weights are not those on disk (an adapter merged into "
     "them?), or it follows the adapter. Load the model anew and merge nothing into it",
+    "teacher's weights": "the weights that the teacher has of its own are not put in place for its forward pass, or follow the "
+    "student between two steps",
     "current teacher": "the teacher is not the current policy: both score the same tokens differently behind the same prompt",
     "padding": "log-probabilities depend on the padding. Prompts have to be padded on the left (SelfDistillationDataCollator), "
     "and the attention has to honour the mask: try --attn_implementation sdpa",
@@ -266,19 +268,18 @@ def _check_teacher(
         return [
             Check("current teacher", "against the student, same prompt", f"max {deviation:.1e}", "0", deviation == 0.0)
         ]
-    checks = [Check("fixed teacher", "vLLM without adapter against it", "no vLLM here", "", None)]
+    deviation = (now - before).abs().max().item()
+    measured = ("before and after noise and sync", f"max {deviation:.1e}", "0", deviation == 0.0)
     if not trainer.teacher_is_base:
-        checks = []  # its weights are here alone
-    elif trainer.rollouts is not None:
+        return [Check("teacher's weights", *measured)]
+    checks = [Check("fixed teacher", "vLLM without adapter against it", "no vLLM here", "", None)]
+    if trainer.rollouts is not None:
         room = trainer.rollouts.max_model_length - NUM_TOKENS  # vLLM need not take prompts as long as the teacher's
         contexts = [prompt[-room:] for prompt in prompts]
         base_completions, base_logprobs = _sample(trainer, contexts, base=True)
         teacher = _logprobs(trainer, contexts, base_completions, as_teacher=True)
         checks = [_compare("fixed teacher", "vLLM without adapter against it", base_logprobs, teacher, tolerance)]
-    deviation = (now - before).abs().max().item()
-    return checks + [
-        Check("fixed teacher", "before and after noise and sync", f"max {deviation:.1e}", "0", deviation == 0.0)
-    ]
+    return [*checks, Check("fixed teacher", *measured)]
 
 
 def _check_padding(

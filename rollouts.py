@@ -162,7 +162,7 @@ class OnPolicyGeneration(VLLMGeneration):
             self.model.name_or_path,
             tensor_parallel_size=size,
             max_model_len=self.max_model_length,
-            max_num_seqs=self.max_num_seqs * size,
+            max_num_seqs=self.max_num_seqs,
             enable_sleep_mode=self.enable_sleep_mode,
             model_impl=self.model_impl,
             trust_remote_code=self.trust_remote_code,

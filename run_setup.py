@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, Traine
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import is_flash_attn_2_available
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl.import_utils import is_vllm_available
 
 from checkpoints import find_checkpoint
 from eval.grading import answer_text
@@ -80,7 +81,7 @@ class ModelArguments(ModelConfig):
         default="float32",
         metadata={
             "help": "Data type in which the weights are loaded. bfloat16 goes with --use_peft, whose adapters stay in "
-            "float32; without an adapter the optimizer needs float32.",
+            "float32 (under DeepSpeed its optimizer keeps them in float32); without an adapter the optimizer needs float32.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
             "aliases": ["--torch_dtype"],
         },
@@ -92,7 +93,7 @@ class _RunParser(TrlParser):
 
     def parse_args_into_dataclasses(self, args: Sequence[str], **kwargs: Any) -> tuple:
         given, _ = self.parse_known_args(args)
-        args = [*args, *self._use_peft(given), *self._accumulation(given)]
+        args = [*args, *self._use_peft(args, given), *self._accumulation(given)]
         if given.dry_run is None:
             return super().parse_args_into_dataclasses(args=args, **kwargs)
         if not torch.cuda.is_available():
@@ -101,13 +102,12 @@ class _RunParser(TrlParser):
             return super().parse_args_into_dataclasses(args=args, **kwargs)
 
     @staticmethod
-    def _use_peft(given: Namespace) -> list[str]:
+    def _use_peft(args: Sequence[str], given: Namespace) -> list[str]:
         if given.use_peft is not None:
             return []
-        names = [
-            f.name for f in dataclasses.fields(ModelArguments) if f.name.startswith("lora_") or f.name == "use_dora"
-        ]
-        flags = [f"--{name}" for name in names if getattr(given, name) != getattr(ModelArguments, name)]
+        names = [name for name in vars(given) if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+        words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in args if word.startswith("--")}
+        flags = [f"--{n}" for n in names if n in words or getattr(given, n) != getattr(ModelArguments, n)]
         if flags:
             raise ValueError(
                 f"{', '.join(flags)} without --use_peft: the whole model would be trained. Add --use_peft, or say "
@@ -181,6 +181,10 @@ def check_model(model_args: ModelArguments, use_vllm: bool = False) -> None:
         raise ValueError("--model_name_or_path is missing: name a model's folder or Hub id")
     if path.startswith((".", "/", "~")) and not os.path.isdir(os.path.expanduser(path)):
         raise ValueError(f"--model_name_or_path {path}: no such folder; give a model's folder or Hub id")
+    if use_vllm and not is_vllm_available():
+        raise ValueError(
+            "--use_vllm: there is no vLLM of a version that TRL supports; scripts/setup_env.sh installs one"
+        )
     if use_vllm and model_args.use_peft:
         check_servable(get_peft_config(model_args))
     if use_vllm and (model_args.load_in_4bit or model_args.load_in_8bit):
@@ -285,6 +289,8 @@ def model_options(model_args: ModelArguments, training_args: TrainingArguments) 
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
         "attn_implementation": choose_attention(model_args.attn_implementation, model_args.dtype, training_args),
+        "trust_remote_code": training_args.trust_remote_code,
+        "device_map": None,  # where TRL says "auto", one process would spread the model over all GPUs that it sees
     }
     if (quantization_config := get_quantization_config(model_args)) is not None:
         options["quantization_config"] = quantization_config

@@ -62,12 +62,14 @@ def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking:
     }
 
 
-def prepare(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool, max_length: int | None) -> Dataset:
+def prepare(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool, args: SFTConfig) -> Dataset:
     """Encode all rows; leave out, and count, those that are too long: a solution without its end teaches not to end."""
+    max_length = args.max_length
     encoded = dataset.map(
         encode,
         fn_kwargs={"tokenizer": tokenizer, "thinking": thinking},
         remove_columns=dataset.column_names,
+        num_proc=args.dataset_num_proc,
         desc="Encoding prompts and solutions",
     )
     fitting = encoded.filter(lambda ids: max_length is None or len(ids) <= max_length, input_columns="input_ids")
@@ -93,6 +95,11 @@ def main(arguments: list[str] | None = None) -> None:
         )
         settings = (script_args, training_args, model_args)
         check_model(model_args)
+        for flag in ("chat_template_path", "eos_token"):
+            if (value := getattr(training_args, flag)) is not None:
+                raise ValueError(
+                    f"--{flag} {value}: would act after the prompts are encoded; change the tokenizer in the model's folder"
+                )
         checkpoint = settle_run("sft", training_args.max_length, *settings)
         if script_args.dry_run is not None:
             print_dry_run(*settings)
@@ -100,11 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
         columns = {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
         datasets = load_data(script_args, columns)
         tokenizer = load_tokenizer(model_args, training_args)
-        with training_args.main_process_first(local=False):
-            train_dataset, eval_dataset = (
-                dataset and prepare(dataset, tokenizer, script_args.thinking, training_args.max_length)
-                for dataset in datasets
-            )
+        train_dataset, eval_dataset = (
+            None if dataset is None else prepare(dataset, tokenizer, script_args.thinking, training_args)
+            for dataset in datasets
+        )
 
     training_args.model_init_kwargs = model_options(model_args, training_args)
     trainer = CompleteSFTTrainer(

@@ -14,6 +14,7 @@
 # each GPU). DRY_RUN=1 checks all arguments, prints the command and exits. Further arguments go through, the last one wins.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ ! -e .venv/bin/activate ] || source .venv/bin/activate
 
 model=${MODEL:-Qwen/Qwen3-8B}
 checkpoints=(${CHECKPOINTS:-}) # unquoted, so that patterns are expanded

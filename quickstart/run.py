@@ -123,7 +123,7 @@ def run_seed(seed: int, methods: dict[str, Method], steps: int, use_vllm: bool, 
         held_out = find_benchmark(str(data_dir / "test.jsonl"))
         questions = load_questions(held_out, tokenizer, thinking=False)
         privileged = load_questions(held_out, tokenizer, thinking=False, privileged=True)
-        engine = start_engine(str(model), lora_rank=16, max_model_len=512)
+        engine = start_engine(str(model), lora_rank=16, max_model_len=512, gpu_memory_utilization=0.2)
         sampling = Sampling(val_n=4, max_new_tokens=64, greedy=True)
         pool = GradingPool()
 

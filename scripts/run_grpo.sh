@@ -3,7 +3,7 @@
 #
 #   bash scripts/run_grpo.sh
 #   CHECKPOINTS="outputs/grpo/checkpoint-*" NUM_PROCESSES=8 bash eval/run_eval.sh \
-#       --dataset aime24 aime25 hmmt25 amo-bench --val_n 16 --temperature 1.2 --top_p 0.95
+#       --dataset aime24 aime25 hmmt25 amo-bench --val_n 16 --temperature 1.2 --top_p 0.95      # and the same MODEL
 #
 # Expected (paper v1, Table 2, average@16, temperature 1.2, top-p 0.95; on 8 x A100, time not given). This project has not run it.
 #                    AIME24  AIME25  HMMT25  AMO-Bench

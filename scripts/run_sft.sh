@@ -3,7 +3,7 @@
 #
 #   bash scripts/run_sft.sh
 #   CHECKPOINTS=outputs/sft NUM_PROCESSES=8 bash eval/run_eval.sh \
-#       --dataset aime24 aime25 hmmt25 amo-bench --val_n 16 --temperature 1.2 --top_p 0.95
+#       --dataset aime24 aime25 hmmt25 amo-bench --val_n 16 --temperature 1.2 --top_p 0.95      # and the same MODEL
 #
 # Expected (paper v1, Table 2, average@16, temperature 1.2, top-p 0.95; on 8 x A100, time not given). This project has not run it.
 #                    AIME24  AIME25  HMMT25  AMO-Bench
@@ -41,7 +41,8 @@ arguments=(
     --max_length 16000                                 # Table 4
     --completion_only_loss true                        # ours: not published; TRL's choice for prompts with completions
     --packing false                                    # ours: not published; TRL's default
-    --thinking false                                   # ours: not published; the column holds no chain of thought
+    --thinking false                                   # ours: not published; the evaluation above is in thinking mode,
+                                                       # as the paper's; eval/run_eval_nonthink.sh asks as it is trained here
 
     # optimization
     --learning_rate 2e-5                               # Table 4; section 4.1 says 1e-5

@@ -16,6 +16,7 @@ MAX_LORA_RANK=${MAX_LORA_RANK:-64} # at least --lora_r; vLLM takes 1, 8, 16, 32,
 
 settings=(
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
+    VLLM_SERVER_DEV_MODE=1 # grpo_train.py asks the server how it computes log-probabilities
 )
 arguments=(
     --model "$MODEL"

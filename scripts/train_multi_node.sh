@@ -39,6 +39,10 @@ case $what in
 *.sh) command=(bash "$what") ;;
 *) command=(bash scripts/launch.sh "$what" --output_dir "$OUTPUT_DIR") ;;
 esac
-if compgen -G "$OUTPUT_DIR/checkpoint-*" >/dev/null; then command+=(--resume_from_checkpoint true); fi
+if compgen -G "$OUTPUT_DIR/checkpoint-*/checkpoint_files.json" >/dev/null; then # written last: a complete one
+    command+=(--resume_from_checkpoint true)
+elif compgen -G "$OUTPUT_DIR/checkpoint-*" >/dev/null; then # torn before the first was complete
+    command+=(--overwrite_output_dir)
+fi
 [ "${DRY_RUN:-0}" != 1 ] || exec "${command[@]}" "$@"
 exec srun --kill-on-bad-exit=1 "${command[@]}" "$@" # on each node, whose number scripts/launch.sh reads from SLURM_NODEID

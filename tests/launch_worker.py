@@ -11,7 +11,7 @@ import tiny_settings
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DeepSpeedPlugin, DistributedType, gather_object
 from requests.adapters import HTTPAdapter
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,6 +42,17 @@ def let_fsdp_run_on_cpu() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = make_state_for_fsdp
+
+
+def partition_larger_weights() -> None:
+    """ZeRO-3 keeps weights below 100,000 elements whole, all of the tiny model's: let it part the larger ones of them."""
+    make_plugin = DeepSpeedPlugin.__post_init__
+
+    def make_plugin_with_threshold(self):
+        make_plugin(self)
+        self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 2500
+
+    DeepSpeedPlugin.__post_init__ = make_plugin_with_threshold
 
 
 class KeptTrainer(OPSDTrainer):
@@ -120,6 +131,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
+    partition_larger_weights()
     opsd_train.OPSDTrainer = KeptTrainer
     # The group stays for the next run
     finish, run_setup.finish = run_setup.finish, lambda trainer, rollouts: None

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_settings import ADAPTER, CPU
 from torch.testing import assert_close
 from transformers import AutoTokenizer
+from trl import SFTConfig
 
 import grpo_train
 import sft_train
@@ -67,7 +68,12 @@ def no_model(monkeypatch):
             "--answer_column key: the data set has no such column",
         ),
         (grpo_train, {"num_generations": 4, "max_prompt_length": 20}, "0 usable problems are fewer than one step"),
-        (grpo_train, {"num_generations": 3}, "must be divisible by num_generations"),
+        (grpo_train, {"num_generations": 3}, "make it a multiple of --num_generations"),
+        (
+            sft_train,
+            {"eos_token": "<|endoftext|>"},
+            "--eos_token <|endoftext|>: would act after the prompts are encoded",
+        ),
         (grpo_train, {"use_vllm": True, "use_dora": True, "num_generations": 4}, "--use_dora: vLLM does not serve"),
         (
             grpo_train,
@@ -85,10 +91,14 @@ def test_bad_input_is_refused_before_a_model_is_loaded(run, no_model, program, s
 # SFT
 
 
+def limits(max_length):
+    return SFTConfig(max_length=max_length, use_cpu=True, bf16=False)
+
+
 def test_sft_learns_the_solution_behind_the_prompt_of_the_evaluation(tiny_model_dir, train_file, problems):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     questions = load_questions(find_benchmark(str(train_file)), tokenizer, thinking=False)
-    encoded = sft_train.prepare(problems, tokenizer, thinking=False, max_length=None)
+    encoded = sft_train.prepare(problems, tokenizer, False, limits(None))
     for row, question, problem in zip(encoded, questions, problems, strict=True):
         ids, mask = row["input_ids"], row["completion_mask"]
         length = len(question.prompt_ids)
@@ -99,9 +109,9 @@ def test_sft_learns_the_solution_behind_the_prompt_of_the_evaluation(tiny_model_
 
 def test_sft_leaves_out_and_counts_what_is_too_long(tiny_model_dir, problems, caplog):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    lengths = [len(ids) for ids in sft_train.prepare(problems, tokenizer, False, None)["input_ids"]]
+    lengths = [len(ids) for ids in sft_train.prepare(problems, tokenizer, False, limits(None))["input_ids"]]
     limit = sorted(lengths)[len(lengths) // 2]
-    fitting = sft_train.prepare(problems, tokenizer, False, limit)
+    fitting = sft_train.prepare(problems, tokenizer, False, limits(limit))
     assert [len(ids) for ids in fitting["input_ids"]] == [length for length in lengths if length <= limit]
     assert f"{len(lengths) - len(fitting)} of 64 examples left out as longer than {limit} tokens" in caplog.text
 
@@ -171,6 +181,24 @@ def test_grpo_rewards_right_answers_on_policy_and_resumes(run, tmp_path, problem
     resume = {"resume_from_checkpoint": folder / "checkpoint-3", "folder": "resumed"}
     resumed = run(grpo_train, **settings, max_completion_length=64, **resume)
     assert_close(load_file(resumed / "adapter_model.safetensors"), adapter, rtol=0, atol=1e-6)
+
+
+def test_grpo_samples_with_transformers_and_evaluates(run, train_file, tmp_path, problems):
+    problems.select(range(4)).to_json(tmp_path / "eval.jsonl")
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset_name": tmp_path / "eval.jsonl"}
+    settings = {
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 1,
+    }
+    folder = run(grpo_train, **settings, **evaluation, max_completion_length=64)
+    log = json.loads((folder / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    (evaluated,) = [entry for entry in log if "eval_reward" in entry]
+    (trained,) = [entry for entry in log if "reward" in entry]
+    assert 0.0 <= evaluated["eval_reward"] <= 1.0
+    # those of the evaluation are not counted
+    assert trained["num_generated_tokens"] == pytest.approx(8 * trained["completions/mean_length"])
 
 
 # All of them

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import opsd_kernels
 from opsd_kernels import Objective
 from opsd_loss import (
+    TOP_K_OF,
     fused_linear_jsd,
     fused_linear_sampled_token_loss,
     generalized_jsd,
@@ -21,6 +22,7 @@ from opsd_loss import (
 )
 
 NUM_TOKENS, HIDDEN_SIZE, VOCAB_SIZE = 13, 16, 211
+TOP_K = [(None, "teacher", False), *itertools.product([16], TOP_K_OF, (False, True))]
 CLIPS = [(None, "pointwise")] + list(itertools.product((0.05, 1e-3, 1e-6), ("pointwise", "token")))
 
 
@@ -84,6 +86,100 @@ def test_equal_to_the_dense_form(beta, temperature, top_k, dtype):
                 assert_close(value.double(), reference, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("top_k", "top_k_of", "tail"), TOP_K)
+@pytest.mark.parametrize(("clip", "clip_mode"), [(0.005, "pointwise"), (0.03, "scale")])
+def test_top_k_and_scale_are_equal_to_the_dense_form(top_k, top_k_of, tail, clip, clip_mode, dtype):
+    row_weights = torch.rand(NUM_TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for beta, logit_softcap in itertools.product((0.0, 0.3, 1.0), (None, 5.0)):
+        settings = {"beta": beta, "temperature": 1.1, "clip": clip, "clip_mode": clip_mode}
+        settings |= {"top_k": top_k, "top_k_of": top_k_of, "tail": tail, "return_statistics": True}
+        student, teacher, weight = (tensor.float().double() for tensor in random_inputs())
+        teacher[:4].lerp_(student[:4], 0.999)  # below the cap
+        student.requires_grad_()
+        weight.requires_grad_()
+        logits = [0.9 * student @ weight.T, 0.9 * teacher @ weight.detach().T]
+        if logit_softcap is not None:
+            logits = [logit_softcap * torch.tanh(role / logit_softcap) for role in logits]
+        expected, expected_statistics = generalized_jsd(*logits, **settings)
+        expected_gradients = gradients(expected, student, weight, row_weights=row_weights)
+        assert 0 < (expected_statistics.clipped_entries > 0).sum() < NUM_TOKENS
+
+        inputs = [tensor.detach().to(dtype) for tensor in (student, teacher, weight)]
+        inputs[0].requires_grad_()
+        inputs[2].requires_grad_()
+        for chunk_size in (5, None):
+            loss, statistics = fused_linear_jsd(
+                *inputs, logit_scale=0.9, logit_softcap=logit_softcap, chunk_size=chunk_size, **settings
+            )
+            result = gradients(loss, inputs[0], inputs[2], row_weights=row_weights)
+            case = (beta, logit_softcap, chunk_size)
+            for value, reference in zip(result, expected_gradients, strict=True):
+                assert relative_error(value, reference) <= (1e-11 if dtype == torch.float64 else 1e-4), case
+            error = (loss - expected).abs() / expected_statistics.divergence.clamp(min=1)
+            assert error.max() <= (1e-13 if dtype == torch.float64 else 1e-6), case
+            for name, value, reference in zip(statistics._fields, statistics, expected_statistics, strict=True):
+                assert_close(value.double(), reference, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("top_k_of", "tail"), [("teacher", True), ("student", False), ("both", False), ("both", True)]
+)
+@pytest.mark.parametrize("clip", [None, 0.01])
+def test_gradient_of_top_k_against_finite_differences(beta, top_k_of, tail, clip):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, weight = (torch.randn(rows, 3, dtype=torch.float64, generator=generator) for rows in (4, 4, 9))
+    settings = {"temperature": 1.3, "clip": clip, "top_k": 3, "top_k_of": top_k_of, "tail": tail, "logit_softcap": 3.0}
+
+    def objective(student, weight):
+        return fused_linear_jsd(
+            student, teacher, weight, teacher_lm_head_weight=fixed_weight, beta=beta, chunk_size=3, **settings
+        )
+
+    fixed_weight = weight.clone()
+    assert torch.autograd.gradcheck(objective, (student.requires_grad_(), weight.requires_grad_()), atol=1e-7)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_tails_of_next_to_nothing(beta):
+    # exp(-28) = 7e-13 and exp(-200) = 0 in float32
+    student = torch.tensor([[0.7, 0.3, -28.3, -28.0], [0.7, 0.3, -28.3, -28.0], [0.7, 0.3, -200.0, -201.0]])
+    teacher = torch.tensor([[1.2, -0.2, -28.0, -29.0], [1.2, -0.2, -5.3, -5.0], [1.2, -0.2, -28.3, -28.0]])
+    settings = {"beta": beta, "top_k": 2, "tail": True}
+    reference = student.double().requires_grad_()
+    expected = generalized_jsd(reference, teacher.double(), **settings)
+    (expected_gradient,) = gradients(expected, reference)
+    loss = fused_linear_jsd(student.requires_grad_(), teacher, torch.eye(4), **settings)
+    (gradient,) = gradients(loss, student)
+    assert_close(loss.double(), expected, rtol=1e-5, atol=1e-7)
+    assert_close(gradient[:, :2].double(), expected_gradient[:, :2], rtol=1e-5, atol=1e-7)
+    tail_mass = reference.detach().softmax(-1)[:, 2:].sum(-1, keepdim=True)
+    error = (gradient[:, 2:] - expected_gradient[:, 2:]).abs()
+    assert (error <= 1e-4 * expected_gradient[:, 2:].abs() + 1e-6 * tail_mass + 1e-40).all()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 3, 1024, 1025, 4096, 5000])
+def test_argmax_in_blocks(vocab_size):
+    values = torch.rand(5, vocab_size, generator=torch.Generator().manual_seed(0))
+    values[0, -1] = values[1, 0] = 2.0
+    assert torch.equal(opsd_kernels._argmax(values).squeeze(-1), values.argmax(-1))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("top_k", [None, 16])
+def test_statistics_do_not_depend_on_the_gradient(beta, top_k):
+    student, teacher, weight = random_inputs(40)
+    settings = {"beta": beta, "clip": 5e-3, "top_k": top_k, "return_statistics": True}
+    with torch.no_grad():
+        loss, statistics = fused_linear_jsd(student, teacher, weight, **settings)
+    expected_loss, expected = fused_linear_jsd(student.requires_grad_(), teacher, weight, **settings)
+    assert torch.equal(loss, expected_loss)
+    for value, reference in zip(statistics, expected, strict=True):
+        assert torch.equal(value, reference)
+    assert 0 < statistics.reversed.sum() < 40
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(("clip", "clip_mode"), [(None, "pointwise"), (0.01, "pointwise"), (0.5, "token")])
 @pytest.mark.parametrize("logit_softcap", [None, 3.0])
@@ -119,6 +215,40 @@ def test_sampled_token_loss_is_equal_to_the_dense_form(temperature, clip):
     assert_close(gradients(loss, student, weight), gradients(expected, student, weight), rtol=1e-11, atol=1e-13)
     _, expected_statistics = generalized_jsd(*logits, beta=0.5, temperature=temperature, return_statistics=True)
     assert_close(tuple(statistics), tuple(value.detach() for value in expected_statistics))
+
+
+@pytest.mark.parametrize("clip", [None, 0.3])
+@pytest.mark.parametrize("logit_softcap", [None, 5.0])
+def test_importance_weights_are_equal_to_the_dense_form(clip, logit_softcap):
+    student, teacher, weight = random_inputs()
+    generator = torch.Generator().manual_seed(1)
+    token_ids = torch.randint(VOCAB_SIZE, (NUM_TOKENS,), generator=generator)
+    weights = torch.empty(NUM_TOKENS, dtype=torch.float64).uniform_(0, 2, generator=generator).requires_grad_()
+    student.requires_grad_()
+    weight.requires_grad_()
+    logits = [student @ weight.T, teacher @ weight.detach().T]
+    if logit_softcap is not None:
+        logits = [logit_softcap * torch.tanh(role / logit_softcap) for role in logits]
+    settings = {"temperature": 1.1, "clip": clip, "importance_weights": weights}
+    expected = sampled_token_loss(*logits, token_ids, **settings)
+    settings |= {"logit_softcap": logit_softcap, "chunk_size": 5}
+    loss = fused_linear_sampled_token_loss(student, teacher, weight, token_ids, **settings)
+    assert_close(loss, expected)
+    for row_weights in (torch.ones(NUM_TOKENS), torch.linspace(0, 1, NUM_TOKENS)):
+        result, reference = (
+            torch.autograd.grad((row_weights.double() * form).sum(), (student, weight), retain_graph=True)
+            for form in (loss, expected)
+        )
+        assert_close(result, reference, rtol=1e-11, atol=1e-13)
+    products = CountingMode("aten::mm", "aten::addmm")
+    with products:
+        fused_linear_sampled_token_loss(
+            student, teacher, weight, token_ids, **settings | {"chunk_size": 13}
+        ).mean().backward()
+    assert (
+        products.count == 4
+    )  # the head's gradient is known after the forward pass, though the tokens' weights differ
+    assert weights.grad is None
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -165,6 +295,19 @@ def test_extreme_logits_stay_finite(beta, clip):
     for tensor in (loss, *statistics, *gradients(loss, student)):
         assert torch.isfinite(tensor).all()
     assert_close(loss, generalized_jsd(student, teacher, beta=beta, clip=clip))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("top_k", "top_k_of", "tail"), TOP_K)
+def test_identical_inputs_give_exactly_zero_with_top_k_and_scale(beta, top_k, top_k_of, tail):
+    student, _, weight = (tensor.float() for tensor in random_inputs())
+    student.requires_grad_()
+    weight.requires_grad_()
+    settings = {"top_k": top_k, "top_k_of": top_k_of, "tail": tail, "clip": 0.05, "clip_mode": "scale"}
+    loss = fused_linear_jsd(student, student.detach().clone(), weight, beta=beta, temperature=1.1, **settings)
+    dense = generalized_jsd(student @ weight.T, student.detach() @ weight.detach().T, beta=beta, **settings)
+    for tensor in (loss, *gradients(loss, student, weight), dense, *gradients(dense, student)):
+        assert torch.count_nonzero(tensor) == 0
 
 
 def test_any_reduction_and_repeated_backward():
@@ -325,12 +468,14 @@ def check_kernel(device, vocab_size):
     cases = [
         (beta, clip, clip_mode, None, False)
         for beta in (0.0, 0.3, 1.0)
-        for clip, clip_mode in ((None, "pointwise"), (1e-3, "pointwise"), (0.6, "token"))
+        for clip, clip_mode in ((None, "pointwise"), (1e-3, "pointwise"), (0.6, "token"), (0.6, "scale"))
     ] + [
         (0.5, 1e-3, "pointwise", 5.0, False),
         (0.0, None, "pointwise", 5.0, False),
         (1.0, 0.4, "pointwise", None, True),
+        (0.5, None, "pointwise", 5.0, True),
     ]
+    num_reversed = 0.0
     for beta, clip, clip_mode, softcap, sampled in cases:
         objective = Objective(beta, 1.1, clip, clip_mode, None, 0.9, softcap, sampled, True)
         expected_gradient = torch.empty(student.shape, dtype=torch.float64, device=device)
@@ -341,12 +486,33 @@ def check_kernel(device, vocab_size):
         values, statistics = opsd_kernels._elementwise_triton(gradient, teacher, token_ids, objective, gradient)
         for result, reference in ((values, expected), *zip(statistics, expected_statistics, strict=True)):
             assert_close(result.double(), reference, rtol=1e-4, atol=2e-6)
+        num_reversed += statistics[-1].sum().item()
         assert torch.count_nonzero(gradient[1]) == 0, objective
         assert torch.isfinite(gradient[2]).all(), objective  # logits of 1e4, whose last digits are lost
         for row in (0, 3):
             assert relative_error(gradient[row], expected_gradient[row]) < 1e-4, (objective, row)
         without = objective._replace(statistics=False)
         assert torch.equal(opsd_kernels._elementwise_triton(student, teacher, token_ids, without, None)[0], values)
+    assert num_reversed > 0
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("mode", ["POINTWISE", "SAMPLED"])
+def test_triton_kernel_compiles(mode, tmp_path, monkeypatch):
+    """For an H100, which need not be there. The interpreter accepts what the compiler does not."""
+    import triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = opsd_kernels._elementwise_kernel
+    constants = dict.fromkeys(("POINTWISE", "TOKEN", "SCALE", "SAMPLED"), False)
+    constants |= {mode: True, "BETA": 0.5, "SOFTCAP": True, "GRADIENT": True, "STATISTICS": True, "BLOCK": 2048}
+    signature = {name: "constexpr" if name in constants else "fp32" for name in kernel.arg_names}
+    signature |= {name: "*fp32" for name in signature if name.endswith("_ptr")}
+    signature |= {"token_ids_ptr": "*i64", "gradient_ptr": "*bf16", "vocab_size": "i32", "num_tokens": "i32"}
+    source = triton.compiler.ASTSource(kernel, signature, constants)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    options = {"num_warps": 8, "enable_fp_fusion": False}
+    assert "ptx" in triton.compile(source, target=target, options=options).asm
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opsd_loss import generalized_jsd, sampled_token_loss
+from opsd_loss import TOP_K_OF, generalized_jsd, sampled_token_loss
 
 # p_S = (1/2, 1/4, 1/4), p_T = (1/4, 1/4, 1/2)
 STUDENT = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
@@ -98,6 +98,196 @@ def test_top_k_keeps_the_teachers_entries_and_renormalizes():
     assert_close(generalized_jsd(student, teacher, beta=0.0, top_k=99), full)
 
 
+# The teacher's two most probable entries of four are 1 and 3, the student's 0 and 1.
+FOUR_OF_STUDENT = torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64).log()
+FOUR_OF_TEACHER = torch.tensor([[0.1, 0.6, 0.05, 0.25]], dtype=torch.float64).log()
+
+
+def kl(p, q):
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_k_of", "tail", "student", "teacher"),
+    [
+        (2, "teacher", False, (5 / 7, 2 / 7), (12 / 17, 5 / 17)),  # (0.25, 0.1) and (0.6, 0.25), renormalized
+        (2, "student", False, (2 / 3, 1 / 3), (1 / 7, 6 / 7)),  # (0.5, 0.25) and (0.1, 0.6)
+        (2, "both", False, (10 / 17, 5 / 17, 2 / 17), (2 / 19, 12 / 19, 5 / 19)),  # entries 0, 1, 3: 0.85 and 0.95
+        (2, "teacher", True, (0.25, 0.1, 0.65), (0.6, 0.25, 0.15)),
+        (2, "student", True, (0.5, 0.25, 0.25), (0.1, 0.6, 0.3)),
+        (1, "both", True, (0.5, 0.25, 0.25), (0.1, 0.6, 0.3)),
+        (2, "both", True, (0.5, 0.25, 0.15, 0.1), (0.1, 0.6, 0.05, 0.25)),  # only entry 2 is left for the tail
+    ],
+)
+def test_top_k_by_hand(top_k, top_k_of, tail, student, teacher):
+    settings = {"top_k": top_k, "top_k_of": top_k_of, "tail": tail}
+    forward, reverse, symmetric = (
+        generalized_jsd(FOUR_OF_STUDENT, FOUR_OF_TEACHER, beta=beta, **settings).item() for beta in (0.0, 1.0, 0.5)
+    )
+    assert_close(forward, kl(teacher, student))
+    assert_close(reverse, kl(student, teacher))
+    mixture = [(a + b) / 2 for a, b in zip(student, teacher, strict=True)]
+    assert_close(symmetric, (kl(teacher, mixture) + kl(student, mixture)) / 2)
+
+
+def test_gradient_of_the_tail_by_hand():
+    # d/dz_j KL = p_S,j - p_T,j for the kept entries 1 and 3; 0 and 2 share 0.65 - 0.15 as 0.5 : 0.15.
+    logits = FOUR_OF_STUDENT.clone().requires_grad_()
+    generalized_jsd(logits, FOUR_OF_TEACHER, beta=0.0, top_k=2, tail=True).sum().backward()
+    expected = [0.5 * 0.5 / 0.65, 0.25 - 0.6, 0.5 * 0.15 / 0.65, 0.1 - 0.25]
+    assert_close(logits.grad, torch.tensor([expected], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("top_k_of", TOP_K_OF)
+def test_with_a_tail_no_divergence_is_above_the_full_one(beta, top_k_of):
+    student, teacher = random_logits(50, 12)
+    full = generalized_jsd(student, teacher, beta=beta)
+    last = torch.zeros_like(full)
+    for top_k in (1, 3, 6, 11):
+        coarse = generalized_jsd(student, teacher, beta=beta, top_k=top_k, top_k_of=top_k_of, tail=True)
+        assert (coarse >= last - 1e-12).all()  # finer with each k
+        assert (coarse <= full + 1e-12).all()
+        last = coarse
+    assert_close(last, full)  # a tail of one entry, or none
+    for tail, top_k in itertools.product((False, True), (12, 99)):
+        settings = {"top_k": top_k, "top_k_of": top_k_of, "tail": tail}
+        assert torch.equal(generalized_jsd(student, teacher, beta=beta, **settings), full)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("tail", [False, True])
+def test_both_sets_may_make_up_the_whole_vocabulary(beta, tail):
+    student = torch.tensor([[3.0, 2.0, 1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[0.0, 0.5, 2.0, 3.0]], dtype=torch.float64)
+    divergence = generalized_jsd(student, teacher, beta=beta, top_k=2, top_k_of="both", tail=tail)
+    full = generalized_jsd(student, teacher, beta=beta)
+    assert_close(divergence, full)
+    assert_close(torch.autograd.grad(divergence.sum(), student), torch.autograd.grad(full.sum(), student))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("tails", [(28.0, 28.0), (28.0, 5.0), (5.0, 28.0), (28.0, 26.0), (200.0, 28.0)])
+def test_tails_of_next_to_nothing(beta, tails):
+    # exp(-28) = 7e-13: in float32 the sum of the kept entries is 1, and 1 minus it 0.
+    student, teacher = (
+        torch.tensor([[1.0 - sign, sign, -below - 0.3, -below, -below - 1.0]])
+        for sign, below in zip((0.3, -0.2), tails, strict=True)
+    )
+    coarse = [
+        torch.cat([logits[:, :2], logits[:, 2:].logsumexp(-1, keepdim=True)], dim=-1)
+        for logits in (student.double().requires_grad_(), teacher.double())
+    ]
+    expected = generalized_jsd(*coarse, beta=beta)
+    (of_coarse,) = torch.autograd.grad(expected.sum(), coarse[0])
+    expected_gradient = torch.cat([of_coarse[:, :2], of_coarse[:, 2:] * student[:, 2:].double().softmax(-1)], dim=-1)
+
+    student.requires_grad_()
+    divergence = generalized_jsd(student, teacher, beta=beta, top_k=2, tail=True)
+    assert_close(divergence.double(), expected, rtol=1e-5, atol=1e-7)
+    (gradient,) = torch.autograd.grad(divergence.sum(), student)
+    assert_close(gradient[:, :2].double(), expected_gradient[:, :2], rtol=1e-5, atol=1e-7)
+    # Relative, down to what float32 can hold of the cancelling sum of g over the entries times p_S
+    tail_mass = coarse[0].softmax(-1)[:, 2:].item()
+    assert_close(gradient[:, 2:].double(), expected_gradient[:, 2:], rtol=1e-4, atol=1e-6 * tail_mass + 1e-40)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("clip", [None, 0.02])
+@pytest.mark.parametrize(
+    ("top_k_of", "tail"),
+    [("teacher", True), ("student", False), ("student", True), ("both", False), ("both", True)],
+)
+def test_gradient_of_top_k_against_finite_differences(beta, clip, top_k_of, tail):
+    student, teacher = random_logits(2, 9)
+    settings = {"beta": beta, "temperature": 1.3, "clip": clip, "top_k": 3, "top_k_of": top_k_of, "tail": tail}
+    assert torch.autograd.gradcheck(
+        lambda logits: generalized_jsd(logits, teacher, **settings), student.requires_grad_(), eps=1e-6, atol=1e-7
+    )
+
+
+def test_scale_by_hand():
+    # D = 1/4 log 2 = 0.173, with the gradient p_S - p_T
+    logits = STUDENT.clone().requires_grad_()
+    settings = {"beta": 0.0, "clip": 0.1, "clip_mode": "scale"}
+    value, statistics = generalized_jsd(logits, TEACHER, **settings, return_statistics=True)
+    assert_close(value.item(), 0.1)
+    value.sum().backward()
+    assert_close(logits.grad, 0.1 / (0.25 * LOG2) * (STUDENT.exp() - TEACHER.exp()))
+    of_token = generalized_jsd(STUDENT, TEACHER, beta=0.0, clip=0.1, clip_mode="token", return_statistics=True)[1]
+    assert_close(tuple(statistics), tuple(of_token))
+    assert_close(generalized_jsd(STUDENT, TEACHER, beta=0.0, clip=0.2, clip_mode="scale").item(), 0.25 * LOG2)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_scale_bounds_the_value_and_keeps_the_direction(beta, top_k):
+    student, teacher = random_logits(6, 9)
+    student.requires_grad_()
+    settings = {"beta": beta, "temperature": 1.3, "top_k": top_k, "tail": top_k is not None}
+    full = generalized_jsd(student, teacher, **settings)
+    clip = full.mean().item()
+    assert 0 < (full > clip).sum() < len(full)
+    scaled = generalized_jsd(student, teacher, clip=clip, clip_mode="scale", **settings)
+    assert_close(scaled, full.clamp(max=clip))
+    (gradient,) = torch.autograd.grad(scaled.sum(), student)
+    (direction,) = torch.autograd.grad(full.sum(), student, retain_graph=True)
+    assert_close(gradient, direction * (clip / full).clamp(max=1).unsqueeze(-1))
+
+    # It is the gradient of D up to the cap and of clip (1 + log(D / clip)) above.
+    def potential(logits):
+        divergence = generalized_jsd(logits, teacher, **settings)
+        return torch.where(divergence <= clip, divergence, clip * (1 + (divergence / clip).log())).sum()
+
+    with torch.no_grad():
+        for index in itertools.product(range(6), range(9)):
+            step = torch.zeros_like(student)
+            step[index] = 1e-6
+            difference = (potential(student + step) - potential(student - step)) / 2e-6
+            assert_close(difference.item(), gradient[index].item(), rtol=1e-6, atol=1e-8)
+
+
+def test_reversed_by_hand():
+    # As in `test_clipped_summands_have_no_gradient`: the teacher's favourite keeps no gradient of its own, and that on its
+    # logit is -p_S,2 (g_0 + g_1) = 1/4 * 1/2 > 0, although p_T = 1/2 > 1/4 = p_S.
+    logits = STUDENT.clone().requires_grad_()
+    value, statistics = generalized_jsd(logits, TEACHER, beta=0.0, clip=0.1, return_statistics=True)
+    value.sum().backward()
+    assert_close(logits.grad[0, 2].item(), 0.125)
+    assert statistics.reversed.item() == 1.0
+    mask = torch.tensor([0])
+    assert generalized_jsd(STUDENT, TEACHER, mask, beta=0.0, clip=0.1, return_statistics=True)[1].reversed.item() == 0
+    for settings in (
+        {"clip": None},
+        {"clip": 0.4},  # above the largest summand
+        {"clip": 0.1, "clip_mode": "token"},
+        {"clip": 0.1, "clip_mode": "scale"},
+    ):
+        assert generalized_jsd(STUDENT, TEACHER, beta=0.0, return_statistics=True, **settings)[1].reversed.item() == 0
+    # The other way round it is right that the logit goes down.
+    student = torch.tensor([[0.1, 0.8, 0.1]], dtype=torch.float64).log()
+    teacher = torch.tensor([[0.45, 0.5, 0.05]], dtype=torch.float64).log()
+    assert generalized_jsd(student, teacher, beta=0.0, clip=0.1, return_statistics=True)[1].reversed.item() == 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("clip", "clip_mode"), [(None, "pointwise"), (0.02, "pointwise"), (0.1, "token"), (0.1, "scale")]
+)
+def test_reversed_is_what_the_gradient_does(beta, clip, clip_mode):
+    student, teacher = random_logits(200, 9)
+    student.requires_grad_()
+    value, statistics = generalized_jsd(
+        student, teacher, beta=beta, clip=clip, clip_mode=clip_mode, return_statistics=True
+    )
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    top = teacher.argmax(-1, keepdim=True)
+    should_rise = teacher.log_softmax(-1).gather(-1, top) > student.log_softmax(-1).gather(-1, top)
+    expected = (should_rise & (gradient.gather(-1, top) > 0)).squeeze(-1)
+    assert torch.equal(statistics.reversed.bool(), expected)
+    assert expected.any() == (clip_mode == "pointwise" and clip is not None)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("clip_mode", [None, "pointwise", "token"])
 @pytest.mark.parametrize("top_k", [None, 4])
@@ -164,7 +354,9 @@ def test_mask_removes_value_gradient_and_statistics():
     divergence.sum().backward()
     for value in (divergence, *statistics, student.grad.abs().sum(-1)):
         assert torch.count_nonzero(value[~mask.bool()]) == 0
-        if value is not statistics.clipped_entries and value is not statistics.clipped_mass:
+        if not any(
+            value is zero for zero in (statistics.clipped_entries, statistics.clipped_mass, statistics.reversed)
+        ):
             assert torch.count_nonzero(value[mask.bool()]) == 2
 
 
@@ -202,6 +394,35 @@ def test_sampled_token_loss_by_hand():
     assert sampled_token_loss(STUDENT, TEACHER, torch.tensor([2]), torch.tensor([0])).item() == 0.0
 
 
+def test_importance_weights_by_hand():
+    # A = (log(1/2) - log(1/4), log(1/4) - log(1/2)) = (log 2, -log 2), the second clipped to -0.5
+    logits = STUDENT.expand(2, -1).clone().requires_grad_()
+    weights = torch.tensor([0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    settings = {"clip": 0.5, "importance_weights": weights}
+    loss = sampled_token_loss(logits, TEACHER.expand(2, -1), torch.tensor([2, 0]), **settings)
+    assert_close(loss[0].item(), -0.5 * 0.5 * math.log(0.25))
+    assert_close(loss[1].item(), 3 * 0.5 * math.log(0.5))
+    loss.sum().backward()
+    expected = [[0.25 * 0.5, 0.25 * 0.25, -0.25 * 0.75], [1.5 * 0.5, -1.5 * 0.25, -1.5 * 0.25]]
+    assert_close(logits.grad, torch.tensor(expected, dtype=torch.float64))
+    assert weights.grad is None
+
+
+def test_importance_weights_undo_what_the_sampler_left_out():
+    # E_{y ~ q}[-(p_S / q) A grad log p_S(y)] = grad KL(p_S || p_T) for any q
+    student, teacher = random_logits(1, 6)
+    expected = student.clone().requires_grad_()
+    generalized_jsd(expected, teacher, beta=1.0).sum().backward()
+    logits = student.clone().requires_grad_()
+    sampler = torch.tensor([0.3, 0.1, 0.1, 0.2, 0.2, 0.1], dtype=torch.float64)
+    weights = student.softmax(-1)[0] / sampler
+    losses = sampled_token_loss(
+        logits.expand(6, -1), teacher.expand(6, -1), torch.arange(6), importance_weights=weights
+    )
+    (losses * sampler).sum().backward()
+    assert_close(logits.grad, expected.grad)
+
+
 def test_sampled_token_loss_is_the_reverse_kl_in_expectation():
     # E_{y ~ p_S}[-A grad log p_S(y)] = grad KL(p_S || p_T)
     student, teacher = random_logits(1, 6)
@@ -223,6 +444,7 @@ def test_sampled_token_loss_is_the_reverse_kl_in_expectation():
         ({"beta": 0.5, "clip": -0.1}, "clip"),
         ({"beta": 0.5, "clip_mode": "row"}, "clip_mode"),
         ({"beta": 0.5, "top_k": 0}, "top_k"),
+        ({"beta": 0.5, "top_k": 2, "top_k_of": "model"}, "top_k_of"),
     ],
 )
 def test_settings_out_of_range(settings, message):

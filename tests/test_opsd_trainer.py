@@ -152,9 +152,21 @@ def test_equal_prompts_give_no_loss_and_no_update(make_trainer):
         {"beta": 0.0, "jsd_token_clip": 0.05, "temperature": 1.1, "loss_chunk_size": 7},
         {"use_tinker_loss": True},
         {"top_k_loss": 5},
+        {"top_k_loss": 5, "top_k_loss_of": "both", "top_k_loss_tail": True, "jsd_token_clip": 1e-3},
+        {"jsd_token_clip": 1e-3, "jsd_clip_mode": "scale"},
+        {"use_tinker_loss": True, "sampled_token_clip": 0.1},
         {"lora": False},
     ],
-    ids=["jsd", "clip", "sampled token", "top-k", "full fine-tuning"],
+    ids=[
+        "jsd",
+        "clip",
+        "sampled token",
+        "top-k",
+        "top-k of both, tail",
+        "scale",
+        "clipped advantage",
+        "full fine-tuning",
+    ],
 )
 def test_fused_loss_equals_the_dense_one(make_trainer, settings):
     """Loss, logged statistics and gradient, tied head included; and the fused loss never builds the logits."""

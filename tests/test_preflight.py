@@ -104,9 +104,18 @@ def test_a_sound_run_passes_and_is_left_as_it_was(trained):
         {},
         {"fixed_teacher": False, "loss_implementation": "dense", "teacher_sees_solution": False},
         {"lora": False, "use_tinker_loss": True},
+        {"fixed_teacher": False, "use_ema_teacher": True},
+        {"lora": False, "fixed_teacher": True},
         {"max_length": 300, "top_k_loss": 5, "lora_settings": {"lora_dropout": 0.5}},
     ],
-    ids=["LoRA", "current teacher, nothing to learn", "full fine-tuning", "shortened solutions, dropout"],
+    ids=[
+        "LoRA",
+        "current teacher, nothing to learn",
+        "full fine-tuning",
+        "EMA teacher",
+        "full fine-tuning, fixed teacher",
+        "shortened solutions, dropout",
+    ],
 )
 def test_sound_runs_without_vllm(make_trainer, problems, settings):
     if "max_length" in settings:
@@ -122,7 +131,7 @@ def test_sound_runs_without_vllm(make_trainer, problems, settings):
     checks = run_preflight(trainer)
     assert failed(checks) == set()
     assert {check.claim for check in checks if check.passed is None} == (
-        {"on-policy", "fixed teacher"} if trainer.args.fixed_teacher else {"on-policy"}
+        {"on-policy", "fixed teacher"} if trainer.teacher_is_base else {"on-policy"}
     )
 
 

@@ -85,6 +85,11 @@ def test_dry_run_prints_the_settings(capsys, tmp_path):
         print_dry_run(*missing)
 
 
+def test_model_is_not_spread_over_all_gpus_of_the_machine():
+    _, training, model = parse()
+    assert run_setup.model_options(model, training)["device_map"] is None
+
+
 def test_attention_falls_back_and_says_so(caplog):
     config = OPSDConfig(use_cpu=True, bf16=False)
     with caplog.at_level("INFO"):
@@ -110,6 +115,8 @@ def test_lora_flags_need_an_adapter_or_a_word():
         ValueError, match="--lora_r, --lora_alpha without --use_peft: the whole model would be trained"
     ):
         parse("--lora_r", "64", "--lora_alpha", "128")
+    with pytest.raises(ValueError, match="--lora_r without --use_peft"):
+        parse("--lora-r", "16")  # the default, too
     assert parse("--lora_r", "64", "--use_peft")[2].use_peft is True
     assert parse("--lora_r", "64", "--use_peft", "false")[2].use_peft is False
     assert parse()[2].use_peft is False

@@ -246,7 +246,9 @@ def test_program_on_several_nodes_goes_on_from_its_checkpoint(start, tmp_path):
     assert start(*command, OUTPUT_DIR=str(tmp_path)).launch.training_script_args == [
         *("--output_dir", str(tmp_path), "--max_steps", "3")
     ]
-    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2").mkdir()  # torn: there is nothing to go on from, and it shall not be in the way
+    assert "--overwrite_output_dir" in start(*command, OUTPUT_DIR=str(tmp_path)).words
+    (tmp_path / "checkpoint-2" / "checkpoint_files.json").touch()
     assert start(*command, OUTPUT_DIR=str(tmp_path)).launch.training_script_args == [
         *("--output_dir", str(tmp_path), "--resume_from_checkpoint", "true", "--max_steps", "3")
     ]

@@ -102,6 +102,39 @@ def test_resumed_teacher_is_the_one_that_was_saved(make_trainer, settings, tmp_p
         make_trainer(**settings).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 
+@pytest.mark.parametrize(("before", "after"), [(EMA, {}), ({}, EMA), (EMA, {"fixed_teacher": False})])
+def test_resuming_with_another_teacher_is_refused(make_trainer, before, after, tmp_path):
+    save = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(**save | {"max_steps": 1} | before).train()
+    with pytest.raises(ValueError, match="its teacher is the (average|base), and with these flags it would be the"):
+        make_trainer(**save | after).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("tinker", [False, True])
+def test_teacher_of_a_full_fine_tuning_has_a_head_of_its_own(make_trainer, tinker):
+    """The fused loss, which multiplies with the head itself, against the dense one."""
+    trainer = make_trainer(lora=False, max_steps=1, use_tinker_loss=tinker, **EMA)
+    trainer.train()
+    (inputs,) = rollout(trainer)
+    dense, *_ = trainer._dense_loss(trainer.model, inputs)
+    fused, *_ = trainer._fused_loss(trainer.model, inputs)
+    assert dense.abs().max() > 1e-2
+    assert_close(fused, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_skipped_step_does_not_move_the_teacher(make_trainer):
+    students = Students()
+    trainer = make_trainer(max_steps=2, callbacks=[students], **EMA)
+    get_grad_norm = trainer._get_grad_norm
+    trainer._get_grad_norm = lambda model, grad_norm=None: get_grad_norm(
+        model, torch.tensor(float("nan")) if trainer.state.global_step == 1 else grad_norm
+    )
+    trainer.train()
+    start, first, _ = students.weights
+    for name, copy in copies(trainer).items():
+        assert_close(copy.double(), DECAY * start[name] + (1 - DECAY) * first[name], rtol=0, atol=1e-6)
+
+
 def test_fixed_teacher_of_a_full_fine_tuning_stays(make_trainer, tiny_model_dir):
     trainer = make_trainer(lora=False, fixed_teacher=True, max_steps=3, learning_rate=1e-3)
     (inputs,) = rollout(trainer)
