@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tiny_settings
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from launch_worker import ADAPTER, SETTINGS
@@ -195,6 +196,29 @@ def test_server(one_process, tiny_model_dir, data, tmp_path):
     assert f"ConnectionError: the vLLM server at http://127.0.0.1:{port} failed" in log.read_text()
     assert find_fault(tmp_path / "killed" / "checkpoint-2") is None
     assert not (tmp_path / "killed" / "checkpoint-4").exists()
+
+
+@pytest.mark.slow
+def test_grpo_with_a_server(tiny_model_dir, data, tmp_path):
+    port, run = free_port(), tmp_path / "run"
+    server = ["bash", ROOT / "scripts" / "serve_vllm.sh", "--host", "127.0.0.1", "--max-model-len", "1000"]
+    server += ["--logprobs-mode", "processed_logprobs"]
+    names = {"MODEL": str(tiny_model_dir), "PORT": str(port), "MAX_LORA_RANK": str(ADAPTER["lora_r"])}
+    settings = (
+        tiny_settings.CPU | tiny_settings.ADAPTER | {"max_completion_length": 40, "temperature": 1.0, "max_steps": 2}
+    )
+    settings |= {"num_generations": 4, "per_device_train_batch_size": 8, "use_vllm": True, "vllm_mode": "server"}
+    settings |= {"vllm_server_host": "127.0.0.1", "vllm_server_port": port, "vllm_adapter_dir": tmp_path / "adapters"}
+    settings |= {"model_name_or_path": tiny_model_dir, "dataset_name": data, "output_dir": run}
+    flags = [word for flag, value in settings.items() for word in (f"--{flag}", str(value))]
+    with (
+        started(server, tmp_path / "server.log", **names),
+        started([sys.executable, ROOT / "grpo_train.py", *flags], tmp_path / "log") as training,
+    ):
+        assert training.wait(timeout=600) == 0, (tmp_path / "log").read_text()[-5000:]
+    state = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())
+    gaps = values(state["log_history"], "sampling/sampling_logp_difference/max")
+    assert len(gaps) == 2 and max(gaps) <= 1e-4
 
 
 # Configurations and scripts
