@@ -40,21 +40,17 @@ def test_quickstart_teaches_the_model(tiny_model_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_baselines_and_controls_over_two_seeds(tmp_path):
+def test_baselines_and_controls(tmp_path):
     """Two steps each, to see that all of it runs and is reported; `README.md` has what comes out of a hundred."""
     command = [sys.executable, ROOT / "quickstart" / "run.py", "--output_dir", tmp_path, "--steps", "2"]
-    command += ["--baselines", "--controls", "--seed", "0", "1", "--no-use_vllm"]
-    subprocess.run(command, check=True, timeout=1800)
-    for seed in (0, 1):
-        report = json.loads((tmp_path / f"seed_{seed}" / "report.json").read_text())
-        assert set(LABELS) <= set(report)
-        assert report["grpo"]["steps"] == 2 and report["grpo_3x"]["steps"] == 6
-        assert report["grpo_3x"]["generated_tokens"] > report["grpo"]["generated_tokens"] > 0
-        assert report["sft"]["generated_tokens"] == 0
-        assert report["no_privilege"]["avg_at_4"] == report["base"]["avg_at_4"]
-        assert [point["step"] for point in report["curves"]["grpo"]] == [0, 1, 2, 3, 4, 5, 6]
-    table = (tmp_path / "summary.md").read_text()
-    assert all(f"| {label} |" in table for label in LABELS.values())
+    subprocess.run([*command, "--baselines", "--controls", "--no-use_vllm"], check=True, timeout=1800)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(LABELS) <= set(report)
+    assert report["grpo"]["steps"] == 2 and report["grpo_3x"]["steps"] == 6
+    assert report["grpo_3x"]["generated_tokens"] > report["grpo"]["generated_tokens"] > 0
+    assert report["sft"]["generated_tokens"] == 0
+    assert report["no_privilege"]["avg_at_4"] == report["base"]["avg_at_4"]
+    assert [point["step"] for point in report["curves"]["grpo"]] == [0, 1, 2, 3, 4, 5, 6]
     assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
 
 
