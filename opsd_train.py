@@ -76,6 +76,14 @@ def check_adapter(folder: str, model_args: ModelArguments) -> None:
         )  # fmt: skip
 
 
+def load_with_adapter(model: str, folder: str, training_args: OPSDConfig) -> PeftModel:
+    """The base model with an adapter to go on training."""
+    base = create_model_from_path(model, **training_args.model_init_kwargs)
+    plugin = training_args.deepspeed_plugin
+    is_zero3 = plugin is not None and plugin.zero_stage == 3  # which wants one dtype, also where TRL makes the adapter
+    return PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=not is_zero3)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the program with the given command line (default: that of the process)."""
     with refuse_bad_input("opsd_train.py"):
@@ -99,18 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     training_args.model_init_kwargs = model_options(model_args, training_args)
     model, peft_config = model_args.model_name_or_path, get_peft_config(model_args)
     if script_args.start_adapter is not None:
-        base = create_model_from_path(model, **training_args.model_init_kwargs)
-        plugin = training_args.deepspeed_plugin
-        model, peft_config = (
-            PeftModel.from_pretrained(
-                base,
-                script_args.start_adapter,
-                is_trainable=True,
-                autocast_adapter_dtype=plugin is None
-                or plugin.zero_stage != 3,  # as TRL does it: ZeRO-3 wants one dtype
-            ),
-            None,
-        )
+        model, peft_config = load_with_adapter(model, script_args.start_adapter, training_args), None
     trainer = OPSDTrainer(
         model=model,
         args=training_args,
