@@ -79,9 +79,8 @@ class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
 
     def __init__(self, model: Any, args: GRPOConfig, vllm_adapter_dir: str | None = None, **kwargs: Any):
         class Generation(OnPolicyGeneration):
-            logprobs_mode = (
-                "processed_logprobs"  # at the sampling temperature: what TRL's importance ratio compares with
-            )
+            # At the sampling temperature: what TRL's importance ratio compares with
+            logprobs_mode = "processed_logprobs"
 
         revision = (args.model_init_kwargs or {}).get("revision")
         generation = partial(

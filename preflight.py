@@ -170,12 +170,8 @@ def _check_prompts(trainer: OPSDTrainer, examples: list[dict]) -> Check:
                 continue  # its text is not known
             content = fill_template(template, problem=example["problem"], solution=example["solution"])
             prompt_ids = ids[mask.bool()].tolist()
-            if (
-                role
-                and (prefill_ids := collator.teacher_prefill_ids)
-                and prompt_ids[-len(prefill_ids) :] == prefill_ids
-            ):
-                prompt_ids = prompt_ids[: -len(prefill_ids)]
+            if role and collator.teacher_sees_solution:
+                prompt_ids = prompt_ids[: len(prompt_ids) - len(collator.teacher_prefill_ids)]
             fault = prompt_fault(collator.tokenizer, prompt_ids, content, thinking)
             num_prompts += 1
             faults += [] if fault is None else [f"{role or 'student_'}prompt: {fault}"]

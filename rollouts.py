@@ -105,9 +105,8 @@ class OnPolicyGeneration(VLLMGeneration):
         **kwargs: Any,
     ):
         self.seed = seed
-        self.step = (
-            0  # of the run, kept up to date by its trainer: with seed and prompt what a sample's seed derives from
-        )
+        # Of the run, kept up to date by its trainer: with seed and prompt what a sample's seed derives from
+        self.step = 0
         if adapter_dir is None:
             has_room = MEMORY_DIR.is_dir() and shutil.disk_usage(MEMORY_DIR).free > MEMORY_DIR_FREE
             adapter_dir = MEMORY_DIR if has_room else tempfile.gettempdir()
