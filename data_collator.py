@@ -1,7 +1,7 @@
 """Prompts of the two roles, and the collator that pairs them: the student sees the problem, the teacher also its solution."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,24 @@ STUDENT_PROMPT = r"""Problem: {problem}
 
 Please reason step by step, and put your final answer within \boxed{}."""
 
-TEACHER_PROMPT = r"""Problem: {problem}
+REFERENCE = r"""Problem: {problem}
 
 Here is a reference solution:
 --- reference solution begins ---
 {solution}
 --- reference solution ends ---
 
-After understanding the reference solution, please try to solve this problem using your own approach below.
+"""
+OWN_SOLUTION = r"""After understanding the reference solution, please try to solve this problem using your own approach below.
 Derive every step yourself; do not copy or paraphrase the reference solution.
 
 Please reason step by step, and put your final answer within \boxed{}."""
+
+TEACHER_PROMPT = REFERENCE + OWN_SOLUTION
+
+# With --reason_first the teacher's prompt is a conversation: it is asked to rationalize, it does, it is asked to solve.
+REASONING_PROMPT = REFERENCE + "Explain in your own words, step by step, why this solution is right."
+TRANSITION_PROMPT = OWN_SOLUTION
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")  # \boxed{} is not one
 ELLIPSIS = "\n[...]\n"
@@ -60,6 +67,29 @@ def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, content: str, thinkin
     )
 
 
+def encode_next_turn(tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool) -> list[int]:
+    """
+    Token ids that go on after the text of an assistant's turn: its end, a user turn, and the header of the next turn.
+
+    Raises:
+        ValueError: for a chat template that does not write the text of an assistant's turn as it is.
+    """
+    mark = "-=*=-"
+    turns = [("user", "?"), ("assistant", mark), ("user", content)]
+    text = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns],
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=thinking,
+    )
+    if text.count(mark) != 1:
+        raise ValueError(
+            f"--reason_first: the chat template of {tokenizer.name_or_path!r} does not write an assistant's turn as it is, so "
+            "that a rationalization cannot stand in a conversation; leave the flag out, or set `tokenizer.chat_template`"
+        )
+    return tokenizer(text.partition(mark)[2], add_special_tokens=False).input_ids
+
+
 class SelfDistillationDataCollator:
     """
     Encodes examples into the prompts of both roles, once, and pads batches of them.
@@ -76,6 +106,11 @@ class SelfDistillationDataCollator:
         teacher_prefill: text behind the header of the assistant's turn in the teacher's prompt.
         teacher_sees_solution: `False` gives the teacher the student's prompt (a control: nothing is to be learned).
         max_prompt_length: in tokens, for each role; `None` for no limit.
+        reason_first: whether examples also get the prompt behind which the teacher writes a rationalization.
+        reasoning_prompt: template of that prompt, with `{problem}` and `{solution}`.
+        transition_prompt: what the teacher is asked behind its rationalization.
+        reasoning_thinking: thinking mode of the former; the latter has that of the teacher.
+        max_reasoning_length: tokens of the teacher's prompt that are kept free for the rationalization.
 
     Raises:
         ValueError: for a template with missing or unknown placeholders, and for a tokenizer without chat template.
@@ -92,9 +127,15 @@ class SelfDistillationDataCollator:
         teacher_prefill: str = "",
         teacher_sees_solution: bool = True,
         max_prompt_length: int | None = None,
+        reason_first: bool = False,
+        reasoning_prompt: str = REASONING_PROMPT,
+        transition_prompt: str = TRANSITION_PROMPT,
+        reasoning_thinking: bool = False,
+        max_reasoning_length: int = 1024,
     ):
         check_template("student_prompt", student_prompt, {"problem"})
         check_template("teacher_prompt", teacher_prompt, {"problem", "solution"})
+        check_template("reasoning_prompt", reasoning_prompt, {"problem", "solution"})
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which both prompts need; use an "
@@ -108,52 +149,96 @@ class SelfDistillationDataCollator:
         self.teacher_prefill_ids = tokenizer(teacher_prefill, add_special_tokens=False).input_ids
         self.teacher_sees_solution = teacher_sees_solution
         self.max_prompt_length = max_prompt_length
-
-    def _fits(self, prompt_ids: list[int]) -> bool:
-        return self.max_prompt_length is None or len(prompt_ids) <= self.max_prompt_length
+        self.reason_first = reason_first
+        self.reasoning_prompt = reasoning_prompt
+        self.reasoning_thinking = reasoning_thinking
+        self.transition_ids: list[int] = []  # from the end of the rationalization to where the completion begins
+        self.max_reasoning_prompt_length = max_prompt_length
+        if reason_first:
+            self.transition_ids = encode_next_turn(tokenizer, transition_prompt, teacher_thinking)
+            self.transition_ids += self.teacher_prefill_ids
+            if max_prompt_length is not None:
+                self.max_reasoning_prompt_length = max_prompt_length - max_reasoning_length - len(self.transition_ids)
 
     def _encode_student(self, problem: str) -> list[int]:
         content = fill_template(self.student_prompt, problem=problem)
         return encode_chat_prompt(self.tokenizer, content, self.student_thinking)
 
-    def _encode_teacher(self, problem: str, solution: str) -> list[int]:
-        content = fill_template(self.teacher_prompt, problem=problem, solution=solution)
-        return encode_chat_prompt(self.tokenizer, content, self.teacher_thinking) + self.teacher_prefill_ids
-
-    def _shorten(self, problem: str, solution: str) -> list[int] | None:
-        """The teacher's prompt with as much of the solution's two ends as fits, or `None`."""
+    def _fit(
+        self, encode_solution: Callable[[str], list[int]], solution: str, max_length: int | None
+    ) -> tuple[list[int] | None, str]:
+        """A prompt with the solution, or with as much of its two ends as fits, or `None`; and which of the three."""
+        prompt_ids = encode_solution(solution)
+        if max_length is None or len(prompt_ids) <= max_length:
+            return prompt_ids, "kept"
         low, high = len(solution) // 8, len(solution) // 2 - 1  # characters kept at each end; bisected for the most
         best = None
         while low <= high:
             kept = (low + high) // 2
             shortened = solution[:kept] + ELLIPSIS + solution[len(solution) - kept :]
-            prompt_ids = self._encode_teacher(problem, shortened)
-            if self._fits(prompt_ids):
+            prompt_ids = encode_solution(shortened)
+            if len(prompt_ids) <= max_length:
                 best, low = prompt_ids, kept + 1
             else:
                 high = kept - 1
-        return best
+        return best, "dropped" if best is None else "shortened"
+
+    def encode_teacher(self, problem: str, solution: str) -> dict[str, Any]:
+        """
+        The teacher's prompts with a reference solution.
+
+        Returns:
+            `teacher_prompt_ids`, with `reason_first` also `reasoning_prompt_ids` (lists of int), and `length_status`: "kept",
+            "shortened" (the solution was cut in its middle) or "dropped" (it is too long; the lists are empty).
+        """
+
+        def encode_solution(solution: str) -> list[int]:
+            content = fill_template(self.teacher_prompt, problem=problem, solution=solution)
+            return encode_chat_prompt(self.tokenizer, content, self.teacher_thinking) + self.teacher_prefill_ids
+
+        def encode_for_reasoning(solution: str) -> list[int]:
+            content = fill_template(self.reasoning_prompt, problem=problem, solution=solution)
+            return encode_chat_prompt(self.tokenizer, content, self.reasoning_thinking)
+
+        prompts, statuses = {}, []
+        prompts["teacher_prompt_ids"], status = self._fit(encode_solution, solution, self.max_prompt_length)
+        statuses.append(status)
+        if self.reason_first:
+            prompts["reasoning_prompt_ids"], status = self._fit(
+                encode_for_reasoning, solution, self.max_reasoning_prompt_length
+            )
+            statuses.append(status)
+        if "dropped" in statuses:
+            return dict.fromkeys(prompts, []) | {"length_status": "dropped"}
+        return prompts | {"length_status": "shortened" if "shortened" in statuses else "kept"}
 
     def encode(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """
-        Prompt token ids of both roles, from the texts `problem` and `solution` of an example.
+        Prompt token ids of both roles, from the texts `problem` and `solution` of an example. Without a solution, and with
+        `teacher_sees_solution=False`, the teacher has the student's prompt.
 
         Returns:
-            `student_prompt_ids` and `teacher_prompt_ids` (lists of int), and `length_status`: "kept", "shortened" (the
-            solution was cut in its middle) or "dropped" (both lists are empty: leave the example out).
+            `student_prompt_ids` (list of int) and what `encode_teacher` returns; of an example that is "dropped" all lists
+            are empty: leave it out.
         """
-        problem, solution = example["problem"], example["solution"]
-        status = "kept"
-        student_ids = self._encode_student(problem)
-        if self.teacher_sees_solution:
-            teacher_ids = self._encode_teacher(problem, solution)
-            if self._fits(student_ids) and not self._fits(teacher_ids):
-                status, teacher_ids = "shortened", self._shorten(problem, solution)
+        student_ids = self._encode_student(example["problem"])
+        fits = self.max_prompt_length is None or len(student_ids) <= self.max_prompt_length
+        if not self.teacher_sees_solution or example.get("solution") is None:
+            encoded = {"teacher_prompt_ids": student_ids, "length_status": "kept"}
         else:
-            teacher_ids = student_ids
-        if not self._fits(student_ids) or teacher_ids is None:
-            status, student_ids, teacher_ids = "dropped", [], []
-        return {"student_prompt_ids": student_ids, "teacher_prompt_ids": teacher_ids, "length_status": status}
+            encoded = self.encode_teacher(example["problem"], example["solution"])
+        if not fits or encoded["length_status"] == "dropped":
+            return {"student_prompt_ids": []} | dict.fromkeys(encoded, []) | {"length_status": "dropped"}
+        return {"student_prompt_ids": student_ids} | encoded
+
+    def pad_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts and their attention mask, left-padded, int64, (batch, longest prompt)."""
+        pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
+        return (
+            pad(rows, padding_value=pad_token_id, padding_side="left"),
+            pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left"),
+        )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """
@@ -162,16 +247,14 @@ class SelfDistillationDataCollator:
         Returns:
             int64 tensors: `prompts` and `prompt_attention_mask` of shape (batch, longest student prompt), under the
             names that TRL's GOLD trainer samples from; `teacher_prompts` and `teacher_prompt_attention_mask` of shape
-            (batch, longest teacher prompt). And `answer`, a list of strings, where the examples have one.
+            (batch, longest teacher prompt). And lists, where the examples have them: `problem`, `solution`, `answer` and
+            `reasoning_prompt_ids`.
         """
-        pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        batch = {}
+        batch: dict[str, Any] = {}
         for prefix, column in (("", "student_prompt_ids"), ("teacher_", "teacher_prompt_ids")):
-            prompts = [torch.tensor(feature[column], dtype=torch.long) for feature in features]
-            batch[f"{prefix}prompts"] = pad(prompts, padding_value=pad_token_id, padding_side="left")
-            batch[f"{prefix}prompt_attention_mask"] = pad(
-                [torch.ones_like(prompt) for prompt in prompts], padding_value=0, padding_side="left"
-            )
-        if "answer" in features[0]:
-            batch["answer"] = [feature["answer"] for feature in features]
+            prompts = [feature[column] for feature in features]
+            batch[f"{prefix}prompts"], batch[f"{prefix}prompt_attention_mask"] = self.pad_prompts(prompts)
+        for column in ("problem", "solution", "answer", "reasoning_prompt_ids"):
+            if column in features[0]:
+                batch[column] = [feature[column] for feature in features]
         return batch

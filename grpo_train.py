@@ -78,13 +78,13 @@ class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     """
 
     def __init__(self, model: Any, args: GRPOConfig, vllm_adapter_dir: str | None = None, **kwargs: Any):
-        class Generation(OnPolicyGeneration):
-            # At the sampling temperature: what TRL's importance ratio compares with
-            logprobs_mode = "processed_logprobs"
-
         revision = (args.model_init_kwargs or {}).get("revision")
         generation = partial(
-            Generation, seed=args.seed, adapter_dir=vllm_adapter_dir, engine_arguments={"revision": revision}
+            OnPolicyGeneration,
+            seed=args.seed,
+            adapter_dir=vllm_adapter_dir,
+            logprobs_mode="processed_logprobs",  # at the sampling temperature: what TRL's importance ratio compares with
+            engine_arguments={"revision": revision},
         )
         with mock.patch.object(grpo_trainer, "VLLMGeneration", generation):
             super().__init__(model=model, args=args, **kwargs)

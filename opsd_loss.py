@@ -244,6 +244,39 @@ def sampled_token_loss(
     return loss if mask is None else torch.where(mask.bool(), loss, 0)
 
 
+def policy_gradient_loss(
+    student_logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """
+    Policy-gradient loss of the sampled tokens with given advantages: -A_n log p_S(y_n), A_n constant for the gradient.
+
+    This is REINFORCE's term, and has the gradient of GRPO's where the tokens are drawn from p_S itself: its ratio of new
+    to old policy is then 1, and its clip without effect. Tokens of another sampler need their importance weights in A_n.
+
+    Args:
+        student_logits: (..., V).
+        token_ids: (...), int64, the sampled tokens y_n.
+        advantages: (...), A_n.
+        mask: (...), true or non-zero at tokens that count; the others get the value 0 and no gradient.
+        temperature: of the softmax.
+
+    Returns:
+        (...), float32 or float64. Only its gradient has a meaning.
+
+    Raises:
+        ValueError: for a temperature that is not positive.
+    """
+    check_objective(temperature=temperature, clip=None)
+    s = _log_softmax(student_logits, temperature).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)  # (...)
+    loss = -advantages.detach().to(s.dtype) * s
+    return loss if mask is None else torch.where(mask.bool(), loss, 0)
+
+
 def _out_dtype(operand: Tensor, result: Tensor) -> dict[str, torch.dtype]:
     """Argument of `torch.mm` and `torch.addmm` that keeps the product of 16-bit operands in float32 (CUDA only)."""
     return {} if operand.dtype == result.dtype else {"out_dtype": result.dtype}
@@ -266,6 +299,33 @@ def _project(hidden: Tensor, weight: Tensor, operand_dtype: torch.dtype, logits:
         torch.mm(hidden, block.to(operand_dtype).T, out=columns, **_out_dtype(hidden, logits))
 
 
+def _policy_gradient(
+    student_logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    objective: Objective,
+    scratch: Tensor,
+    gradient: Tensor,
+    needs_gradient: bool,
+) -> Tensor:
+    """
+    `policy_gradient_loss`, (n,), of a chunk's logits (n, V), which stay as they are; overwrites `scratch` and `gradient`,
+    (n, V) each. The latter becomes the derivative with respect to logits * logit_scale / temperature if there is a need.
+    """
+    softcap, temperature = objective.logit_softcap, objective.temperature
+    z = torch.mul(student_logits, objective.logit_scale / (temperature if softcap is None else softcap), out=scratch)
+    if softcap is not None:
+        z.tanh_().mul_(softcap / temperature)
+    index = token_ids.unsqueeze(-1)  # (n, 1)
+    log_probs = torch.log_softmax(z, -1, out=gradient).gather(-1, index)  # (n, 1)
+    if needs_gradient:
+        # A (p_S - onehot(y)), where p_S(y) - 1 = expm1(log p_S(y)) keeps its digits at probabilities close to 1
+        gradient.exp_().scatter_(-1, index, log_probs.expm1()).mul_(advantages.unsqueeze(-1))
+        if softcap is not None:  # the slope is 1 - tanh^2
+            gradient.mul_(z.mul_(temperature / softcap).square_().neg_().add_(1))
+    return -advantages * log_probs.squeeze(-1)
+
+
 def _over_chunks(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
@@ -278,10 +338,12 @@ def _over_chunks(
     hidden_gradient: bool,
     weight_gradient: bool,
     row_weights: Tensor | None = None,
+    advantages: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """
-    Values (N,) and statistics (7, N) or (0, N) of the objective, and if asked for the derivatives of values.sum(), or of
-    (row_weights * values).sum(): with respect to `student_hidden` (N, H), and to `weight` (V, H) as the student's head.
+    Values (N,), the objective's times `row_weights` plus the policy gradient's with `advantages`; statistics (7, N) or
+    (0, N) of the objective alone; and if asked for the derivatives of values.sum(): with respect to `student_hidden`
+    (N, H), and to `weight` (V, H) as the student's head.
     """
     (num_tokens, _), (vocab_size, _), device = student_hidden.shape, weight.shape, student_hidden.device
     dtype = torch.promote_types(torch.promote_types(student_hidden.dtype, weight.dtype), torch.float32)
@@ -293,11 +355,13 @@ def _over_chunks(
 
     needs_gradient = hidden_gradient or weight_gradient
     if chunk_size is None:
-        bytes_per_token = vocab_size * (2 * dtype.itemsize + (operand_dtype.itemsize if operand_dtype != dtype else 0))
+        itemsize = (2 if advantages is None else 3) * dtype.itemsize
+        bytes_per_token = vocab_size * (itemsize + (operand_dtype.itemsize if operand_dtype != dtype else 0))
         chunk_size = _automatic_chunk_size(bytes_per_token, device)
     chunk_size = min(chunk_size, max(num_tokens, 1))
     buffers = torch.empty(2, chunk_size, vocab_size, dtype=dtype, device=device)
     gradient_buffer = buffers[0] if operand_dtype == dtype else torch.empty_like(buffers[0], dtype=operand_dtype)
+    policy_gradient_buffer = None if advantages is None else torch.empty_like(buffers[0])
     values = torch.empty(num_tokens, dtype=dtype, device=device)
     statistics = torch.empty(
         len(TokenStatistics._fields) if objective.statistics else 0, num_tokens, dtype=dtype, device=device
@@ -313,6 +377,17 @@ def _over_chunks(
                 buffer[: rows.stop - start] for buffer in (*buffers, gradient_buffer)
             )
             _project(student_hidden[rows], weight, operand_dtype, student_logits)
+            if advantages is not None:  # now, while the student's logits are there and the teacher's buffer is free
+                policy_gradient = policy_gradient_buffer[: rows.stop - start]
+                policy_gradient_values = _policy_gradient(
+                    student_logits,
+                    token_ids[rows],
+                    advantages[rows],
+                    objective,
+                    teacher_logits,
+                    policy_gradient,
+                    needs_gradient,
+                )
             _project(teacher_hidden[rows], teacher_weight, operand_dtype, teacher_logits)
             values[rows], statistics[:, rows] = elementwise(
                 student_logits,
@@ -321,8 +396,14 @@ def _over_chunks(
                 objective,
                 gradient if needs_gradient else None,
             )
-            if needs_gradient and row_weights is not None:
-                gradient.mul_(row_weights[rows].unsqueeze(-1))
+            if row_weights is not None:
+                values[rows].mul_(row_weights[rows])
+                if needs_gradient:
+                    gradient.mul_(row_weights[rows].unsqueeze(-1))
+            if advantages is not None:
+                values[rows].add_(policy_gradient_values)
+                if needs_gradient:
+                    gradient.add_(policy_gradient)
             if hidden_gradient:
                 d_rows = torch.zeros_like(student_hidden[rows], dtype=dtype)
                 for block, columns in zip(weight.split(block_size), gradient.split(block_size, dim=1), strict=True):
@@ -349,12 +430,22 @@ class _FusedLinearLoss(torch.autograd.Function):
     Takes the gradient along in the forward pass, where the logits are, and keeps dHidden: each value depends on the
     hidden state of its own token only, so that the backward pass has but to scale the rows, whatever comes after.
     The same goes for the weight's gradient where all values weigh the same, as in a sum or a mean. Else the backward
-    pass goes over the chunks again with the weights that it then knows. `row_weights` (N,) are known beforehand.
+    pass goes over the chunks again with the weights that it then knows. `row_weights` and `advantages`, (N,), are known
+    beforehand.
     """
 
     @staticmethod
     def forward(
-        ctx, student_hidden, weight, teacher_hidden, teacher_weight, token_ids, row_weights, objective, chunk_size
+        ctx,
+        student_hidden,
+        weight,
+        teacher_hidden,
+        teacher_weight,
+        token_ids,
+        row_weights,
+        advantages,
+        objective,
+        chunk_size,
     ):
         inputs = (student_hidden, teacher_hidden, weight, teacher_weight, token_ids)
         hidden_gradient, weight_gradient = ctx.needs_input_grad[:2]
@@ -365,10 +456,9 @@ class _FusedLinearLoss(torch.autograd.Function):
             hidden_gradient=hidden_gradient,
             weight_gradient=weight_gradient,
             row_weights=row_weights,
+            advantages=advantages,
         )
-        if row_weights is not None:
-            values.mul_(row_weights)
-        ctx.save_for_backward(d_hidden, d_weight, *((row_weights, *inputs) if weight_gradient else ()))
+        ctx.save_for_backward(d_hidden, d_weight, *((row_weights, advantages, *inputs) if weight_gradient else ()))
         ctx.settings = (objective._replace(statistics=False), chunk_size)
         ctx.mark_non_differentiable(statistics)
         return values, statistics
@@ -378,17 +468,21 @@ class _FusedLinearLoss(torch.autograd.Function):
     def backward(ctx, grad_values, _):
         d_hidden, d_weight, *inputs = ctx.saved_tensors
         if d_weight is not None:
-            row_weights, *inputs = inputs
+            row_weights, advantages, *inputs = inputs
             if (grad_values == grad_values[:1]).all():
                 d_weight = torch.mul(d_weight, grad_values[:1].sum(), out=torch.empty_like(d_weight))
             else:
-                row_weights = grad_values if row_weights is None else grad_values * row_weights
                 d_weight = _over_chunks(
-                    *inputs, *ctx.settings, hidden_gradient=False, weight_gradient=True, row_weights=row_weights
+                    *inputs,
+                    *ctx.settings,
+                    hidden_gradient=False,
+                    weight_gradient=True,
+                    row_weights=grad_values if row_weights is None else grad_values * row_weights,
+                    advantages=None if advantages is None else grad_values * advantages,
                 )[3]
         if d_hidden is not None:
             d_hidden = torch.mul(d_hidden, grad_values.unsqueeze(-1), out=torch.empty_like(d_hidden))
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None, None
 
 
 def _fused_linear_loss(
@@ -399,7 +493,10 @@ def _fused_linear_loss(
     token_ids: Tensor | None,
     objective: Objective,
     chunk_size: int | None,
-    row_weights: Tensor | None = None,
+    *,
+    token_weights: Tensor | None,
+    advantages: Tensor | None,
+    importance_weights: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
     check_objective(
         beta=objective.beta,
@@ -413,7 +510,8 @@ def _fused_linear_loss(
         raise ValueError(f"chunk_size must be at least 1, or None to choose it, got {chunk_size}")
     teacher_weight = weight if teacher_weight is None else teacher_weight
     shapes = [tuple(tensor.shape) for tensor in (student_hidden, teacher_hidden, weight, teacher_weight)]
-    of_tokens = [tensor for tensor in (token_ids, row_weights) if tensor is not None]
+    of_tokens = (token_ids, token_weights, importance_weights, advantages)
+    of_tokens = [tensor for tensor in of_tokens if tensor is not None]
     if (
         any(len(shape) != 2 for shape in shapes)
         or (shapes[0][0], shapes[2][0]) != (shapes[1][0], shapes[3][0])
@@ -421,18 +519,20 @@ def _fused_linear_loss(
         or any(tensor.shape != student_hidden.shape[:1] for tensor in of_tokens)
     ):
         raise ValueError(
-            "expected student and teacher hidden states (N, H), heads (V, H), token ids and weights (N,), got "
+            "expected student and teacher hidden states (N, H), heads (V, H), token ids, weights and advantages (N,), got "
             f"{', '.join(map(str, shapes + [tuple(tensor.shape) for tensor in of_tokens]))}"
         )
     if not torch.is_grad_enabled():
         student_hidden, weight = student_hidden.detach(), weight.detach()
+    weights = [tensor.detach() for tensor in (token_weights, importance_weights) if tensor is not None]
     values, statistics = _FusedLinearLoss.apply(
         student_hidden,
         weight,
         teacher_hidden.detach(),
         teacher_weight.detach(),
         token_ids,
-        None if row_weights is None else row_weights.detach(),
+        math.prod(weights) if weights else None,
+        None if advantages is None else advantages.detach(),
         objective,
         chunk_size,
     )
@@ -456,6 +556,9 @@ def fused_linear_jsd(
     logit_softcap: float | None = None,
     chunk_size: int | None = None,
     return_statistics: bool = False,
+    token_weights: Tensor | None = None,
+    advantages: Tensor | None = None,
+    token_ids: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
     """
     `generalized_jsd` of the logits of a language model's head, which never exist for more than `chunk_size` tokens.
@@ -463,11 +566,12 @@ def fused_linear_jsd(
         logits = c tanh(a / c) with the soft cap c, else a, where a = logit_scale * hidden lm_head_weight^T
 
     It costs three products of the size (N, H) x (H, V), one more for the gradient of a head that is trained, and two
-    or, where dtypes differ, three buffers (chunk_size, V). Equal to the dense form whatever reduction follows. Logits
-    are float32 also where hidden states and weight are not, under autocast too; on CUDA, where the weight has 16 bits,
-    the gradient of the logits is rounded to them for its product. Gradients reach `student_hidden` and, as far as they
-    want one, `lm_head_weight`, in their role as the student's; the teacher has none. The Triton kernel, on CUDA, does
-    everything but `top_k`, whose element-wise part is PyTorch operations on a few tokens at a time, and slower.
+    or, where dtypes differ, three buffers (chunk_size, V); with `advantages` one more. Equal to the dense form whatever
+    reduction follows. Logits are float32 also where hidden states and weight are not, under autocast too; on CUDA, where
+    the weight has 16 bits, the gradient of the logits is rounded to them for its product. Gradients reach
+    `student_hidden` and, as far as they want one, `lm_head_weight`, in their role as the student's; the teacher has
+    none. The Triton kernel, on CUDA, does everything but `top_k` and `advantages`, whose element-wise part is PyTorch
+    operations, for `top_k` on a few tokens at a time, and slower.
 
     Args:
         student_hidden, teacher_hidden: (N, H), what enters the head, of any floating dtype.
@@ -476,14 +580,20 @@ def fused_linear_jsd(
         beta, temperature, clip, clip_mode, top_k, top_k_of, tail, return_statistics: as for `generalized_jsd`.
         logit_scale, logit_softcap: as in the model's configuration.
         chunk_size: tokens at a time; `None` chooses it from V, the dtypes and the memory that is free.
+        token_weights: (N,), constants that multiply each token's divergence, not its statistics. A trained head's
+            gradient is then known after the forward pass, other than with weights that are multiplied in later.
+        advantages: (N,), A_n: adds `policy_gradient_loss`, which `token_weights` do not weigh, without a further product.
+        token_ids: (N,), int64, the sampled tokens; for the advantages alone.
 
     Returns:
         (N,), nats, float32, or float64 if an input is. If the head is trained and the values are not all weighted alike,
         the backward pass computes the chunks again, and needs the inputs unchanged.
 
     Raises:
-        ValueError: for settings outside their range and for shapes that do not fit.
+        ValueError: for settings outside their range, for shapes that do not fit, and for advantages without token ids.
     """
+    if advantages is not None and token_ids is None:
+        raise ValueError("advantages need token_ids, the sampled tokens that they belong to")
     objective = Objective(
         beta,
         temperature,
@@ -498,7 +608,15 @@ def fused_linear_jsd(
         tail=tail,
     )
     return _fused_linear_loss(
-        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, None, objective, chunk_size
+        student_hidden,
+        teacher_hidden,
+        lm_head_weight,
+        teacher_lm_head_weight,
+        token_ids,
+        objective,
+        chunk_size,
+        token_weights=token_weights,
+        advantages=advantages,
     )
 
 
@@ -517,6 +635,8 @@ def fused_linear_sampled_token_loss(
     chunk_size: int | None = None,
     return_statistics: bool = False,
     beta: float = 1.0,
+    token_weights: Tensor | None = None,
+    advantages: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
     """
     `sampled_token_loss` of the logits of a language model's head; what is not said here is as in `fused_linear_jsd`.
@@ -528,6 +648,8 @@ def fused_linear_sampled_token_loss(
         return_statistics: return (loss, `TokenStatistics`), those of the divergence with `beta`, without a cap or
             weights; `reversed` is thus 0, since the sign of one sample's gradient says nothing.
         beta: of the statistics. The loss follows the gradient of beta = 1 on average.
+        token_weights: (N,), constants that multiply each token's loss, with `importance_weights` their product.
+        advantages: (N,), further advantages of the sampled tokens, which neither weights nor `clip` concern.
 
     Returns:
         (N,), float32 or float64.
@@ -543,7 +665,9 @@ def fused_linear_sampled_token_loss(
         token_ids,
         objective,
         chunk_size,
-        importance_weights,
+        token_weights=token_weights,
+        advantages=advantages,
+        importance_weights=importance_weights,
     )
 
 
@@ -553,17 +677,19 @@ def fused_linear_logprobs(
     lm_head_weight: Tensor,
     token_ids: Tensor,
     *,
+    temperature: float = 1.0,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     chunk_size: int | None = None,
 ) -> Tensor:
     """
-    Log-probabilities of given tokens at temperature 1, without gradient and without the full logits.
+    Log-probabilities of given tokens, without gradient and without the full logits.
 
     Args:
         hidden: (N, H), what enters the head.
         lm_head_weight: (V, H).
         token_ids: (N,), int64.
+        temperature: of the softmax.
         logit_scale, logit_softcap, chunk_size: as for `fused_linear_jsd`.
 
     Returns:
@@ -584,5 +710,6 @@ def fused_linear_logprobs(
             logits.mul_(logit_scale)
             if logit_softcap is not None:
                 logits.div_(logit_softcap).tanh_().mul_(logit_softcap)
+            logits.div_(temperature)
             logprobs[rows] = logits.gather(1, token_ids[rows, None]).squeeze(1) - logits.logsumexp(1)
     return logprobs

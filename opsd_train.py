@@ -40,9 +40,17 @@ class OPSDArguments(RunArguments):
     """What OPSD reads of the data, and the check before it."""
 
     problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
-    solution_column: str = field(default="solution", metadata={"help": "Column of the reference solution."})
+    solution_column: str = field(
+        default="solution",
+        metadata={
+            "help": "Column of the reference solution; not read where no setting needs it (--teacher_reference rollout)."
+        },
+    )
     answer_column: str | None = field(
-        default=None, metadata={"help": "Column of the final answer, kept beside the saved rollouts."}
+        default=None,
+        metadata={
+            "help": "Column of the final answer, text or number: for settings that grade rollouts, and beside the saved ones."
+        },
     )
     start_adapter: str | None = field(
         default=None,
@@ -55,6 +63,31 @@ class OPSDArguments(RunArguments):
         default=False,
         metadata={"help": "Check the claims of the method before the first step; do not train if one does not hold."},
     )
+
+
+def needed_columns(
+    script_args: OPSDArguments, training_args: OPSDConfig
+) -> tuple[dict[str, str], dict[str, str | None]]:
+    """
+    Flag -> column: of the texts that each example has to have, and of those that it may have.
+
+    Raises:
+        ValueError: for settings that need answers, without a column of them.
+    """
+    needed = {"problem_column": script_args.problem_column}
+    if training_args.needs_solutions:
+        needed["solution_column"] = script_args.solution_column
+    answer = {"answer_column": script_args.answer_column}
+    if not training_args.needs_answers:
+        return needed, answer
+    if script_args.answer_column is None:
+        flags = ("verify_rollouts", "teacher_reference", "weight_of_correct", "weight_of_failed", "reward_weight")
+        given = [f"--{flag} {getattr(training_args, flag)}" for flag in (*flags, "curriculum")
+                 if getattr(training_args, flag) != getattr(OPSDConfig, flag)]  # fmt: skip
+        raise ValueError(
+            f"{', '.join(given)}: rollouts are graded against answers; name their column: --answer_column"
+        )
+    return needed | answer, {}
 
 
 def check_adapter(folder: str, model_args: ModelArguments) -> None:
@@ -92,15 +125,12 @@ def main(arguments: list[str] | None = None) -> None:
         check_model(model_args, training_args.use_vllm)
         if script_args.start_adapter is not None:
             check_adapter(script_args.start_adapter, model_args)
+        columns = needed_columns(script_args, training_args)
         checkpoint = settle_run("opsd", training_args.max_completion_length, *settings)
         if script_args.dry_run is not None:
             print_dry_run(*settings)
             return
-        train_dataset, eval_dataset = load_data(
-            script_args,
-            {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column},
-            {"answer_column": script_args.answer_column},
-        )
+        train_dataset, eval_dataset = load_data(script_args, *columns)
         OPSDTrainer.check_size(len(train_dataset), training_args)
         tokenizer = load_tokenizer(model_args, training_args)
 

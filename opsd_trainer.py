@@ -1,5 +1,6 @@
 """On-policy self-distillation: one model samples as student and teaches itself as teacher (arXiv 2601.18734)."""
 
+import copy
 import json
 import logging
 import math
@@ -7,21 +8,19 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, send_to_device, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl.experimental.gold import GOLDConfig, GOLDTrainer
-from trl.import_utils import is_vllm_available
-from trl.models.utils import _ForwardRedirection
+from trl.experimental.gold import GOLDTrainer
+from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
 from trl.trainer.utils import (
     global_then_local_main_first,
     maybe_gather_lm_head_ctx,
@@ -30,269 +29,28 @@ from trl.trainer.utils import (
 )
 
 from checkpoints import CompleteCheckpoints
-from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, SelfDistillationDataCollator, check_template
+from curriculum import Curriculum
+from data_collator import SelfDistillationDataCollator
 from frozen_weights import FrozenWeights
+from lessons import Lessons
+from opsd_config import OPSDConfig
 from opsd_loss import (
-    CLIP_MODES,
-    TOP_K_OF,
     TokenStatistics,
     fused_linear_jsd,
     fused_linear_logprobs,
     fused_linear_sampled_token_loss,
     generalized_jsd,
+    policy_gradient_loss,
     sampled_token_loss,
 )
+from rationalization import RationalizationCache, Rationalizer
 from rollouts import OnPolicyGeneration, check_servable
 from sharded_weights import local_part
 from teacher_weights import TeacherWeights
 
 logger = logging.getLogger(__name__)
 
-LOSS_IMPLEMENTATIONS = ("fused", "dense")
 NUM_FIRST_TOKENS = 4  # of a completion, whose divergence is logged by itself: roles in different forms disagree there
-
-
-@dataclass
-class OPSDConfig(GOLDConfig):
-    """
-    Settings of `OPSDTrainer`, on top of those of TRL's `GOLDConfig`. Those of sampling and loss default to the release's.
-
-    Raises:
-        ValueError: for settings outside their range or against each other, naming the flags and the way out.
-    """
-
-    output_dir: str | None = field(default="outputs", metadata={"help": "Folder of the run, or of the runs."})
-    learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate of AdamW."})
-    max_grad_norm: float = field(default=0.1, metadata={"help": "Maximum norm of the gradient."})
-    lmbda: float = field(default=1.0, metadata={"help": "Share of on-policy rollouts. OPSD is on-policy: always 1."})
-    beta: float = field(
-        default=0.0,
-        metadata={
-            "help": "0: KL(teacher||student), 1: KL(student||teacher), between: generalized JSD (0.5 in paper v1)."
-        },
-    )
-    temperature: float = field(
-        default=1.1,
-        metadata={"help": "Temperature of the rollouts and, unless --loss_temperature says otherwise, of the loss."},
-    )
-    loss_temperature: float | None = field(
-        default=None, metadata={"help": "Temperature of both softmaxes in the loss; by default --temperature."}
-    )
-    top_p: float = field(default=0.95, metadata={"help": "Nucleus of the rollouts; 1 switches it off."})
-    top_k: int = field(default=20, metadata={"help": "Top-k of the rollouts; 0 switches it off."})
-    min_p: float = field(
-        default=0.0, metadata={"help": "Least probability of a token, relative to the most probable one; 0: off."}
-    )
-    presence_penalty: float = field(
-        default=0.0, metadata={"help": "Of the rollouts, with --use_vllm: taken off tokens that came before; 0: off."}
-    )
-    vllm_gpu_memory_utilization: float = field(
-        default=0.6, metadata={"help": "Share of a GPU's memory for the colocated vLLM engine."}
-    )
-    vllm_adapter_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder through which adapters reach vLLM; by default in memory. With --vllm_mode server on another "
-            "machine: one that both see."
-        },
-    )
-    max_length: int | None = field(
-        default=20000,
-        metadata={"help": "Prompt and completion together, in tokens. Longer solutions are cut in their middle."},
-    )
-    max_completion_length: int = field(default=1024, metadata={"help": "Tokens of a rollout at most."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave off: the collator picks its columns."})
-
-    fixed_teacher: bool = field(
-        default=False,
-        metadata={
-            "help": "The teacher is the initial policy: the same model with its LoRA adapter off or, without --use_peft "
-            "and for an adapter that is trained already, a copy of the weights. Otherwise it is the current policy."
-        },
-    )
-    use_ema_teacher: bool = field(
-        default=False,
-        metadata={
-            "help": "The teacher is an exponential moving average of the trained weights from their start, kept in float32; "
-            "under LoRA of both factors, each by itself."
-        },
-    )
-    ema_decay: float = field(
-        default=0.999,
-        metadata={
-            "help": "With --use_ema_teacher: teacher = decay x teacher + (1 - decay) x student, at each update."
-        },
-    )
-    ema_update_steps: int = field(
-        default=1,
-        metadata={
-            "help": "With --use_ema_teacher: optimizer steps between two updates. With --ema_decay 0 the teacher is the "
-            "student as it was at the last of them."
-        },
-    )
-    teacher_sees_solution: bool = field(
-        default=True,
-        metadata={"help": "False gives the teacher the student's prompt: a control that must not learn anything."},
-    )
-    student_thinking: bool = field(default=False, metadata={"help": "Thinking mode in the student's prompt."})
-    teacher_thinking: bool = field(default=True, metadata={"help": "Thinking mode in the teacher's prompt."})
-    teacher_prefill: str = field(
-        default="",
-        metadata={
-            "help": "Text at the end of the teacher's prompt, behind the assistant's header, such as '<think>\\n' for a thinking "
-            "teacher of a student without thinking mode: the completion then counts as its thoughts."
-        },
-    )
-    num_loss_tokens_to_skip: int = field(
-        default=0,
-        metadata={"help": "First tokens of each completion that do not count: there thinking modes differ in form."},
-    )
-    student_prompt: str = field(
-        default=STUDENT_PROMPT, metadata={"help": "Template of the student's prompt, with {problem}."}
-    )
-    teacher_prompt: str = field(
-        default=TEACHER_PROMPT, metadata={"help": "Template of the teacher's prompt, with {problem} and {solution}."}
-    )
-    jsd_token_clip: float = field(
-        default=0.05,
-        metadata={"help": "Cap on each (token, vocabulary entry) summand of the divergence, in nats; 0: no cap."},
-    )
-    jsd_clip_mode: str = field(
-        default="pointwise",
-        metadata={
-            "help": "pointwise: cap each summand, as the release does. token: cap each token's sum; beyond it there is no "
-            "gradient. scale: the same value, with the gradient scaled down and not cut off.",
-            "choices": CLIP_MODES,
-        },
-    )
-    top_k_loss: int = field(
-        default=0, metadata={"help": "Divergence over the teacher's k most probable entries only; 0: full vocabulary."}
-    )
-    top_k_loss_of: str = field(
-        default="teacher",
-        metadata={"help": "With --top_k_loss: whose most probable entries; both: the union.", "choices": TOP_K_OF},
-    )
-    top_k_loss_tail: bool = field(
-        default=False,
-        metadata={
-            "help": "With --top_k_loss: one more entry for all the others, in place of renormalizing: a true divergence."
-        },
-    )
-    sampled_token_clip: float = field(
-        default=0.0,
-        metadata={"help": "With --use_tinker_loss: cap on the advantage |log p_teacher - log p_student|; 0: none."},
-    )
-    loss_implementation: str = field(
-        default="fused",
-        metadata={
-            "help": "fused: the loss straight from the hidden states, without the full logits. dense: the reference.",
-            "choices": LOSS_IMPLEMENTATIONS,
-        },
-    )
-    loss_chunk_size: int | None = field(
-        default=None, metadata={"help": "Tokens at a time in the fused loss; by default chosen from the free memory."}
-    )
-    use_tinker_loss: bool = field(
-        default=False,
-        metadata={
-            "help": "Policy gradient on the sampled tokens (paper eq. 9) in place of the full divergence; beta, clip and "
-            "top_k_loss then shape what is logged only."
-        },
-    )
-    max_nonfinite_steps: int = field(
-        default=3,
-        metadata={
-            "help": "Stop after so many steps in a row with a loss or gradient that was not finite; each is skipped."
-        },
-    )
-    log_completions_steps: int = field(
-        default=10, metadata={"help": "With --log_completions: show rollouts at logging steps that this divides."}
-    )
-    num_completions_to_print: int | None = field(
-        default=4, metadata={"help": "With --log_completions: how many rollouts to show."}
-    )
-    save_completions: bool = field(
-        default=True, metadata={"help": "Keep the rollouts: OUTPUT_DIR/completions/completions_STEP.jsonl."}
-    )
-
-    def __post_init__(self):
-        for flag, valid, requirement in (
-            ("lmbda", self.lmbda == 1.0, "be 1: OPSD learns from the student's own rollouts only"),
-            ("beta", 0.0 <= self.beta <= 1.0, "lie in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 JSD"),
-            ("temperature", self.temperature > 0.0, "be positive, since it also divides the logits in the loss"),
-            (
-                "loss_temperature",
-                self.loss_temperature is None or self.loss_temperature > 0.0,
-                "be positive, since it divides the logits",
-            ),
-            (
-                "num_loss_tokens_to_skip",
-                0 <= self.num_loss_tokens_to_skip < self.max_completion_length,
-                f"lie in [0, {self.max_completion_length}), --max_completion_length",
-            ),
-            ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]; 1 switches it off"),
-            ("top_k", self.top_k >= 0, "not be negative; 0 switches it off"),
-            ("min_p", 0.0 <= self.min_p < 1.0, "lie in [0, 1); 0 switches it off"),
-            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "lie in [-2, 2]; 0 switches it off"),
-            (
-                "presence_penalty",
-                self.use_vllm or self.presence_penalty == 0.0,
-                "be 0 without --use_vllm: transformers has no presence penalty",
-            ),
-            (
-                "use_vllm",
-                not self.use_vllm or is_vllm_available(),
-                "be left out: there is no vLLM of a version that TRL supports; scripts/setup_env.sh installs one",
-            ),
-            ("vllm_mode", self.vllm_mode in ("colocate", "server"), "be colocate or server"),
-            (
-                "vllm_sync_frequency",
-                self.vllm_sync_frequency == 1,
-                "be 1: each rollout comes from the present student",
-            ),
-            ("vllm_structured_outputs_regex", self.vllm_structured_outputs_regex is None, "stay unset"),
-            (
-                "use_ema_teacher",
-                not (self.use_ema_teacher and self.fixed_teacher),
-                "be left out with --fixed_teacher: choose one teacher",
-            ),
-            ("ema_decay", 0.0 <= self.ema_decay < 1.0, "lie in [0, 1); for a teacher that stays, --fixed_teacher"),
-            ("ema_update_steps", self.ema_update_steps >= 1, "be at least 1"),
-            ("max_nonfinite_steps", self.max_nonfinite_steps >= 1, "be at least 1"),
-            ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
-            ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
-            ("top_k_loss", self.top_k_loss >= 0, "not be negative; 0 takes the full vocabulary"),
-            ("top_k_loss_of", self.top_k_loss_of in TOP_K_OF, f"be one of {', '.join(TOP_K_OF)}"),
-            ("top_k_loss_tail", self.top_k_loss > 0 or not self.top_k_loss_tail, "go with --top_k_loss"),
-            ("sampled_token_clip", self.sampled_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
-            (
-                "loss_implementation",
-                self.loss_implementation in LOSS_IMPLEMENTATIONS,
-                f"be one of {', '.join(LOSS_IMPLEMENTATIONS)}",
-            ),
-            ("loss_chunk_size", self.loss_chunk_size is None or self.loss_chunk_size >= 1, "be at least 1"),
-            ("max_completion_length", self.max_completion_length >= 1, "be at least 1"),
-            ("seq_kd", not self.seq_kd, "stay off: there is no off-policy part"),
-            ("use_uld_loss", not self.use_uld_loss, "stay off: both roles share one tokenizer"),
-            ("remove_unused_columns", not self.remove_unused_columns, "stay off: the collator picks its columns"),
-            (
-                "teacher_model_name_or_path",
-                self.teacher_model_name_or_path is None,
-                "stay unset: the model is its own teacher",
-            ),
-        ):
-            if not valid:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must {requirement}")
-        if self.max_length is not None and self.max_completion_length >= self.max_length:
-            raise ValueError(
-                f"--max_completion_length {self.max_completion_length} leaves no room for a prompt in --max_length "
-                f"{self.max_length}; lower the first or raise the second"
-            )
-        check_template("student_prompt", self.student_prompt, {"problem"})
-        check_template("teacher_prompt", self.teacher_prompt, {"problem", "solution"})
-        if self.loss_temperature is None:
-            self.loss_temperature = self.temperature
-        super().__post_init__()
 
 
 class _NoTeacherModel(nn.Module):
@@ -308,17 +66,19 @@ class _NoTeacherModel(nn.Module):
         pass
 
 
-class _TeacherCallback(TrainerCallback):
-    """When the teacher gets its weights, and when it follows the student."""
+class _BetweenSteps(TrainerCallback):
+    """When teacher and curriculum start or go on, and when they follow the student."""
 
     def __init__(self, trainer: "OPSDTrainer"):
         self.trainer = trainer
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._start_teacher()
+        self.trainer._start_curriculum()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._update_teacher()
+        self.trainer._update_curriculum()
 
 
 def _causal_lm(policy: nn.Module) -> PreTrainedModel:
@@ -358,7 +118,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     Args:
         model: model, or its path or Hub id.
         args: settings.
-        train_dataset, eval_dataset: rows with the texts `problem` and `solution`. Evaluation is on-policy too.
+        train_dataset, eval_dataset: rows with the texts `problem`, `solution` and `answer`, of which the settings may need
+            only one of the last two. Evaluation is on-policy too.
         processing_class: the model's tokenizer.
         peft_config: LoRA configuration; `None` trains the model itself, or its adapter if it is a PEFT model.
         kwargs: further arguments of `GOLDTrainer`.
@@ -427,17 +188,20 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self.teacher_is_base = args.fixed_teacher and isinstance(self.model, PeftModel) and not self._is_trained()
         self._teacher_weights: TeacherWeights | None = None  # of a teacher that is neither the base nor the student
         self._resumed_from: str | None = None
-        self.add_callback(_TeacherCallback(self))
+        self.add_callback(_BetweenSteps(self))
         self._nonfinite_losses: dict[int, Tensor] = {}  # of the running step, by micro-batch: the loss of each token
         self._num_skipped_in_a_row = 0
         # Since the last log, or in the running evaluation
-        self._token_sums = {mode: self._zero_sums() for mode in ("train", "eval")}
+        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}  # of this process
         self._max_logprob_gap = {mode: torch.zeros((), device=self.accelerator.device) for mode in ("train", "eval")}
         self._lengths: dict[str, list[int]] = {"train": [], "eval": []}  # of the completions of all processes, tokens
         self._truncated: dict[str, list[bool]] = {"train": [], "eval": []}
         self._seconds: dict[str, float] = defaultdict(float)
         self.rollouts = self._start_rollouts() if use_vllm else None
         self._synced_step: int | None = None  # at which vLLM got its weights
+        self._lessons: Lessons | None = None  # what rollouts are learned from, where that is not the same for all
+        self.curriculum: Curriculum | None = None
+        self._shown: list[tuple[int, float, float]] = []  # by rollouts of the running step: problem, sum, number
         # Different noise in each process, or all of them would draw their rollouts with the same random numbers.
         set_seed(args.seed, device_specific=True)
 
@@ -455,6 +219,11 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             teacher_prefill=args.teacher_prefill,
             teacher_sees_solution=args.teacher_sees_solution,
             max_prompt_length=None if args.max_length is None else args.max_length - args.max_completion_length,
+            reason_first=args.reason_first,
+            reasoning_prompt=args.reasoning_prompt,
+            transition_prompt=args.transition_prompt,
+            reasoning_thinking=args.reasoning_thinking,
+            max_reasoning_length=args.max_reasoning_length,
         )
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing, formatting_func, dataset_name: str):
@@ -532,6 +301,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self._teacher_weights is not None:
             self._teacher_weights.save(output_dir)
+        if self.curriculum is not None and self.accelerator.is_main_process:
+            self.curriculum.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -567,6 +338,36 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 "model or revision, or --dtype another one? Resume with the model of the first start"
             )
 
+    # Curriculum
+
+    def _start_curriculum(self) -> None:
+        if self.args.curriculum == "none":
+            return
+        self.curriculum = Curriculum(self.args.curriculum, len(self.train_dataset), self.args.seed)
+        if self._resumed_from is not None:
+            self.curriculum.load(self._resumed_from)
+
+    def _draw_problems(self) -> dict[str, Any]:
+        """This process's batch, in place of the data loader's, which fetches a step ahead and so draws too early."""
+        num_problems, num_processes = self.args.generation_batch_size, self.accelerator.num_processes
+        drawn = self.curriculum.draw(self.state.global_step, num_problems * num_processes)
+        before = self.accelerator.process_index * num_problems
+        rows = [row for row in drawn[before : before + num_problems] for _ in range(self.num_generations)]
+        batch = self.data_collator([self.train_dataset[row] for row in rows])
+        return send_to_device(batch, self.accelerator.device) | {"rows": rows}
+
+    def _update_curriculum(self) -> None:
+        """Tell it what the step's rollouts of each problem showed, over all processes."""
+        if self.curriculum is None:
+            return
+        totals: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for row, total, number in gather_object(self._shown):
+            totals[row][0] += total
+            totals[row][1] += number
+        self._shown = []
+        numbers = [number for _, number in totals.values()]
+        self.curriculum.update(list(totals), [total / number for total, number in totals.values()], numbers)
+
     # Rollout
 
     def _prepare_inputs(self, generation_batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -583,10 +384,15 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             datasets += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         longest = max(len(prompt_ids) for dataset in datasets for prompt_ids in dataset["student_prompt_ids"])
         longest += args.max_completion_length
+        if args.reason_first and args.teacher_reference == "rollout":
+            longest = args.max_length
+        elif args.reason_first:
+            prompts = [prompt for dataset in datasets for prompt in dataset["reasoning_prompt_ids"]]
+            longest = max(longest, max(map(len, prompts)) + args.max_reasoning_length)
         if args.vllm_max_model_length is not None and args.vllm_max_model_length < longest:
             raise ValueError(
                 f"--vllm_max_model_length {args.vllm_max_model_length}: the longest prompt needs {longest} tokens with "
-                f"its completion; leave the flag out, or lower --max_length to drop long problems"
+                f"what is sampled behind it; leave the flag out, or lower --max_length to drop long problems"
             )
         end_ids = self.generation_config.eos_token_id
         model_arguments = args.model_init_kwargs or {}
@@ -620,33 +426,150 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             },
             seed=args.seed,
             adapter_dir=args.vllm_adapter_dir,
+            logprobs_mode="processed_logprobs" if args.importance_correction else "raw_logprobs",
             engine_arguments={key: model_arguments[key] for key in ("revision",) if key in model_arguments},
         )
 
-    def _fill_buffer(self, generation_batch: dict[str, Tensor], buffer_steps: int) -> None:
-        """Sample the completions of a whole optimizer step and count its tokens over all processes."""
-        with self._timed("rollout"):
-            if self.rollouts is not None:
-                self._sample_with_vllm(generation_batch, buffer_steps)
-            else:
-                with self._rollout_settings():
-                    super()._fill_buffer(generation_batch, buffer_steps)
-                self._buffered_inputs = [
-                    self._pair_completions(rollout, self._completions_of(rollout)) for rollout in self._buffered_inputs
-                ]
-        lengths = torch.cat([inputs["completion_mask"].sum(1) for inputs in self._buffered_inputs])  # (rollouts,)
-        truncated = torch.cat([self._is_truncated(inputs) for inputs in self._buffered_inputs])  # (rollouts,)
-        counted = torch.cat([inputs["loss_mask"].sum(1) for inputs in self._buffered_inputs])  # (rollouts,)
-        all_lengths, all_truncated, all_counted = self.accelerator.gather((lengths, truncated, counted))
-        self._num_loss_tokens = all_counted.sum()
-
+    def _fill_buffer(self, generation_batch: dict[str, Any], buffer_steps: int) -> None:
+        """
+        Sample the completions of a whole optimizer step, settle what each is learned from, and count the tokens over all
+        processes.
+        """
         mode = "train" if self.model.training else "eval"
+        if self.curriculum is not None and mode == "train":
+            generation_batch = self._draw_problems()
+        with self._timed("rollout"):
+            sample = self._sample_with_transformers if self.rollouts is None else self._sample_with_vllm
+            completions, logprobs = sample(generation_batch, buffer_steps)
+        lengths = torch.tensor([len(ids) for ids in completions], device=self.accelerator.device)  # (rollouts,)
+        truncated = torch.tensor([self._is_truncated(ids) for ids in completions], device=self.accelerator.device)
+        if self._has_lessons:
+            generation_batch = self._choose_lessons(generation_batch, completions)
+        size = len(completions) // buffer_steps
+        self._buffered_inputs = [
+            self._pair_completions(
+                batch, completions[start : start + size], None if logprobs is None else logprobs[start : start + size]
+            )
+            for start, batch in zip(
+                range(0, len(completions), size), split_tensor_dict(generation_batch, buffer_steps), strict=True
+            )
+        ]
+        self._weigh_tokens()
+        all_lengths, all_truncated = self.accelerator.gather((lengths, truncated))
         self._lengths[mode] += all_lengths.tolist()
         self._truncated[mode] += all_truncated.tolist()
         if mode == "train":
             self._count("num_generated_tokens", all_lengths.sum().item())
             if self.args.save_completions:
                 self._save_completions(lengths.tolist(), truncated.tolist())
+
+    @property
+    def _has_lessons(self) -> bool:
+        return self.args.needs_answers or self.args.reason_first
+
+    def _choose_lessons(self, batch: dict[str, Any], completions: list[Tensor]) -> dict[str, Any]:
+        """What `Lessons` makes of the rollouts; what it counts is logged, what it says of problems the curriculum gets."""
+        mode = "train" if self.model.training else "eval"
+        if self._lessons is None:
+            self._lessons = self._start_lessons()
+        ids = [completion.tolist() for completion in completions]
+        batch = self._lessons(batch, ids, self.num_generations if mode == "train" else 1)
+        for name, (total, number) in self._lessons.sums.items():
+            self._add(mode, **{name: total, f"{name}/number": number})
+        self._lessons.sums.clear()
+        if self.curriculum is not None and self.args.curriculum == "pass_rate" and mode == "train":
+            self._shown += [
+                (row, float(is_correct), 1.0)
+                for row, is_correct in zip(batch["rows"], batch["correct"], strict=True)
+                if is_correct is not None
+            ]
+        return batch
+
+    def _start_lessons(self) -> Lessons:
+        args, rationalizer = self.args, None
+        if args.reason_first:
+            cache = None
+            if args.reasoning_cache is not None:
+                if not self.teacher_is_base:
+                    raise ValueError(
+                        f"--reasoning_cache {args.reasoning_cache}: is for a teacher that is the base model, with its adapter "
+                        "off; leave it out with --start_adapter and without --use_peft"
+                    )
+                self._check_frozen_weights()
+                base = [self._saved["frozen_weights"], str(self.model.dtype), self.accelerator.mixed_precision]
+                cache = RationalizationCache(args.reasoning_cache, [*base, self._reasoning_settings])
+            rationalizer = Rationalizer(self._sample_as_teacher, self._end_ids, cache)
+        return Lessons(args, self.data_collator, self._end_ids, rationalizer)
+
+    @property
+    def _end_ids(self) -> list[int]:
+        end_ids = self.generation_config.eos_token_id
+        return [end_ids] if isinstance(end_ids, int) else end_ids
+
+    @property
+    def _reasoning_settings(self) -> dict[str, float]:
+        """Of rationalizations, under vLLM's names."""
+        return {
+            "temperature": self.args.reasoning_temperature,
+            "top_p": self.args.reasoning_top_p,
+            "top_k": self.args.reasoning_top_k,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "max_tokens": self.args.max_reasoning_length,
+        }
+
+    def _sample_as_teacher(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Completions of a process's prompts from the teacher's weights. All processes call it together."""
+        with self._timed("rationalization"):
+            if self.rollouts is None:
+                return self._sample_as_teacher_with_transformers(prompts)
+            if self._teacher_weights is not None:
+                with self._as_teacher(self.model_wrapped):
+                    self.rollouts.sync_weights()
+                self._synced_step = None  # the student's are to come again
+            return self.rollouts.generate(prompts, base=self.teacher_is_base, **self._reasoning_settings)[1]
+
+    def _sample_as_teacher_with_transformers(self, prompts: list[list[int]]) -> list[list[int]]:
+        settings = self._reasoning_settings
+        config = copy.deepcopy(self.generation_config)
+        config.update(
+            max_new_tokens=settings["max_tokens"],
+            min_p=None,
+            **{k: settings[k] for k in ("temperature", "top_p", "top_k")},
+        )
+        size, completions = self.args.per_device_train_batch_size, []
+        with (
+            self._as_teacher(self.model_wrapped),
+            self._rollout_settings(),
+            unwrap_model_for_generation(self.model, self.accelerator) as model,
+        ):
+            for start in range(0, len(prompts), size):
+                ids, mask = self.data_collator.pad_prompts(prompts[start : start + size])
+                inputs = send_to_device({"prompts": ids, "prompt_attention_mask": mask}, self.accelerator.device)
+                token_ids, _, labels, *_ = self.generate_on_policy_outputs(model, inputs, config)
+                completions += self._completions_of(inputs | {"input_ids": token_ids, "labels": labels})
+        return [completion.tolist() for completion in completions]
+
+    def _weigh_tokens(self) -> None:
+        """
+        The mean's denominator: the number of tokens of the optimizer step over all processes, each times its weight. The
+        reward's mean is over all tokens. What has neither weight nor advantage is taken out of the loss.
+        """
+        counts = [inputs["loss_mask"].sum(1) for inputs in self._buffered_inputs]  # (batch,) each
+        weighted = [
+            (number * inputs["weights"]).sum() if "weights" in inputs else number.sum()
+            for number, inputs in zip(counts, self._buffered_inputs, strict=True)
+        ]
+        totals = torch.stack([sum(number.sum() for number in counts), sum(weighted)]).float()
+        num_tokens, self._num_loss_tokens = self.accelerator.gather(totals.unsqueeze(0)).sum(0).clamp(min=1)
+        for inputs in self._buffered_inputs:
+            if "weights" not in inputs:
+                continue
+            counts_at_all = inputs["weights"] > 0.0
+            if "advantages" in inputs:
+                inputs["advantages"] *= self.args.reward_weight * self._num_loss_tokens / num_tokens
+                counts_at_all |= inputs["advantages"] != 0.0
+            inputs["loss_mask"] &= counts_at_all.unsqueeze(1)
 
     @property
     def _saved(self) -> dict[str, Any]:
@@ -656,9 +579,18 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     def _count(self, name: str, number: int) -> None:
         self._saved[name] = self._saved.get(name, 0) + number
 
-    def _sample_with_vllm(self, generation_batch: dict[str, Tensor], buffer_steps: int) -> None:
+    def _sample_with_transformers(
+        self, generation_batch: dict[str, Any], buffer_steps: int
+    ) -> tuple[list[Tensor], None]:
+        """As GOLD does it, a micro-batch at a time."""
+        with self._rollout_settings():
+            super()._fill_buffer(generation_batch, buffer_steps)
+        return [ids for rollout in self._buffered_inputs for ids in self._completions_of(rollout)], None
+
+    def _sample_with_vllm(
+        self, generation_batch: dict[str, Any], buffer_steps: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """One call for the whole optimizer step, from the weights as they are now."""
-        batches = split_tensor_dict(generation_batch, buffer_steps)
         prompts = [
             prompt[mask.bool()].tolist()
             for prompt, mask in zip(
@@ -670,22 +602,22 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self._synced_step = self.state.global_step
         self.rollouts.step = self.state.global_step
         _, completions, logprobs, _ = self.rollouts.generate(prompts)
-        device = generation_batch["prompts"].device
-        completions = [torch.tensor(ids, dtype=torch.long, device=device) for ids in completions]
-        # vLLM's NaN arrives as None
-        logprobs = [
-            torch.tensor([math.nan if value is None else value for (value,) in values], device=device)
-            for values in logprobs
-        ]
         decode = self.processing_class.batch_decode
         texts = list(zip(decode(prompts), decode(completions), strict=True))
         size = len(prompts) // buffer_steps
-        self._buffered_inputs, self._buffered_text_logs = [], []
+        self._buffered_text_logs = [
+            tuple(map(list, zip(*texts[start : start + size], strict=True))) for start in range(0, len(texts), size)
+        ]
         self._buffered_on_policy = [True] * buffer_steps
-        for start, batch in zip(range(0, len(prompts), size), batches, strict=True):
-            rows = slice(start, start + size)
-            self._buffered_inputs.append(self._pair_completions(batch, completions[rows], logprobs[rows]))
-            self._buffered_text_logs.append(tuple(map(list, zip(*texts[rows], strict=True))))
+        device = generation_batch["prompts"].device
+        return (
+            [torch.tensor(ids, dtype=torch.long, device=device) for ids in completions],
+            # vLLM's NaN arrives as None
+            [
+                torch.tensor([math.nan if value is None else value for (value,) in values], device=device)
+                for values in logprobs
+            ],
+        )
 
     @contextmanager
     def _rollout_settings(self) -> Iterator[None]:
@@ -719,7 +651,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         Returns:
             `prompts`, `teacher_prompts` and their `_attention_mask`s, left-padded; `completion_ids`, `completion_mask`,
             `loss_mask` (the tokens that count) and, with `logprobs`, `rollout_logprobs`, right-padded, (batch, longest
-            completion); `answer`, a list.
+            completion); `answer`, a list; and what `Lessons` and `_draw_problems` have put into the batch.
         """
         inputs: dict[str, Any] = {}
         for role in ("", "teacher_"):
@@ -734,24 +666,26 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         if logprobs is not None:
             inputs["rollout_logprobs"] = pad(logprobs, padding_value=0.0)
         inputs["answer"] = batch.get("answer", [None] * len(completions))
-        return inputs
+        further = ("weights", "advantages", "correct", "rationalization", "rows")
+        return inputs | {name: batch[name] for name in further if name in batch}
 
-    def _is_truncated(self, inputs: dict[str, Tensor]) -> Tensor:
-        """(batch,), true where a completion has tokens, and no end-of-sequence token among them."""
-        completion_ids, mask = inputs["completion_ids"], inputs["completion_mask"]
-        end_ids = torch.as_tensor(self.generation_config.eos_token_id, device=completion_ids.device)
-        return mask.any(1) & ~(torch.isin(completion_ids, end_ids) & mask).any(1)
+    def _is_truncated(self, completion: Tensor) -> bool:
+        """Whether it has tokens, and no end-of-sequence token among them."""
+        return len(completion) > 0 and not set(self._end_ids) & set(completion.tolist())
 
     def _save_completions(self, lengths: list[int], truncated: list[bool]) -> None:
         """Write the step's rollouts of all processes; a resumed run writes the steps that it repeats anew."""
         step = self.state.global_step + 1
         texts = [text for logs in self._buffered_text_logs for text in zip(*logs, strict=True)]
-        answers = [answer for inputs in self._buffered_inputs for answer in inputs["answer"]]
-        columns = ("prompt", "completion", "num_tokens", "truncated", "answer")
+        of_lessons = [name for name in ("correct", "rationalization") if name in self._buffered_inputs[0]]
+        columns = ("prompt", "completion", "num_tokens", "truncated", "answer", *of_lessons)
+        listed = [
+            [value for inputs in self._buffered_inputs for value in inputs[name]] for name in ("answer", *of_lessons)
+        ]
         records = gather_object(
             [
                 {"step": step} | dict(zip(columns, (*text, *values), strict=True))
-                for text, *values in zip(texts, lengths, truncated, answers, strict=True)
+                for text, *values in zip(texts, lengths, truncated, *listed, strict=True)
             ]
         )
         if self.accelerator.is_main_process:
@@ -800,17 +734,26 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             student_logits, teacher_logits, **self._objective, return_statistics=True
         )
         token_ids = inputs["completion_ids"][inputs["loss_mask"]]
+        logprobs, temperature = None, self.args.loss_temperature
+        if "rollout_logprobs" in inputs:
+            scaled = student_logits.detach().float() / self._logprob_temperature
+            logprobs = -cross_entropy(scaled, token_ids, reduction="none")
+        weights, advantages, importance_weights = self._token_weights(inputs, logprobs)
         if self.args.use_tinker_loss:
             per_token = sampled_token_loss(
                 student_logits,
                 teacher_logits,
                 token_ids,
-                temperature=self.args.loss_temperature,
+                temperature=temperature,
                 clip=self.args.sampled_token_clip or None,
+                importance_weights=importance_weights,
             )
-        logprobs = None
-        if "rollout_logprobs" in inputs:
-            logprobs = -cross_entropy(student_logits.detach().float(), token_ids, reduction="none")
+        if weights is not None:
+            per_token = per_token * weights
+        if advantages is not None:
+            per_token = per_token + policy_gradient_loss(
+                student_logits, token_ids, advantages, temperature=temperature
+            )
         return per_token, statistics, logprobs
 
     def _fused_loss(
@@ -846,19 +789,45 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             settings = self._head_settings | {"chunk_size": self.args.loss_chunk_size}
             logprobs = None
             if "rollout_logprobs" in inputs:
-                logprobs = fused_linear_logprobs(student_hidden, weight, token_ids, **settings)
+                logprobs = fused_linear_logprobs(
+                    student_hidden, weight, token_ids, temperature=self._logprob_temperature, **settings
+                )
+            weights, advantages, importance_weights = self._token_weights(inputs, logprobs)
             settings |= {"teacher_lm_head_weight": teacher_weight, "return_statistics": True}
+            settings |= {"token_weights": weights, "advantages": advantages}
             if self.args.use_tinker_loss:
                 per_token, statistics = fused_linear_sampled_token_loss(
                     student_hidden, teacher_hidden, weight, token_ids,
                     beta=self.beta, temperature=self.args.loss_temperature, clip=self.args.sampled_token_clip or None,
-                    **settings,
+                    importance_weights=importance_weights, **settings,
                 )  # fmt: skip
             else:
                 per_token, statistics = fused_linear_jsd(
-                    student_hidden, teacher_hidden, weight, **self._objective, **settings
+                    student_hidden, teacher_hidden, weight, token_ids=token_ids, **self._objective, **settings
                 )
         return per_token, statistics, logprobs
+
+    @property
+    def _logprob_temperature(self) -> float:
+        """At which the sampler says what it gave the tokens."""
+        return self.args.loss_temperature if self.args.importance_correction else 1.0
+
+    def _token_weights(
+        self, inputs: dict[str, Tensor], logprobs: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """
+        What multiplies the divergence of each token that counts, the advantage in its policy gradient, and what multiplies
+        the latter, p_student / p_sampler; (N,) each, `None` for what there is not.
+        """
+        mask = inputs["loss_mask"]
+        weights, advantages = (
+            inputs[name].unsqueeze(1).expand_as(mask)[mask] if name in inputs else None
+            for name in ("weights", "advantages")
+        )
+        if not self.args.importance_correction:
+            return weights, advantages, None
+        importance_weights = (logprobs - inputs["rollout_logprobs"][mask]).exp()
+        return weights, None if advantages is None else advantages * importance_weights, importance_weights
 
     @property
     def _objective(self) -> dict[str, Any]:
@@ -896,29 +865,41 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self._nonfinite_losses[micro_batch] = per_token.detach()
             return loss * math.nan  # an infinite loss may have a finite gradient; `_get_grad_norm` must see this one
 
+        self._record_tokens(inputs, statistics, logprobs)
+        return loss
+
+    def _record_tokens(self, inputs: dict[str, Tensor], statistics: TokenStatistics, logprobs: Tensor | None) -> None:
+        """Add a micro-batch to what is logged, and to what the curriculum is told."""
         mode = "train" if self.model.training else "eval"
-        num_tokens = per_token.numel()
-        gap = per_token.new_zeros(1)
-        if logprobs is not None:
-            gap = torch.cat([gap, (logprobs - inputs["rollout_logprobs"][inputs["loss_mask"]]).abs()])
         mask = inputs["loss_mask"]
         is_first = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask] < NUM_FIRST_TOKENS  # (N,)
-        sums = self._token_sums[mode]
-        sums[:2] += sums.new_tensor([num_tokens, num_tokens * self._num_summands])
-        values = (is_first, statistics.divergence * is_first, gap, *statistics)
-        sums[2:] += torch.stack([value.sum(dtype=torch.float64) for value in values])
-        self._max_logprob_gap[mode] = torch.maximum(self._max_logprob_gap[mode], gap.max())
-        return loss
+        sums = {name: value.sum(dtype=torch.float64) for name, value in statistics._asdict().items()}
+        sums |= {"num_tokens": mask.sum(), "num_summands": mask.sum() * self._num_summands}
+        sums |= {"num_first": is_first.sum(), "first_divergence": (statistics.divergence * is_first).sum()}
+        if logprobs is not None and len(logprobs) > 0:
+            gap = logprobs - inputs["rollout_logprobs"][mask]
+            if self.args.importance_correction:
+                ratios = gap.double().exp()
+                sums |= {"ratio": ratios.sum(), "squared_ratio": ratios.square().sum()}
+            else:
+                sums["gap"] = gap.abs().sum()
+                self._max_logprob_gap[mode] = torch.maximum(self._max_logprob_gap[mode], gap.abs().max())
+        self._add(mode, **sums)
+        if self.curriculum is not None and self.args.curriculum == "divergence" and mode == "train":
+            row_of_token, numbers = mask.nonzero()[:, 0], mask.sum(1)
+            divergences = torch.zeros(len(mask), dtype=torch.float64, device=mask.device)
+            divergences.index_add_(0, row_of_token, statistics.divergence.double())
+            values = zip(inputs["rows"], divergences.tolist(), numbers.tolist(), strict=True)
+            self._shown += [value for value in values if value[2] > 0]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
         with self._timed("step"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             seconds, self._seconds = self._seconds, defaultdict(float)
-            for phase in ("rollout", "teacher"):
+            seconds["student"] = seconds.pop("step")  # what is left of it: forward, loss and backward
+            for phase in ("rollout", "teacher", "student") + ("rationalization",) * self.args.reason_first:
                 self._metrics["train"][f"seconds/{phase}"].append(seconds[phase])
-            student_seconds = seconds["step"] - seconds["rollout"] - seconds["teacher"]  # forward, loss and backward
-            self._metrics["train"]["seconds/student"].append(student_seconds)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
@@ -954,50 +935,70 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        """Add the seconds that the block takes on this process, what it started on the accelerator included."""
-        start = time.perf_counter()
+        """
+        Add the seconds that the block takes on this process, what it started on the accelerator included; those of phases
+        within it are theirs.
+        """
+        start, of_others = time.perf_counter(), sum(self._seconds.values())
         yield
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize(self.accelerator.device)
         if self.model.training:
-            self._seconds[phase] += time.perf_counter() - start
+            of_others -= sum(self._seconds.values())
+            self._seconds[phase] += time.perf_counter() - start + of_others
 
-    def _zero_sums(self) -> Tensor:
-        """
-        Sums over tokens: their number, that of the summands that the cap applies to, the number and the divergence of the
-        first ones of completions, the distance of vLLM from the student, and `TokenStatistics`.
-        """
-        return torch.zeros(5 + len(TokenStatistics._fields), dtype=torch.float64, device=self.accelerator.device)
+    def _add(self, mode: str, **values: Tensor | float) -> None:
+        """Add to the sums that are logged."""
+        sums = self._sums[mode]
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value
+
+    def _take_sums(self, mode: str) -> dict[str, float]:
+        """The sums since they were last taken, over all processes; 0 for what nobody added to."""
+        totals: dict[str, float] = defaultdict(float)
+        for sums in gather_object([{name: float(value) for name, value in self._sums[mode].items()}]):
+            for name, value in sums.items():
+                totals[name] += value
+        self._sums[mode] = {}
+        return totals
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was summed up since the last log, over all processes, to what is logged."""
         mode = "train" if self.model.training else "eval"
         self._on_policy_step_equiv = 0.0  # GOLD would repeat the loss under a second name
         if lengths := self._lengths[mode]:
-            sums = self.accelerator.reduce(self._token_sums[mode], "sum")
-            num_tokens, num_entries = sums[:2].clamp(min=1).tolist()
-            num_first, first_divergence, gap = sums[2:5].tolist()
-            total = TokenStatistics(*sums[5:].tolist())
+            sums = self._take_sums(mode)
+            num_tokens = max(sums["num_tokens"], 1.0)
             values = {
-                "divergence": total.divergence / num_tokens,
-                "clip/entries_ratio": total.clipped_entries / num_entries,
-                "clip/mass_ratio": total.clipped_mass / total.positive_mass if total.positive_mass else 0.0,
-                "clip/reversed_ratio": total.reversed / num_tokens,
-                "entropy/student": total.student_entropy / num_tokens,
-                "entropy/teacher": total.teacher_entropy / num_tokens,
+                "divergence": sums["divergence"] / num_tokens,
+                "clip/entries_ratio": sums["clipped_entries"] / max(sums["num_summands"], 1.0),
+                "clip/mass_ratio": sums["clipped_mass"] / sums["positive_mass"] if sums["positive_mass"] else 0.0,
+                "clip/reversed_ratio": sums["reversed"] / num_tokens,
+                "entropy/student": sums["student_entropy"] / num_tokens,
+                "entropy/teacher": sums["teacher_entropy"] / num_tokens,
                 "completions/mean_length": sum(lengths) / len(lengths),
                 "completions/min_length": min(lengths),
                 "completions/max_length": max(lengths),
                 "completions/truncated_ratio": sum(self._truncated[mode]) / len(lengths),
             }
-            if num_first > 0:
-                values["divergence/first_tokens"] = first_divergence / num_first
-            if self.rollouts is not None:
-                values["rollout_logprob_gap"] = gap / num_tokens
+            if sums["num_first"] > 0:
+                values["divergence/first_tokens"] = sums["first_divergence"] / sums["num_first"]
+            if self.args.importance_correction:
+                mean = sums["ratio"] / num_tokens
+                values |= {
+                    "importance/mean": mean,
+                    "importance/variance": max(sums["squared_ratio"] / num_tokens - mean**2, 0.0),
+                }
+            elif self.rollouts is not None:
+                values["rollout_logprob_gap"] = sums["gap"] / num_tokens
                 values["rollout_logprob_gap_max"] = self.accelerator.gather(self._max_logprob_gap[mode]).max().item()
                 self._max_logprob_gap[mode].zero_()
+            numbers = {name.removesuffix("/number"): value for name, value in sums.items() if name.endswith("/number")}
+            values |= {name: sums[name] / number for name, number in numbers.items() if number}
+            if self.curriculum is not None and mode == "train":
+                values |= self.curriculum.metrics()
             if mode == "train":
                 values |= {name: self._saved.get(name, 0) for name in ("num_generated_tokens", "num_nonfinite_steps")}
             self._metrics[mode].update({name: [value] for name, value in values.items()})
-            self._token_sums[mode], self._lengths[mode], self._truncated[mode] = self._zero_sums(), [], []
+            self._lengths[mode], self._truncated[mode] = [], []
         super().log(logs, start_time)

@@ -147,6 +147,10 @@ def pick_examples(trainer: OPSDTrainer) -> list[dict]:
     """The shortest of the first examples, with whole solutions where there are any; and half of one, to be padded."""
     dataset = trainer.train_dataset
     candidates = dataset.select(range(min(len(dataset), NUM_CANDIDATES)))
+    if "solution" not in dataset.column_names:  # any text will do
+        encode = trainer.data_collator.encode
+        candidates = [row | {"solution": row["answer"]} for row in candidates]
+        candidates = [row | encode(row) for row in candidates]
     examples = sorted(candidates, key=lambda row: (row["length_status"] != "kept", len(row["teacher_prompt_ids"])))
     half = {name: examples[0][name][: len(examples[0][name]) // 2] for name in ("problem", "solution")}
     return examples[: NUM_PROMPTS - 1] + [examples[0] | half | trainer.data_collator.encode(half)]

@@ -87,6 +87,8 @@ class OnPolicyGeneration(VLLMGeneration):
         args, kwargs: those of `VLLMGeneration`.
         seed: of the run.
         adapter_dir: folder through which adapters reach vLLM; `None` for a memory-backed one.
+        logprobs_mode: of a colocated engine. "raw_logprobs": of the model itself, before temperature, penalties and
+            truncation. "processed_logprobs": of the distribution that was sampled from.
         engine_arguments: further arguments of `vllm.LLM`, such as `revision`.
 
     Raises:
@@ -94,17 +96,17 @@ class OnPolicyGeneration(VLLMGeneration):
         ConnectionError: in server mode, if the server does not answer.
     """
 
-    logprobs_mode = "raw_logprobs"  # of the model itself: before temperature, penalties and truncation
-
     def __init__(
         self,
         *args: Any,
         seed: int = 0,
         adapter_dir: str | None = None,
+        logprobs_mode: str = "raw_logprobs",
         engine_arguments: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         self.seed = seed
+        self.logprobs_mode = logprobs_mode
         # Of the run, kept up to date by its trainer: with seed and prompt what a sample's seed derives from
         self.step = 0
         if adapter_dir is None:
@@ -269,6 +271,7 @@ class OnPolicyGeneration(VLLMGeneration):
         num_generations: int = 1,
         profiler: Any = None,
         base: bool = False,
+        **settings: Any,
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
         """
         One completion for each prompt, from the adapter (in full fine-tuning: the weights) of the last sync. All
@@ -278,6 +281,7 @@ class OnPolicyGeneration(VLLMGeneration):
             prompts: token ids of this process, with repetitions where a prompt shall have several completions.
             images, num_generations, profiler: of `VLLMGeneration.generate`; not used.
             base: sample from the base model, without the adapter.
+            settings: of vLLM's sampling, in place of those of the rollouts.
 
         Returns:
             As `VLLMGeneration.generate`: prompts, completions (token ids, with the end-of-sequence token where there
@@ -286,7 +290,7 @@ class OnPolicyGeneration(VLLMGeneration):
         keys = prompt_keys(prompts, self.seed, self.step)
         keys_of_processes = gather_object([keys])
         seeds = sample_seeds(keys, chain.from_iterable(keys_of_processes[: self.accelerator.process_index]))
-        settings = {
+        sampling = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -295,9 +299,10 @@ class OnPolicyGeneration(VLLMGeneration):
             "max_tokens": self.max_completion_length,
             "logprobs": 0,
         } | self.generation_kwargs
+        sampling |= settings
         sample = self._sample_colocated if self.mode == "colocate" else self._sample_from_server
         adapter = None if base else self._adapter
-        completions, logprobs, logprob_token_ids = sample(prompts, seeds, settings, adapter)
+        completions, logprobs, logprob_token_ids = sample(prompts, seeds, sampling, adapter)
         return prompts, completions, logprobs, logprob_token_ids
 
     def _sample_colocated(

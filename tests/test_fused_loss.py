@@ -12,12 +12,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opsd_kernels
+import opsd_loss
 from opsd_kernels import Objective
 from opsd_loss import (
     TOP_K_OF,
     fused_linear_jsd,
     fused_linear_sampled_token_loss,
     generalized_jsd,
+    policy_gradient_loss,
     sampled_token_loss,
 )
 
@@ -251,6 +253,130 @@ def test_importance_weights_are_equal_to_the_dense_form(clip, logit_softcap):
     assert weights.grad is None
 
 
+def of_tokens(num_tokens=NUM_TOKENS):
+    """Token ids, weights (some are zero) and advantages of both signs (one is zero), (N,) each."""
+    generator = torch.Generator().manual_seed(2)
+    token_ids = torch.randint(VOCAB_SIZE, (num_tokens,), generator=generator)
+    weights = torch.empty(num_tokens, dtype=torch.float64).uniform_(0, 2, generator=generator)
+    weights[::3] = 0
+    advantages = torch.randn(num_tokens, dtype=torch.float64, generator=generator)
+    advantages[1] = 0
+    return token_ids, weights, advantages
+
+
+@pytest.mark.parametrize("logit_softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    ("beta", "clip", "clip_mode", "top_k"),
+    [
+        *((beta, clip, "pointwise", None) for beta in (0.0, 0.5, 1.0, "sampled") for clip in (None, 0.01)),
+        (0.0, 0.5, "token", None),
+        (1.0, 0.5, "scale", None),
+        (0.5, 0.01, "pointwise", 16),
+    ],
+)
+def test_token_weights_and_advantages_are_equal_to_the_dense_form(beta, clip, clip_mode, top_k, logit_softcap):
+    student, teacher, weight = random_inputs()
+    student.requires_grad_()
+    weight.requires_grad_()
+    token_ids, token_weights, advantages = of_tokens()
+    head_settings = {"logit_scale": 0.9, "logit_softcap": logit_softcap}
+    logits = [0.9 * student @ weight.T, 0.9 * teacher @ weight.detach().T]
+    if logit_softcap is not None:
+        logits = [logit_softcap * torch.tanh(role / logit_softcap) for role in logits]
+    policy_gradient = policy_gradient_loss(logits[0], token_ids, advantages, temperature=1.1)
+    statistics_settings = {"beta": 0.5 if beta == "sampled" else beta, "temperature": 1.1, "return_statistics": True}
+    if beta == "sampled":
+        settings = {"temperature": 1.1, "clip": clip, "importance_weights": torch.linspace(2, 0.5, NUM_TOKENS)}
+        expected = sampled_token_loss(*logits, token_ids, **settings)
+        _, expected_statistics = generalized_jsd(*logits, **statistics_settings)
+        fused = fused_linear_sampled_token_loss
+    else:
+        settings = {"clip": clip, "clip_mode": clip_mode, "top_k": top_k}
+        expected, expected_statistics = generalized_jsd(*logits, **statistics_settings, **settings)
+        fused = fused_linear_jsd
+        assert clip is None or expected_statistics.clipped_entries.any()
+
+    for with_weights, with_advantages, chunk_size in itertools.product((True, False), (True, False), (1, 5, 13)):
+        more = {"token_weights": token_weights} if with_weights else {}
+        more |= {"advantages": advantages} if with_advantages else {}
+        loss, statistics = fused(
+            student, teacher, weight, token_ids=token_ids, chunk_size=chunk_size,
+            **statistics_settings | settings | head_settings | more,
+        )  # fmt: skip
+        total = expected * token_weights if with_weights else expected
+        total = total + policy_gradient if with_advantages else total
+        assert_close(loss, total)
+        assert_close(tuple(statistics), tuple(value.detach() for value in expected_statistics))
+        # Alike, which the forward pass has foreseen, and not alike, where the backward pass goes over the chunks again
+        for reduction in (torch.mean, lambda values: (values * torch.linspace(0, 1, NUM_TOKENS)).sum()):
+            result, reference = (
+                torch.autograd.grad(reduction(form), (student, weight), retain_graph=True) for form in (loss, total)
+            )
+            assert_close(result, reference, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("fused", [fused_linear_jsd, fused_linear_sampled_token_loss])
+def test_weights_of_one_and_advantages_of_zero_change_nothing(fused):
+    student, teacher, weight = (tensor.float() for tensor in random_inputs())
+    student.requires_grad_()
+    weight.requires_grad_()
+    token_ids, _, _ = of_tokens()
+    settings = {"token_ids": token_ids, "beta": 0.5, "chunk_size": 5}
+    expected = fused(student, teacher, weight, **settings)
+    neutral = {"token_weights": torch.ones(NUM_TOKENS), "advantages": torch.zeros(NUM_TOKENS)}
+    loss = fused(student, teacher, weight, **settings, **neutral)
+    assert torch.equal(loss, expected)
+    for result, reference in zip(gradients(loss, student, weight), gradients(expected, student, weight), strict=True):
+        assert torch.equal(result, reference)
+
+
+@pytest.mark.parametrize("logit_softcap", [None, 3.0])
+def test_gradient_of_advantages_against_finite_differences(logit_softcap):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher, weight = (torch.randn(rows, 3, dtype=torch.float64, generator=generator) for rows in (4, 4, 9))
+    of_each_token = {
+        "token_ids": torch.tensor([0, 8, 3, 3]),
+        "token_weights": torch.tensor([0.0, 1.0, 0.5, 2.0], dtype=torch.float64),
+        "advantages": torch.tensor([1.5, -2.0, 0.0, 0.3], dtype=torch.float64),
+    }
+
+    def objective(student, weight):
+        settings = {"teacher_lm_head_weight": fixed_weight, "temperature": 1.3, "logit_softcap": logit_softcap}
+        return fused_linear_jsd(student, teacher, weight, beta=0.5, chunk_size=3, **settings, **of_each_token)
+
+    fixed_weight = weight.clone()
+    assert torch.autograd.gradcheck(objective, (student.requires_grad_(), weight.requires_grad_()), atol=1e-7)
+
+
+def test_advantages_without_gradient():
+    student, teacher, weight = random_inputs()
+    token_ids, token_weights, advantages = of_tokens()
+    settings = {"token_ids": token_ids, "token_weights": token_weights, "advantages": advantages}
+    expected = fused_linear_jsd(student.requires_grad_(), teacher, weight, beta=0.5, logit_softcap=5.0, **settings)
+    with torch.no_grad():
+        loss = fused_linear_jsd(student, teacher, weight, beta=0.5, logit_softcap=5.0, **settings)
+    assert torch.equal(loss, expected)
+
+
+def test_advantages_need_no_further_product_and_one_more_buffer(monkeypatch):
+    student, teacher, weight = random_inputs(40)
+    student.requires_grad_()
+    weight.requires_grad_()
+    token_ids, token_weights, advantages = of_tokens(40)
+    bytes_per_token = []
+    monkeypatch.setattr(opsd_loss, "_automatic_chunk_size", lambda size, _: bytes_per_token.append(size) or 10)
+    num_buffers = []
+    for more in ({}, {"token_weights": token_weights}, {"token_weights": token_weights, "advantages": advantages}):
+        products, buffers = CountingMode("aten::mm", "aten::addmm"), CountingMode("aten::empty", "aten::empty_like")
+        with products, buffers:
+            fused_linear_jsd(student, teacher, weight, beta=0.5, token_ids=token_ids, **more).mean().backward()
+        assert products.count == 4 * 4  # the head's gradient is known after the forward pass
+        assert products.largest <= 3 * 10 * VOCAB_SIZE  # the scratch of the element-wise part
+        num_buffers.append(buffers.count)
+    assert bytes_per_token == [2 * 8 * VOCAB_SIZE, 2 * 8 * VOCAB_SIZE, 3 * 8 * VOCAB_SIZE]
+    assert num_buffers == [num_buffers[0], num_buffers[0], num_buffers[0] + 1]
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_logit_scale_and_softcap(sampled):
     student, teacher, weight = random_inputs()
@@ -447,6 +573,9 @@ def test_no_tensor_of_the_size_of_the_logits(beta):
         ({"lm_head_weight": torch.zeros(7, 3)}, "hidden states"),
         ({"teacher_lm_head_weight": torch.zeros(8, HIDDEN_SIZE)}, "hidden states"),
         ({"teacher_hidden": torch.zeros(2, HIDDEN_SIZE)}, "hidden states"),
+        ({"token_weights": torch.ones(1)}, "weights"),
+        ({"advantages": torch.ones(1), "token_ids": torch.zeros(NUM_TOKENS, dtype=torch.int64)}, "advantages"),
+        ({"advantages": torch.ones(NUM_TOKENS)}, "token_ids"),
     ],
 )
 def test_settings_out_of_range(change, message):
@@ -542,7 +671,8 @@ def test_triton_kernel_on_a_gpu():
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("top_k", [None, 16])
 @pytest.mark.parametrize("trained_head", [False, True])
-def test_bfloat16_on_a_gpu(beta, top_k, trained_head):
+@pytest.mark.parametrize("with_advantages", [False, True])
+def test_bfloat16_on_a_gpu(beta, top_k, trained_head, with_advantages):
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(300, 256, generator=generator)
     teacher = student + 0.03 * torch.randn(student.shape, generator=generator)
@@ -550,13 +680,20 @@ def test_bfloat16_on_a_gpu(beta, top_k, trained_head):
     student, teacher, weight = (tensor.cuda().bfloat16() for tensor in (student, teacher, weight))
     reference = student.double().requires_grad_(), weight.double().requires_grad_()
     settings = {"beta": beta, "clip": 1e-5, "temperature": 1.1, "top_k": top_k}
-    expected = generalized_jsd(reference[0] @ reference[1].T, teacher.double() @ weight.double().T, **settings)
+    logits = reference[0] @ reference[1].T
+    expected = generalized_jsd(logits, teacher.double() @ weight.double().T, **settings)
+    if with_advantages:
+        settings["token_ids"] = torch.randint(5000, (300,), generator=generator).cuda()
+        settings["advantages"] = torch.randn(300, generator=generator).cuda()
+        expected = expected + policy_gradient_loss(
+            logits, settings["token_ids"], settings["advantages"], temperature=1.1
+        )
     tensors = (student.requires_grad_(), weight.requires_grad_())[: 1 + trained_head]
     row_weights = torch.linspace(0, 1, 300, device="cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16):
         loss = fused_linear_jsd(student, teacher, weight, chunk_size=128, **settings)
         results = gradients(loss, *tensors, row_weights=row_weights)
-    assert (loss - expected).abs().max() < 1e-5
+    assert ((loss - expected).abs() < 1e-5 * expected.abs().clamp(min=1)).all()
     expected_gradients = gradients(expected, *reference[: 1 + trained_head], row_weights=row_weights)
     for result, value in zip(results, expected_gradients, strict=True):
         assert relative_error(result, value) <= 5e-3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from opsd_loss import TOP_K_OF, generalized_jsd, sampled_token_loss
+from opsd_loss import TOP_K_OF, generalized_jsd, policy_gradient_loss, sampled_token_loss
 
 # p_S = (1/2, 1/4, 1/4), p_T = (1/4, 1/4, 1/2)
 STUDENT = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
@@ -433,6 +433,34 @@ def test_sampled_token_loss_is_the_reverse_kl_in_expectation():
     losses = sampled_token_loss(logits.expand(6, -1), teacher.expand(6, -1), tokens)
     (losses * student.softmax(-1)[0]).sum().backward()
     assert_close(logits.grad, expected.grad)
+
+
+def test_policy_gradient_loss_by_hand():
+    # p_S = (3/4, 1/4), at temperature 2 that of twice the logits: -A log p_S(y), and A (p_S - onehot(y)) / temperature
+    logits = 2 * torch.tensor([[0.75, 0.25]] * 3, dtype=torch.float64).log()
+    logits.requires_grad_()
+    advantages = torch.tensor([2.0, -0.5, 3.0], requires_grad=True)
+    loss = policy_gradient_loss(logits, torch.tensor([1, 0, 1]), advantages, torch.tensor([1, 1, 0]), temperature=2.0)
+    assert_close(loss, torch.tensor([-2 * math.log(0.25), 0.5 * math.log(0.75), 0.0], dtype=torch.float64))
+    loss.sum().backward()
+    expected = [[2 * 0.75 / 2, -2 * 0.75 / 2], [0.5 * 0.25 / 2, -0.5 * 0.25 / 2], [0.0, 0.0]]
+    assert_close(logits.grad, torch.tensor(expected, dtype=torch.float64))
+    assert advantages.grad is None
+
+
+def test_policy_gradient_loss_with_the_teachers_advantage_is_the_sampled_token_loss():
+    student, teacher = random_logits(2, 3, 7)
+    token_ids = torch.arange(6).view(2, 3)
+    advantages = (teacher.log_softmax(-1) - student.log_softmax(-1)).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
+    assert_close(policy_gradient_loss(student, token_ids, advantages), sampled_token_loss(student, teacher, token_ids))
+
+
+def test_gradient_of_the_policy_gradient_loss_against_finite_differences():
+    logits, _ = random_logits(4, 5)
+    token_ids, advantages = torch.tensor([0, 4, 2, 2]), torch.tensor([1.5, -2.0, 0.0, 0.3], dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda logits: policy_gradient_loss(logits, token_ids, advantages, temperature=1.3), logits.requires_grad_()
+    )
 
 
 @pytest.mark.parametrize(
