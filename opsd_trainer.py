@@ -309,7 +309,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self._resumed_from = checkpoint
 
     @contextmanager
-    def _as_teacher(self, model: nn.Module) -> Iterator[None]:
+    def _as_teacher(self, model: nn.Module, phase: str = "teacher") -> Iterator[None]:
         """Inside the block the model is the teacher: with its adapter off, with weights of its own, or as it is."""
         policy = self.accelerator.unwrap_model(model)
         trained = [weight for weight in policy.parameters() if weight.requires_grad]
@@ -318,7 +318,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             teacher = policy.disable_adapter()
         elif self._teacher_weights is not None:
             teacher = self._teacher_weights.applied()
-        with torch.no_grad(), self._timed("teacher"), teacher:
+        with torch.no_grad(), self._timed(phase), teacher:
             # PEFT takes the flags away with the adapter; FSDP2 looks at them in its first forward, which is the
             # teacher's, to learn in what dtype gradients are reduced.
             for weight in trained:
@@ -474,6 +474,10 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self._lessons = self._start_lessons()
         ids = [completion.tolist() for completion in completions]
         batch = self._lessons(batch, ids, self.num_generations if mode == "train" else 1)
+        if (rationalizer := self._lessons.rationalizer) is not None:
+            number, rationalizer.num_tokens = sum(gather_object([rationalizer.num_tokens])), 0
+            if mode == "train":
+                self._count("num_rationalization_tokens", number)
         for name, (total, number) in self._lessons.sums.items():
             self._add(mode, **{name: total, f"{name}/number": number})
         self._lessons.sums.clear()
@@ -524,7 +528,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             if self.rollouts is None:
                 return self._sample_as_teacher_with_transformers(prompts)
             if self._teacher_weights is not None:
-                with self._as_teacher(self.model_wrapped):
+                with self._as_teacher(self.model_wrapped, "rationalization"):
                     self.rollouts.sync_weights()
                 self._synced_step = None  # the student's are to come again
             return self.rollouts.generate(prompts, base=self.teacher_is_base, **self._reasoning_settings)[1]
@@ -539,7 +543,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         )
         size, completions = self.args.per_device_train_batch_size, []
         with (
-            self._as_teacher(self.model_wrapped),
+            self._as_teacher(self.model_wrapped, "rationalization"),
             self._rollout_settings(),
             unwrap_model_for_generation(self.model, self.accelerator) as model,
         ):
@@ -998,7 +1002,9 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             if self.curriculum is not None and mode == "train":
                 values |= self.curriculum.metrics()
             if mode == "train":
-                values |= {name: self._saved.get(name, 0) for name in ("num_generated_tokens", "num_nonfinite_steps")}
+                counts = ("num_generated_tokens", "num_nonfinite_steps")
+                counts += ("num_rationalization_tokens",) * self.args.reason_first
+                values |= {name: self._saved.get(name, 0) for name in counts}
             self._metrics[mode].update({name: [value] for name, value in values.items()})
             self._lengths[mode], self._truncated[mode] = [], []
         super().log(logs, start_time)

@@ -253,7 +253,11 @@ def _check_model(trainer: OPSDTrainer, examples: list[dict], add_noise: Callable
     checks += _check_teacher(trainer, teacher_prompts, solutions, teacher_before, tolerance)
 
     batch = send_to_device(trainer.data_collator(examples), device)
-    inputs = trainer._pair_completions(batch, [torch.tensor(ids, device=device) for ids in completions])
+    inputs = trainer._pair_completions(
+        batch,
+        [torch.tensor(ids, device=device) for ids in completions],
+        None if sampled_logprobs is None else sampled_logprobs.to(device).split(list(map(len, completions))),
+    )
     inputs["loss_mask"] = inputs["completion_mask"]  # all tokens, whatever --num_loss_tokens_to_skip says
     checks += _check_padding(trainer, inputs, prompts, teacher_prompts, completions, tolerance)
     return checks + _check_loss(trainer, inputs, tolerance)
@@ -364,15 +368,22 @@ def _least_distance(
 
 
 def _sample(trainer: OPSDTrainer, prompts: list[list[int]], base: bool = False) -> tuple[list[list[int]], Tensor]:
-    """Short rollouts from vLLM, with the adapter or without: token ids, and what it says that it gave them, (N,)."""
+    """
+    Short rollouts from vLLM, with the adapter or without: token ids, and what it says that it gave them, (N,). From the
+    full distribution at temperature 1, of which it says the same in all its modes.
+    """
     rollouts = trainer.rollouts
     rollouts.step = trainer.state.global_step
-    max_completion_length = rollouts.max_completion_length
-    rollouts.max_completion_length = min(NUM_TOKENS, max_completion_length)
-    try:
-        _, completions, logprobs, _ = rollouts.generate(prompts, base=base)
-    finally:
-        rollouts.max_completion_length = max_completion_length
+    _, completions, logprobs, _ = rollouts.generate(
+        prompts,
+        base=base,
+        max_tokens=min(NUM_TOKENS, rollouts.max_completion_length),
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        presence_penalty=0.0,
+    )
     # vLLM's NaN arrives as None
     return completions, torch.tensor([math.nan if value is None else value for row in logprobs for (value,) in row])
 

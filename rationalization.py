@@ -16,10 +16,6 @@ class Rationalization(NamedTuple):
     is_truncated: bool  # no end-of-sequence token within the limit
     is_cached: bool  # not sampled now
 
-    @property
-    def is_empty(self) -> bool:
-        return not self.ids
-
 
 class RationalizationCache:
     """
@@ -71,6 +67,7 @@ class Rationalizer:
         cache: RationalizationCache | None = None,
     ):
         self.sample, self.end_ids, self.cache = sample, set(end_ids), cache
+        self.num_tokens = 0  # sampled so far
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Rationalization]:
         """Equal prompts get the same one."""
@@ -80,6 +77,7 @@ class Rationalizer:
         }
         missing = [prompt for prompt, rationalization in known.items() if rationalization is None]
         for prompt, ids in zip(missing, self.sample([list(prompt) for prompt in missing]), strict=True):
+            self.num_tokens += len(ids)
             end = next((place for place, token_id in enumerate(ids) if token_id in self.end_ids), None)
             known[prompt] = Rationalization(ids[:end], end is None, False)
             if self.cache is not None:
