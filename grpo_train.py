@@ -23,7 +23,7 @@ from trl.trainer import grpo_trainer
 
 from checkpoints import CompleteCheckpoints
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
-from eval.grading import GradingPool, extract_answer
+from eval.grading import extract_answer
 from rollouts import OnPolicyGeneration
 from run_setup import (
     RunArguments,
@@ -37,11 +37,11 @@ from run_setup import (
     run_training,
     settle_run,
 )
+from verification import Verifier
 
 logger = logging.getLogger(__name__)
 
 REWARDS = ("math", "exact_match")
-GRADE_WORKERS = 4  # for each training process
 
 
 @dataclass
@@ -116,11 +116,11 @@ def make_reward(name: str, thinking: bool) -> Callable[..., list[float]]:
 
     if name == "exact_match":
         return exact_match
-    pool = GradingPool(workers=GRADE_WORKERS)
+    verifier = Verifier(thinking)
 
     def math(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
-        boxed = [extract_answer(message["content"], thinking) for (message,) in completions]
-        return [float(verdict.equal is True) for verdict in pool.grade_all(zip(boxed, answer, strict=True))]
+        correct = verifier([message["content"] for (message,) in completions], answer)
+        return [float(is_correct is True) for is_correct in correct]
 
     return math
 

@@ -30,6 +30,56 @@ SETTINGS |= {
     "save_steps": 2,
 }
 ADAPTER = tiny_settings.ADAPTER | {"fixed_teacher": True}
+# Between them all teachers and objectives but those of the other runs
+VARIANTS = {
+    "group": {
+        "teacher_reference": "rollout",
+        "num_generations": 4,
+        "no_correct_rollout": "answer",
+        "reward_weight": 0.1,
+        "curriculum": "pass_rate",
+        "importance_correction": True,
+        "top_k": 20,
+        "top_p": 0.95,
+        "jsd_token_clip": 0.05,
+        "jsd_clip_mode": "scale",
+        "top_k_loss": 5,
+        "top_k_loss_of": "both",
+        "top_k_loss_tail": True,
+    },
+    "reason_first": {
+        "reason_first": True,
+        "max_reasoning_length": 30,
+        "fixed_teacher": False,
+        "use_ema_teacher": True,
+        "ema_decay": 0.5,
+        "curriculum": "divergence",
+        "weight_of_correct": 0.5,
+        "beta": 0.0,
+        "jsd_token_clip": 0.05,
+    },
+    "sampled_token": {
+        "use_tinker_loss": True,
+        "sampled_token_clip": 1.0,
+        "importance_correction": True,
+        "temperature": 1.2,
+        "loss_temperature": 1.0,
+        "num_loss_tokens_to_skip": 1,
+        "fixed_teacher": False,
+    },
+    "full": {
+        "use_peft": False,
+        "learning_rate": 1e-4,
+        "reason_first": True,
+        "max_reasoning_length": 30,
+        "weight_of_failed": 2.0,
+        "reward_weight": 0.1,
+        "num_generations": 2,
+        "beta": 1.0,
+        "jsd_token_clip": 0.05,
+        "jsd_clip_mode": "token",
+    },
+}
 
 
 def let_fsdp_run_on_cpu() -> None:
@@ -127,7 +177,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     """
     A run after a preflight and its resumption, the same with an EMA teacher, ten steps in bfloat16; with "full" also a full
     fine-tuning. With "tensor_parallel" only the first run, with one engine over two processes. With "server PORT PID" a run
-    against a server, and one in which it dies.
+    against a server, and one in which it dies. With "variants" only those of `VARIANTS`, three steps of eight rollouts each.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
@@ -141,6 +191,18 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
         _, port, pid = further
         common |= {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
 
+    if "variants" in further:
+        common |= {"per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", "1")), "max_steps": 3}
+        common |= {"answer_column": "answer", "save_strategy": "no"}
+        results, processes = {}, []
+        for name, settings in VARIANTS.items():
+            trainer = train(common | settings | {"output_dir": Path(folder, name)})
+            results[name] = trainer.state.log_history
+            processes += gather_object([describe(trainer)])
+        if trainer.accelerator.is_main_process:
+            Path(folder, "results.json").write_text(json.dumps(results | {"processes": processes}))
+        finish(trainer, trainer.rollouts)
+        return
     if "tensor_parallel" in further:
         common |= {"vllm_tensor_parallel_size": 2}
     trainer = train(common | {"output_dir": run, "preflight": True})

@@ -16,7 +16,7 @@ import pytest
 import tiny_settings
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from launch_worker import ADAPTER, SETTINGS
+from launch_worker import ADAPTER, SETTINGS, VARIANTS
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
@@ -163,6 +163,38 @@ def test_launcher(launcher, one_process, tiny_model_dir, data, deepspeed_build, 
         base, trained = load_file(tiny_model_dir / "model.safetensors"), load_file(tmp_path / "full/model.safetensors")
         assert {name: weight.shape for name, weight in trained.items()} == {n: w.shape for n, w in base.items()}
         assert not any(trained[name].equal(weight) for name, weight in base.items())
+
+
+@pytest.mark.slow
+def test_variants_under_zero3(tiny_model_dir, data, deepspeed_build, tmp_path):
+    """Teachers and objectives that the other runs have not: with vLLM, under ZeRO-3 as in one process."""
+    histories = []
+    for launcher, num_processes in (("cpu", 1), ("zero3", 2)):
+        folder = tmp_path / launcher
+        folder.mkdir()
+        environment = {"TORCH_EXTENSIONS_DIR": deepspeed_build}
+        status = launch(
+            launcher, num_processes, folder / "log", tiny_model_dir, data, folder, "variants", **environment
+        )
+        assert status == 0, (folder / "log").read_text()[-5000:]
+        histories.append(json.loads((folder / "results.json").read_text()))
+    expected, results = histories
+    expected.pop("processes")
+    processes = results.pop("processes")
+    assert len(processes) == 2 * len(VARIANTS) == 2 * len(results)
+    assert all(process["world_size"] == 2 and process["zero_stage"] == 3 for process in processes)
+    for name, history in results.items():
+        assert len(values(history, "loss")) == 3
+        assert rollouts(tmp_path / "zero3" / name) == rollouts(tmp_path / "cpu" / name), name
+        for metric in ("loss", "divergence", "rollouts/correct_ratio", "rationalizations/mean_length"):
+            assert values(history, metric) == pytest.approx(values(expected[name], metric), rel=1e-4, abs=1e-6), name
+        if "importance_correction" in VARIANTS[name]:
+            assert max(values(history, "importance/variance")) > 0.0
+            assert values(history, "importance/mean") == pytest.approx(
+                values(expected[name], "importance/mean"), rel=1e-4
+            )
+        else:
+            assert max(values(history, "rollout_logprob_gap_max")) <= 1e-5
 
 
 @pytest.mark.slow
