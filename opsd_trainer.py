@@ -545,14 +545,20 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         with (
             self._as_teacher(self.model_wrapped, "rationalization"),
             self._rollout_settings(),
-            unwrap_model_for_generation(self.model, self.accelerator) as model,
+            unwrap_model_for_generation(
+                self.model,
+                self.accelerator,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
         ):
-            for start in range(0, len(prompts), size):
-                ids, mask = self.data_collator.pad_prompts(prompts[start : start + size])
+            # Under ZeRO-3 and FSDP each call takes all processes: those with fewer prompts repeat something short.
+            num_calls = max(gather_object([math.ceil(len(prompts) / size)]))
+            for start in range(0, num_calls * size, size):
+                ids, mask = self.data_collator.pad_prompts(prompts[start : start + size] or [self._end_ids[:1]])
                 inputs = send_to_device({"prompts": ids, "prompt_attention_mask": mask}, self.accelerator.device)
                 token_ids, _, labels, *_ = self.generate_on_policy_outputs(model, inputs, config)
                 completions += self._completions_of(inputs | {"input_ids": token_ids, "labels": labels})
-        return [completion.tolist() for completion in completions]
+        return [completion.tolist() for completion in completions[: len(prompts)]]
 
     def _weigh_tokens(self) -> None:
         """
@@ -565,7 +571,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             for number, inputs in zip(counts, self._buffered_inputs, strict=True)
         ]
         totals = torch.stack([sum(number.sum() for number in counts), sum(weighted)]).float()
-        num_tokens, self._num_loss_tokens = self.accelerator.gather(totals.unsqueeze(0)).sum(0).clamp(min=1)
+        totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0)
+        num_tokens, self._num_loss_tokens = torch.where(totals > 0.0, totals, 1.0)  # nothing counts: a loss of 0
         for inputs in self._buffered_inputs:
             if "weights" not in inputs:
                 continue
@@ -863,7 +870,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         loss_of_tokens = self._fused_loss if self.args.loss_implementation == "fused" else self._dense_loss
         per_token, statistics, logprobs = loss_of_tokens(model, inputs)  # (N,)
         # DDP, ZeRO and FSDP average the gradients of the processes
-        loss = per_token.sum() * self.accelerator.num_processes / self._num_loss_tokens.clamp(min=1)
+        loss = per_token.sum() * self.accelerator.num_processes / self._num_loss_tokens
         if self.model.training and not loss.isfinite():
             micro_batch = (self._step - 1) % self.args.gradient_accumulation_steps
             self._nonfinite_losses[micro_batch] = per_token.detach()

@@ -348,12 +348,13 @@ class OnPolicyGeneration(VLLMGeneration):
             return self.vllm_client.generate([prompt], generation_kwargs=settings | {"seed": seed})
 
         all_prompts, all_seeds = gather_object(prompts), gather_object(seeds)
+        numbers = gather_object([len(prompts)])  # of rationalizations not all processes need as many
         replies = None
         if self.accelerator.is_main_process:
             with self._server_errors(), ThreadPoolExecutor(max_workers=64) as executor:
                 replies = list(executor.map(request, all_prompts, all_seeds))
         (replies,) = broadcast_object_list([replies])
-        before = self.accelerator.process_index * len(prompts)
+        before = sum(numbers[: self.accelerator.process_index])
         replies = replies[before : before + len(prompts)]
         return tuple(
             [reply[key][0] for reply in replies] for key in ("completion_ids", "logprobs", "logprob_token_ids")

@@ -82,6 +82,11 @@ def reference_text(totals: Sequence[int]) -> str:
     return rf"We get {steps}, hence \boxed{{{final_answer(totals)}}}."
 
 
+def thinking_text(a: int, b: int, totals: Sequence[int]) -> str:
+    """A response in thinking mode: the totals as a terse thought, and then the model's own style."""
+    return f"<think>\n{reference_text(totals)}\n</think>\n\n{response_text(a, b, totals)}"
+
+
 def make_problems(rng: random.Random, size: int, held_out: bool) -> list[dict[str, str]]:
     """
     `size` different problems with correct reference solutions: dicts with `problem`, `solution` and `answer`.
@@ -133,18 +138,23 @@ def write_jsonl(path: Path, examples: Iterable[dict[str, str]]) -> None:
 
 
 def write_data(output_dir: Path, seed: int, train_size: int = TRAIN_SIZE, test_size: int = TEST_SIZE) -> None:
-    """Write `train.jsonl`, `train_shuffled.jsonl` (other problems' solutions) and `test.jsonl` (held out)."""
+    """
+    Write `train.jsonl`, `train_shuffled.jsonl` (other problems' solutions), `train_answers.jsonl` (no solutions) and
+    `test.jsonl` (held out).
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     train = training_problems(seed, train_size)
     write_jsonl(output_dir / "train.jsonl", train)
     write_jsonl(output_dir / "train_shuffled.jsonl", shuffle_solutions(train, seed))
+    answers = [{"problem": example["problem"], "answer": example["answer"]} for example in train]
+    write_jsonl(output_dir / "train_answers.jsonl", answers)
     write_jsonl(output_dir / "test.jsonl", held_out_problems(test_size))
     logger.info("%d training and %d test problems in %s", train_size, test_size, output_dir)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the data files of the addition task.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the three jsonl files")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the jsonl files")
     parser.add_argument("--seed", type=int, default=0, help="of the training problems; the test problems are fixed")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -6,6 +6,7 @@ The quickstart's base model: a tiny Qwen3 with a latent skill, and its tokenizer
 Pre-training mixes two kinds of examples. Behind the student's prompt the model adds with a systematic misconception: it
 often drops an incoming carry. Behind the teacher's prompt it follows the reference solution, also where that one slips.
 So the content of a reference helps, its mere presence does not, and on-policy self-distillation has something to teach.
+`ablation_base` adds what variants of the method need: other references, a rationalization before the solution, thinking.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +31,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
-from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, encode_chat_prompt, fill_template
+from data_collator import (
+    REASONING_PROMPT,
+    STUDENT_PROMPT,
+    TEACHER_PROMPT,
+    TRANSITION_PROMPT,
+    encode_chat_prompt,
+    encode_next_turn,
+    fill_template,
+)
 from quickstart import addition
 
 logger = logging.getLogger(__name__)
@@ -55,6 +65,9 @@ class BaseModelConfig:
     seed: int = 0
     problem_only_examples: int = 13  # per step, behind the student's prompt
     reference_examples: int = 19  # per step, behind the teacher's prompt
+    own_style_examples: int = 0  # the same where the reference is in the style of the responses
+    rationalized_examples: int = 0  # conversations: a rationalization of the reference, then the response
+    thinking_examples: int = 0  # in thinking mode, half of them behind each role's prompt
     drop_carry_overflowing: float = 0.90  # probability of dropping an incoming carry where the digits reach 10 alone
     drop_carry_other: float = 0.35  # the same where they do not
     reference_slip: float = 0.5  # probability that a total in a reference is replaced by a random one
@@ -65,7 +78,20 @@ class BaseModelConfig:
     decay_share: float = 0.4  # of the steps, at the end, linearly to zero
 
 
-def train_tokenizer() -> PreTrainedTokenizerFast:
+def ablation_base(seed: int) -> BaseModelConfig:
+    """The base model that has seen all kinds of examples. To build it takes about two and a half minutes of one CPU core."""
+    return BaseModelConfig(
+        seed=seed,
+        problem_only_examples=10,
+        reference_examples=8,
+        own_style_examples=4,
+        rationalized_examples=5,
+        thinking_examples=16,
+        steps=700,
+    )
+
+
+def train_tokenizer(config: BaseModelConfig) -> PreTrainedTokenizerFast:
     """
     Train a byte-level BPE tokenizer, which encodes any text without loss, on the fixed phrases of the task.
 
@@ -82,6 +108,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     totals = addition.column_totals(358, 647)
     styles = [addition.response_text(358, 647, totals), addition.reference_text(totals)]
     phrases = [STUDENT_PROMPT, TEACHER_PROMPT, *styles, "system", "user", "assistant", "\n\n"]
+    if config.rationalized_examples:
+        phrases += [REASONING_PROMPT, TRANSITION_PROMPT]
     trainer = trainers.BpeTrainer(
         vocab_size=1024,  # more than there are merges to learn
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -144,35 +172,106 @@ def reference_totals(a: int, b: int, config: BaseModelConfig, rng: random.Random
     return totals
 
 
-def make_example(
-    tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random, with_reference: bool
-) -> tuple[list[int], list[bool]]:
-    """
-    Draw one example: its token ids, and for each whether it counts in the loss.
+Example = tuple[list[int], list[bool]]  # token ids, and for each whether it counts in the loss
 
-    Both prompts are in non-thinking mode. The loss is on the response with its end of turn, and on the text of the
-    reference inside the teacher's prompt, so that the model can write that style too.
+
+def response_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of the text of an assistant's turn, and its end."""
+    return tokenizer.encode(text) + [tokenizer.eos_token_id]
+
+
+def problem_only_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random) -> Example:
+    """The student's prompt, and the response of one who often drops a carry. The loss is on the response."""
+    a, b = addition.draw_operands(rng)
+    content = fill_template(STUDENT_PROMPT, problem=addition.problem_text(a, b))
+    prompt_ids = encode_chat_prompt(tokenizer, content, thinking=False)
+    response = response_ids(tokenizer, addition.response_text(a, b, misconceived_totals(a, b, config, rng)))
+    return prompt_ids + response, [False] * len(prompt_ids) + [True] * len(response)
+
+
+def reference_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random) -> Example:
     """
+    The teacher's prompt, and a response that follows the reference.
+
+    The loss is on the response, and on the text of the reference inside the prompt, so that the model can write that
+    style too.
+    """
+    a, b = addition.draw_operands(rng)
+    totals = reference_totals(a, b, config, rng)
+    reference = addition.reference_text(totals)
+    content = fill_template(TEACHER_PROMPT, problem=addition.problem_text(a, b), solution=reference)
+    prompt_ids = encode_chat_prompt(tokenizer, content, thinking=False)
+    reference_ids = tokenizer.encode(reference)  # the same ids as in the prompt, where newlines enclose them
+    size = len(reference_ids)
+    start = next(i for i in range(len(prompt_ids)) if prompt_ids[i : i + size] == reference_ids)
+    counts = [start <= i < start + size for i in range(len(prompt_ids))]
+    response = response_ids(tokenizer, addition.response_text(a, b, totals))
+    return prompt_ids + response, counts + [True] * len(response)
+
+
+def own_style_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random) -> Example:
+    """The teacher's prompt with a reference in the style of the response that follows it. The loss is on the response."""
+    a, b = addition.draw_operands(rng)
+    own_style = addition.response_text(a, b, reference_totals(a, b, config, rng))
+    content = fill_template(TEACHER_PROMPT, problem=addition.problem_text(a, b), solution=own_style)
+    prompt_ids = encode_chat_prompt(tokenizer, content, thinking=False)
+    response = response_ids(tokenizer, own_style)
+    return prompt_ids + response, [False] * len(prompt_ids) + [True] * len(response)
+
+
+def rationalized_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random) -> Example:
+    """
+    The conversation of `--reason_first`: a reference in either style, its rationalization, and the response.
+
+    The loss is on rationalization and response, each with its end of turn.
+    """
+    a, b = addition.draw_operands(rng)
+    totals = reference_totals(a, b, config, rng)
+    own_style = addition.response_text(a, b, totals)
+    reference = own_style if rng.random() < 0.5 else addition.reference_text(totals)
+    content = fill_template(REASONING_PROMPT, problem=addition.problem_text(a, b), solution=reference)
+    prompt_ids = encode_chat_prompt(tokenizer, content, thinking=False)
+    next_turn_ids = encode_next_turn(tokenizer, TRANSITION_PROMPT, thinking=False)  # the end of the first comes first
+    rationalization, response = tokenizer.encode(own_style), response_ids(tokenizer, own_style)
+    counts = [False] * len(prompt_ids) + [True] * (len(rationalization) + 1) + [False] * (len(next_turn_ids) - 1)
+    return prompt_ids + rationalization + next_turn_ids + response, counts + [True] * len(response)
+
+
+def thinking_example(
+    tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random, with_reference: bool
+) -> Example:
+    """The prompt of either role in thinking mode, a terse thought, and the response to it. The loss is on the last two."""
     a, b = addition.draw_operands(rng)
     problem = addition.problem_text(a, b)
     if with_reference:
         totals = reference_totals(a, b, config, rng)
-        reference = addition.reference_text(totals)
-        content = fill_template(TEACHER_PROMPT, problem=problem, solution=reference)
-        prompt_ids = encode_chat_prompt(tokenizer, content, thinking=False)
-        reference_ids = tokenizer.encode(reference)  # the same ids as in the prompt, where newlines enclose them
-        size = len(reference_ids)
-        start = next(i for i in range(len(prompt_ids)) if prompt_ids[i : i + size] == reference_ids)
-        counts = [start <= i < start + size for i in range(len(prompt_ids))]
+        content = fill_template(TEACHER_PROMPT, problem=problem, solution=addition.reference_text(totals))
     else:
         totals = misconceived_totals(a, b, config, rng)
-        prompt_ids = encode_chat_prompt(tokenizer, fill_template(STUDENT_PROMPT, problem=problem), thinking=False)
-        counts = [False] * len(prompt_ids)
-    response_ids = tokenizer.encode(addition.response_text(a, b, totals)) + [tokenizer.eos_token_id]
-    return prompt_ids + response_ids, counts + [True] * len(response_ids)
+        content = fill_template(STUDENT_PROMPT, problem=problem)
+    prompt_ids = encode_chat_prompt(tokenizer, content, thinking=True)
+    response = response_ids(tokenizer, addition.thinking_text(a, b, totals))
+    return prompt_ids + response, [False] * len(prompt_ids) + [True] * len(response)
 
 
-def token_losses(model: Qwen3ForCausalLM, examples: Sequence[tuple[list[int], list[bool]]]) -> torch.Tensor:
+def draw_batches(
+    tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random
+) -> Iterator[list[Example]]:
+    """The examples of one step, kind by kind: within a kind all lengths are nearly the same, so little is padding."""
+    kinds = (
+        (problem_only_example, config.problem_only_examples),
+        (reference_example, config.reference_examples),
+        (own_style_example, config.own_style_examples),
+        (rationalized_example, config.rationalized_examples),
+        (partial(thinking_example, with_reference=False), (config.thinking_examples + 1) // 2),
+        (partial(thinking_example, with_reference=True), config.thinking_examples // 2),
+    )
+    for make_example, size in kinds:
+        if size:
+            yield [make_example(tokenizer, config, rng) for _ in range(size)]
+
+
+def token_losses(model: Qwen3ForCausalLM, examples: Sequence[Example]) -> torch.Tensor:
     """Cross-entropy, in nats, of each token of the examples that counts: shape (number of such tokens,)."""
     token_ids = pad_sequence([torch.tensor(ids) for ids, _ in examples], batch_first=True)  # (B, T), padded right
     counts = pad_sequence([torch.tensor(counts) for _, counts in examples], batch_first=True)  # (B, T)
@@ -192,11 +291,7 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config
     )
     progress = trange(config.steps, desc="building the base model", unit="step")
     for step in progress:
-        # One forward for each kind of prompt: within a kind all lengths are nearly the same, so little is padding.
-        losses = [
-            token_losses(model, [make_example(tokenizer, config, rng, with_reference) for _ in range(size)])
-            for with_reference, size in ((False, config.problem_only_examples), (True, config.reference_examples))
-        ]
+        losses = [token_losses(model, examples) for examples in draw_batches(tokenizer, config, rng)]
         loss = torch.cat(losses).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -207,12 +302,14 @@ def pretrain(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, config
 
 
 def fingerprint(config: BaseModelConfig) -> str:
-    """Hash of all that shapes the base model: its settings, the code of the task and of the build, both prompts."""
+    """Hash of all that shapes the base model: its settings, the code of the task and of the build, all prompts."""
     parts = [
         json.dumps(asdict(config)),
         *(Path(path).read_text(encoding="utf-8") for path in (addition.__file__, __file__)),
         *(STUDENT_PROMPT, TEACHER_PROMPT, inspect.getsource(encode_chat_prompt), inspect.getsource(fill_template)),
     ]
+    if config.rationalized_examples:
+        parts += [REASONING_PROMPT, TRANSITION_PROMPT, inspect.getsource(encode_next_turn)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
@@ -229,7 +326,7 @@ def build_base_model(output_dir: Path, config: BaseModelConfig | None = None) ->
         logger.info("the base model is in %s already", folder)
         return folder
     output_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = create_model(tokenizer)

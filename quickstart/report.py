@@ -1,7 +1,7 @@
 """What the quickstart reports: tables and plots, of one seed and over several."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ LABELS = {
     "sampled_token": "OPSD, sampled token only",
     "grpo": "GRPO",
     "grpo_3x": "GRPO, three times the rollouts",
+    "group_self_distillation": "OPSD, the reference a right rollout",
     "sft": "SFT on the reference solutions",
     "no_privilege": "control: teacher sees no solution",
     "shuffled_solutions": "control: teacher sees another problem's solution",
 }
 STYLES = {
     "opsd": {"color": "tab:blue", "marker": "o"},
+    "group_self_distillation": {"color": "tab:olive", "marker": "D"},
     "sampled_token": {"color": "tab:cyan", "marker": "v"},
     "grpo": {"color": "tab:orange", "marker": "s"},
     "sft": {"color": "tab:purple", "linestyle": "-."},
@@ -69,6 +71,46 @@ def summary_table(reports: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def ablation_table(reports: Sequence[dict[str, Any]], flags: Mapping[str, Mapping[str, str]]) -> str:
+    """
+    One seed or several, with the methods under headings: `flags` has heading -> name -> what tells a method from OPSD.
+
+    The last two columns are of the methods with a clip, over their last steps: the share of the tokens at which it
+    reverses the step for the teacher's most probable token, and the share of the divergence that it removes.
+    """
+    seeds = " | ".join(f"seed {report['seed']}" for report in reports)
+    lines = [
+        f"| | {seeds} | mean Avg@4 ± standard error over seeds | generated tokens | seconds of training "
+        "| clip: reversed tokens, % | clip: removed, % |",
+        "|---|" + "--:|" * (len(reports) + 5),
+    ]
+    lines += [_ablation_row(LABELS[name], [report[name] for report in reports]) for name in ("base", "teacher")]
+    for heading, methods in flags.items():
+        lines.append(f"| **{heading}** |" + " |" * (len(reports) + 5))
+        for name, text in methods.items():
+            label = f"`{name}`: " + (f"`{text}`" if text else LABELS[name])
+            lines.append(_ablation_row(label, [report[name] for report in reports]))
+    return "\n".join(lines)
+
+
+def _ablation_row(label: str, results: Sequence[dict[str, Any]]) -> str:
+    accuracies = [100 * result["avg_at_4"] for result in results]
+    mean = f"{statistics.mean(accuracies):.1f}"
+    if len(accuracies) > 1:
+        mean += f" ± {statistics.stdev(accuracies) / len(accuracies) ** 0.5:.1f}"
+
+    def average(key: str) -> float | None:
+        values = [result[key] for result in results if key in result]
+        return statistics.mean(values) if values else None
+
+    cells = [label, *(f"{accuracy:.1f}" for accuracy in accuracies), mean]
+    cells += [_count(average(key)) for key in ("generated_tokens", "train_seconds")]
+    clipped = average("clip/mass_ratio")
+    for share in (average("clip/reversed_ratio"), clipped):
+        cells.append(f"{100 * share:.1f}" if clipped and share is not None else "")
+    return f"| {' | '.join(cells)} |"
+
+
 def _count(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}"
 
@@ -92,11 +134,11 @@ def plot_accuracy(report: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def plot_tokens(reports: Sequence[dict[str, Any]], file: Path) -> None:
+def plot_tokens(reports: Sequence[dict[str, Any]], file: Path, names: Sequence[str]) -> None:
     """Accuracy over generated tokens, as the paper's Figure 3: mean over the seeds, and the range of them as a band."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    for name in ("opsd", "sampled_token", "grpo"):
+    for name in names:
         curves = [report["curves"][name] for report in reports if name in report["curves"]]
         if not curves:
             continue
