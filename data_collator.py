@@ -39,7 +39,7 @@ ELLIPSIS = "\n[...]\n"
 def check_template(flag: str, template: str, placeholders: set[str]) -> None:
     """Raise `ValueError`, naming `flag`, unless `template` holds exactly the given placeholders."""
     found = set(PLACEHOLDER.findall(template))
-    names = ", ".join("{" + name + "}" for name in sorted(placeholders))
+    names = ", ".join("{" + name + "}" for name in sorted(placeholders)) or "none"
     if missing := placeholders - found:
         raise ValueError(
             f"--{flag} lacks the placeholder {{{min(missing)}}}; it needs {names}. The template is: {template!r}"

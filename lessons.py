@@ -58,12 +58,14 @@ class Lessons:
         batch = dict(batch)
         num_rollouts = len(completions)
         if self.verifier is not None:
-            texts = self.collator.tokenizer.batch_decode(completions, skip_special_tokens=True)
+            decode = self.collator.tokenizer.batch_decode
+            texts = decode(completions, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             correct = batch["correct"] = self.verifier(texts, batch["answer"])
             graded = [value for value in correct if value is not None]
             self._record("rollouts/correct_ratio", graded)
             self._record("rollouts/ungraded_ratio", [value is None for value in correct])
             groups = [correct[start : start + group_size] for start in range(0, num_rollouts, group_size)]
+            groups = [group for group in groups if any(value is not None for value in group)]
             self._record("groups/none_correct_ratio", [not any(group) for group in groups])
             self._record("groups/all_correct_ratio", [all(group) for group in groups])
             weight_of = {True: self.args.weight_of_correct, False: self.args.weight_of_failed, None: 1.0}

@@ -267,6 +267,7 @@ class OPSDConfig(GOLDConfig):
             ("lmbda", self.lmbda == 1.0, "be 1: OPSD learns from the student's own rollouts only"),
             ("beta", 0.0 <= self.beta <= 1.0, "lie in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 JSD"),
             ("temperature", self.temperature > 0.0, "be positive, since it also divides the logits in the loss"),
+            ("temperature", self.temperature <= 2.0 or not self.use_vllm, "be 2 at most with --use_vllm"),
             (
                 "loss_temperature",
                 self.loss_temperature is None or self.loss_temperature > 0.0,
@@ -307,7 +308,7 @@ class OPSDConfig(GOLDConfig):
             ("ema_update_steps", self.ema_update_steps >= 1, "be at least 1"),
             ("max_nonfinite_steps", self.max_nonfinite_steps >= 1, "be at least 1"),
             ("max_reasoning_length", self.max_reasoning_length >= 1, "be at least 1"),
-            ("reasoning_temperature", self.reasoning_temperature > 0.0, "be positive"),
+            ("reasoning_temperature", 0.0 < self.reasoning_temperature <= 2.0, "lie in (0, 2]"),
             ("reasoning_top_p", 0.0 < self.reasoning_top_p <= 1.0, "lie in (0, 1]; 1 switches it off"),
             ("reasoning_top_k", self.reasoning_top_k >= 0, "not be negative; 0 switches it off"),
             (
@@ -376,6 +377,12 @@ class OPSDConfig(GOLDConfig):
                 "or --reward_weight",
             ),
             (
+                "importance_correction",
+                not self.importance_correction or self.vllm_mode == "colocate",
+                "go with --vllm_mode colocate: a server may give probabilities before or after its truncation, and does not "
+                "say which",
+            ),
+            (
                 "num_generations",
                 self.num_generations >= 1
                 and self.per_device_train_batch_size * self.gradient_accumulation_steps % self.num_generations == 0,
@@ -410,6 +417,12 @@ class OPSDConfig(GOLDConfig):
             raise ValueError(
                 f"--max_completion_length {self.max_completion_length} leaves no room for a prompt in --max_length "
                 f"{self.max_length}; lower the first or raise the second"
+            )
+        room = math.inf if self.max_length is None else self.max_length - self.max_completion_length
+        if self.reason_first and self.max_reasoning_length >= room:
+            raise ValueError(
+                f"--max_reasoning_length {self.max_reasoning_length}: the rationalization stands in the teacher's prompt, for which "
+                f"--max_length less --max_completion_length leaves {room} tokens; lower the first or raise --max_length"
             )
         check_template("student_prompt", self.student_prompt, {"problem"})
         check_template("teacher_prompt", self.teacher_prompt, {"problem", "solution"})

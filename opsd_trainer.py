@@ -186,6 +186,11 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self._frozen_weights: FrozenWeights | None = None  # as they were when training began
         # Whether the teacher is the model with its adapter off, as at the start an adapter is that was not trained yet.
         self.teacher_is_base = args.fixed_teacher and isinstance(self.model, PeftModel) and not self._is_trained()
+        if args.reasoning_cache is not None and not self.teacher_is_base:
+            raise ValueError(
+                f"--reasoning_cache {args.reasoning_cache}: is for a teacher that is the base model, with its adapter off; "
+                "leave it out with --start_adapter and without --use_peft"
+            )
         self._teacher_weights: TeacherWeights | None = None  # of a teacher that is neither the base nor the student
         self._resumed_from: str | None = None
         self.add_callback(_BetweenSteps(self))
@@ -228,6 +233,16 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing, formatting_func, dataset_name: str):
         """Encode the prompts of both roles once; leave out what does not fit and say how much that is."""
+        for column, is_needed in (
+            ("problem", True),
+            ("solution", args.needs_solutions),
+            ("answer", args.needs_answers),
+        ):
+            if is_needed and column not in dataset.column_names:
+                raise ValueError(
+                    f"the {dataset_name} dataset has no column {column!r}, which these settings need; it has "
+                    f"{', '.join(dataset.column_names)}"
+                )
         with global_then_local_main_first():
             dataset = dataset.map(
                 self.data_collator.encode,
@@ -341,6 +356,11 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     # Curriculum
 
     def _start_curriculum(self) -> None:
+        if (before := self._saved.setdefault("curriculum", self.args.curriculum)) != self.args.curriculum:
+            raise ValueError(
+                f"--curriculum {self.args.curriculum}: --resume_from_checkpoint {self._resumed_from} was trained with {before}; "
+                "give the same, or start anew"
+            )
         if self.args.curriculum == "none":
             return
         self.curriculum = Curriculum(self.args.curriculum, len(self.train_dataset), self.args.seed)
@@ -385,7 +405,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         longest = max(len(prompt_ids) for dataset in datasets for prompt_ids in dataset["student_prompt_ids"])
         longest += args.max_completion_length
         if args.reason_first and args.teacher_reference == "rollout":
-            longest = args.max_length
+            longest = max(longest, args.max_length - args.max_completion_length)
         elif args.reason_first:
             prompts = [prompt for dataset in datasets for prompt in dataset["reasoning_prompt_ids"]]
             longest = max(longest, max(map(len, prompts)) + args.max_reasoning_length)
@@ -441,10 +461,10 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         with self._timed("rollout"):
             sample = self._sample_with_transformers if self.rollouts is None else self._sample_with_vllm
             completions, logprobs = sample(generation_batch, buffer_steps)
+            if self._has_lessons:
+                generation_batch = self._choose_lessons(generation_batch, completions)
         lengths = torch.tensor([len(ids) for ids in completions], device=self.accelerator.device)  # (rollouts,)
         truncated = torch.tensor([self._is_truncated(ids) for ids in completions], device=self.accelerator.device)
-        if self._has_lessons:
-            generation_batch = self._choose_lessons(generation_batch, completions)
         size = len(completions) // buffer_steps
         self._buffered_inputs = [
             self._pair_completions(
@@ -494,11 +514,6 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         if args.reason_first:
             cache = None
             if args.reasoning_cache is not None:
-                if not self.teacher_is_base:
-                    raise ValueError(
-                        f"--reasoning_cache {args.reasoning_cache}: is for a teacher that is the base model, with its adapter "
-                        "off; leave it out with --start_adapter and without --use_peft"
-                    )
                 self._check_frozen_weights()
                 base = [self._saved["frozen_weights"], str(self.model.dtype), self.accelerator.mixed_precision]
                 cache = RationalizationCache(args.reasoning_cache, [*base, self._reasoning_settings])
@@ -898,6 +913,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self._add(mode, **sums)
         if self.curriculum is not None and self.args.curriculum == "divergence" and mode == "train":
             row_of_token, numbers = mask.nonzero()[:, 0], mask.sum(1)
+            if "weights" in inputs:  # not those that count for the reward alone
+                numbers = numbers * (inputs["weights"] > 0)
             divergences = torch.zeros(len(mask), dtype=torch.float64, device=mask.device)
             divergences.index_add_(0, row_of_token, statistics.divergence.double())
             values = zip(inputs["rows"], divergences.tolist(), numbers.tolist(), strict=True)

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-import tempfile
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -43,10 +42,9 @@ class RationalizationCache:
 
     def put(self, prompt: Sequence[int], rationalization: Rationalization) -> None:
         content = {"ids": rationalization.ids, "is_truncated": rationalization.is_truncated, "key": self.key}
-        descriptor, temporary = tempfile.mkstemp(dir=self.folder)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file)
-        os.replace(temporary, self._file(prompt))
+        temporary = self.folder / f"{uuid.uuid4().hex}.tmp"
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(self._file(prompt))
 
 
 class Rationalizer:

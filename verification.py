@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from eval.grading import GradingPool, extract_answer
+from eval.grading import Answer, GradingPool, answer_text, extract_answer
 
 GRADE_WORKERS = 4  # for each training process
 THINK_END = "</think>"
@@ -21,13 +21,14 @@ class Verifier:
         self.thinking = thinking
         self._pool = GradingPool(workers=GRADE_WORKERS)
 
-    def __call__(self, completions: Sequence[str], answers: Sequence[str | None]) -> list[bool | None]:
+    def __call__(self, completions: Sequence[str], answers: Sequence[Answer]) -> list[bool | None]:
         """Whether each completion's answer is right; `None` for problems without an answer."""
         extracted = [extract_answer(completion, self.thinking) for completion in completions]
-        verdicts = self._pool.grade_all(zip(extracted, answers, strict=True))
+        golds = [answer_text(answer) for answer in answers]
+        verdicts = self._pool.grade_all(zip(extracted, golds, strict=True))
         return [
-            verdict.equal if answer is not None and answer.strip() else None
-            for verdict, answer in zip(verdicts, answers, strict=True)
+            verdict.equal if gold is not None and gold.strip() else None
+            for verdict, gold in zip(verdicts, golds, strict=True)
         ]
 
     def close(self) -> None:

@@ -167,8 +167,8 @@ def test_weights_follow_the_grades(teach):
     assert lessons.sums == {
         "rollouts/correct_ratio": [1, 2],
         "rollouts/ungraded_ratio": [2, 4],
-        "groups/none_correct_ratio": [1, 2],
-        "groups/all_correct_ratio": [0, 2],
+        "groups/none_correct_ratio": [0, 1],
+        "groups/all_correct_ratio": [0, 1],
     }
 
 
