@@ -434,6 +434,22 @@ def test_resumed_curriculum_goes_on(make_trainer, problems, tmp_path, kind):
         make_trainer(**settings).train(resume_from_checkpoint=str(run / "checkpoint-2"))
 
 
+def test_resuming_with_another_curriculum_is_refused(make_trainer):
+    trainer = make_trainer(curriculum="divergence")
+    trainer._saved["curriculum"] = "none"
+    with pytest.raises(ValueError, match="--curriculum divergence: .* was trained with none"):
+        trainer._start_curriculum()
+
+
+@pytest.mark.parametrize(
+    ("column", "settings"),
+    [("solution", {}), ("answer", {"weight_of_correct": 0.0}), ("answer", {"curriculum": "pass_rate"})],
+)
+def test_missing_columns_are_named(make_trainer, problems, column, settings):
+    with pytest.raises(ValueError, match=f"the train dataset has no column '{column}'"):
+        make_trainer(dataset=problems.remove_columns(column), **settings)
+
+
 def test_without_a_curriculum_each_problem_comes_once_an_epoch(make_trainer, problems, tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4, "callbacks": [recorder := Recorder()]}
     trainer = make_trainer(problems.select(range(8)), **settings)
