@@ -95,6 +95,12 @@ RECIPES = {
         "opsd_train", 8, 1, RELEASE_4B | NONTHINKING | {"jsd_token_clip": 1e-6, "max_steps": 150}
     ),
     "run_opsd_8b_nonthink": Recipe("opsd_train", 8, 2, RELEASE_8B | NONTHINKING | {"jsd_token_clip": 1e-7}),
+    "run_opsd_answers": Recipe(
+        "opsd_train",
+        4,
+        2,
+        RELEASE_1B | {"teacher_reference": "rollout", "num_generations": 4, "answer_column": "Answer"},
+    ),
     "run_opsd_ema": Recipe(
         "opsd_train", 4, 2, RELEASE_1B | {"fixed_teacher": False, "use_ema_teacher": True, "ema_decay": 0.999}
     ),
