@@ -25,7 +25,7 @@ class Curriculum:
 
     A score says nothing before a problem's first visit, so that it can help only where problems come again: in several
     epochs, or with fewer problems than the run draws. Each visit halves the weight of earlier ones, so that a score
-    follows the student. No problem's weight falls to zero. Off by default.
+    follows the student. No problem's weight falls to zero.
 
     Every process has a copy, and all draw alike as long as they are updated alike.
 

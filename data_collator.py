@@ -136,6 +136,7 @@ class SelfDistillationDataCollator:
         check_template("student_prompt", student_prompt, {"problem"})
         check_template("teacher_prompt", teacher_prompt, {"problem", "solution"})
         check_template("reasoning_prompt", reasoning_prompt, {"problem", "solution"})
+        check_template("transition_prompt", transition_prompt, set())
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which both prompts need; use an "
@@ -159,6 +160,14 @@ class SelfDistillationDataCollator:
             self.transition_ids += self.teacher_prefill_ids
             if max_prompt_length is not None:
                 self.max_reasoning_prompt_length = max_prompt_length - max_reasoning_length - len(self.transition_ids)
+                content = fill_template(reasoning_prompt, problem="", solution="")
+                least = len(encode_chat_prompt(tokenizer, content, reasoning_thinking))
+                if least >= self.max_reasoning_prompt_length:
+                    raise ValueError(
+                        f"--max_reasoning_length {max_reasoning_length}: of the {max_prompt_length} tokens of the teacher's prompt "
+                        f"(--max_length less --max_completion_length) it leaves {self.max_reasoning_prompt_length} for "
+                        f"--reasoning_prompt, which takes {least} without problem and solution; lower it or raise --max_length"
+                    )
 
     def _encode_student(self, problem: str) -> list[int]:
         content = fill_template(self.student_prompt, problem=problem)

@@ -117,6 +117,7 @@ class Lessons:
             prompts.append(row_prompts)
         self._record("references/rollout_ratio", [sibling is not None for sibling in siblings])
         self._record("references/none_ratio", [row["length_status"] == "dropped" for row in prompts])
+        self._record("references/shortened_ratio", [row["length_status"] == "shortened" for row in prompts])
         # Rows without a reference do not count: any prompt will do.
         student_prompts = self._rows(batch, "")
         self._set_teacher_prompts(
@@ -126,7 +127,11 @@ class Lessons:
 
     def _rationalize(self, batch: dict[str, Any]) -> None:
         """Put what the teacher writes about the reference into its prompt; where that is nothing, leave the prompt."""
-        reasoning_prompts = batch["reasoning_prompt_ids"]
+        counts = batch["weights"].tolist() if "weights" in batch else [1.0] * len(batch["reasoning_prompt_ids"])
+        reasoning_prompts = [
+            prompt if weight > 0.0 else None
+            for prompt, weight in zip(batch["reasoning_prompt_ids"], counts, strict=True)
+        ]
         written = iter(self.rationalizer([prompt for prompt in reasoning_prompts if prompt]))
         rationalizations = [next(written) if prompt else None for prompt in reasoning_prompts]
         decode, transition_ids = self.collator.tokenizer.decode, self.collator.transition_ids

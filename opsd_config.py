@@ -346,23 +346,28 @@ class OPSDConfig(GOLDConfig):
             (
                 "eval_strategy",
                 self.teacher_reference == "solution"
-                or str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no",
-                "be no with --teacher_reference rollout, since in an evaluation each problem has one rollout; evaluate the "
-                "checkpoints with eval/evaluate_math.py",
+                or (str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" and not self.eval_on_start),
+                "be no, and --eval_on_start off, with --teacher_reference rollout, since in an evaluation each problem has one "
+                "rollout; evaluate the checkpoints with eval/evaluate_math.py",
             ),
             (
                 "no_correct_rollout",
                 self.no_correct_rollout in NO_CORRECT_ROLLOUT,
                 f"be one of {', '.join(NO_CORRECT_ROLLOUT)}",
             ),
-            ("weight_of_correct", 0.0 <= self.weight_of_correct < math.inf, "not be negative"),
+            (
+                "no_correct_rollout",
+                self.no_correct_rollout == "skip" or self.teacher_reference == "rollout",
+                "go with --teacher_reference rollout",
+            ),
+            ("weight_of_correct", 0.0 <= self.weight_of_correct < math.inf, "be finite and not negative"),
+            ("weight_of_failed", 0.0 <= self.weight_of_failed < math.inf, "be finite and not negative"),
+            ("reward_weight", 0.0 <= self.reward_weight < math.inf, "be finite and not negative; 0: no reward"),
             (
                 "weight_of_failed",
-                0.0 <= self.weight_of_failed < math.inf
-                and self.weight_of_correct + self.weight_of_failed + self.reward_weight > 0.0,
+                self.weight_of_correct + self.weight_of_failed + self.reward_weight > 0.0,
                 "be positive where --weight_of_correct and --reward_weight are 0",
             ),
-            ("reward_weight", 0.0 <= self.reward_weight < math.inf, "not be negative; 0 switches the reward off"),
             (
                 "reward_weight",
                 self.reward_weight == 0.0 or self.num_generations > 1,
@@ -417,12 +422,6 @@ class OPSDConfig(GOLDConfig):
             raise ValueError(
                 f"--max_completion_length {self.max_completion_length} leaves no room for a prompt in --max_length "
                 f"{self.max_length}; lower the first or raise the second"
-            )
-        room = math.inf if self.max_length is None else self.max_length - self.max_completion_length
-        if self.reason_first and self.max_reasoning_length >= room:
-            raise ValueError(
-                f"--max_reasoning_length {self.max_reasoning_length}: the rationalization stands in the teacher's prompt, for which "
-                f"--max_length less --max_completion_length leaves {room} tokens; lower the first or raise --max_length"
             )
         check_template("student_prompt", self.student_prompt, {"problem"})
         check_template("teacher_prompt", self.teacher_prompt, {"problem", "solution"})

@@ -182,7 +182,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self._head_settings: dict[str, float | None] = {}
         if args.loss_implementation == "fused":
             self._head_settings = read_head_settings(_causal_lm(self.accelerator.unwrap_model(self.model)))
-        self._num_loss_tokens: Tensor | None = None  # of the running optimizer step, over all processes
+        # Of the running optimizer step, over all processes: its tokens, each times its weight
+        self._loss_denominator: Tensor | None = None
         self._frozen_weights: FrozenWeights | None = None  # as they were when training began
         # Whether the teacher is the model with its adapter off, as at the start an adapter is that was not trained yet.
         self.teacher_is_base = args.fixed_teacher and isinstance(self.model, PeftModel) and not self._is_trained()
@@ -191,6 +192,13 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 f"--reasoning_cache {args.reasoning_cache}: is for a teacher that is the base model, with its adapter off; "
                 "leave it out with --start_adapter and without --use_peft"
             )
+        if args.reasoning_cache is not None:
+            try:
+                Path(args.reasoning_cache).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(
+                    f"--reasoning_cache {args.reasoning_cache}: {error}; name a folder to write to"
+                ) from error
         self._teacher_weights: TeacherWeights | None = None  # of a teacher that is neither the base nor the student
         self._resumed_from: str | None = None
         self.add_callback(_BetweenSteps(self))
@@ -203,10 +211,12 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self._truncated: dict[str, list[bool]] = {"train": [], "eval": []}
         self._seconds: dict[str, float] = defaultdict(float)
         self.rollouts = self._start_rollouts() if use_vllm else None
-        self._synced_step: int | None = None  # at which vLLM got its weights
-        self._lessons: Lessons | None = None  # what rollouts are learned from, where that is not the same for all
+        self._synced_step: int | None = None  # at which vLLM got the student's weights; None: it holds others
+        # Made with the first rollouts: the key of its cache needs the weights as the launcher has given them
+        self._lessons: Lessons | None = None
         self.curriculum: Curriculum | None = None
-        self._shown: list[tuple[int, float, float]] = []  # by rollouts of the running step: problem, sum, number
+        # (problem, sum, number) of each rollout of the running step, until the curriculum is told
+        self._shown: list[tuple[int, float, float]] = []
         # Different noise in each process, or all of them would draw their rollouts with the same random numbers.
         set_seed(args.seed, device_specific=True)
 
@@ -243,6 +253,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                     f"the {dataset_name} dataset has no column {column!r}, which these settings need; it has "
                     f"{', '.join(dataset.column_names)}"
                 )
+            if is_needed and column != "answer" and None in dataset[column]:
+                raise ValueError(f"the {dataset_name} dataset has rows without {column!r}: leave them out")
         with global_then_local_main_first():
             dataset = dataset.map(
                 self.data_collator.encode,
@@ -414,7 +426,6 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 f"--vllm_max_model_length {args.vllm_max_model_length}: the longest prompt needs {longest} tokens with "
                 f"what is sampled behind it; leave the flag out, or lower --max_length to drop long problems"
             )
-        end_ids = self.generation_config.eos_token_id
         model_arguments = args.model_init_kwargs or {}
         return OnPolicyGeneration(
             model=self.model,
@@ -442,7 +453,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             max_completion_length=args.max_completion_length,
             generation_kwargs={
                 "presence_penalty": args.presence_penalty,
-                "stop_token_ids": [end_ids] if isinstance(end_ids, int) else end_ids,
+                "stop_token_ids": self._end_ids,
             },
             seed=args.seed,
             adapter_dir=args.vllm_adapter_dir,
@@ -482,128 +493,6 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self._count("num_generated_tokens", all_lengths.sum().item())
             if self.args.save_completions:
                 self._save_completions(lengths.tolist(), truncated.tolist())
-
-    @property
-    def _has_lessons(self) -> bool:
-        return self.args.needs_answers or self.args.reason_first
-
-    def _choose_lessons(self, batch: dict[str, Any], completions: list[Tensor]) -> dict[str, Any]:
-        """What `Lessons` makes of the rollouts; what it counts is logged, what it says of problems the curriculum gets."""
-        mode = "train" if self.model.training else "eval"
-        if self._lessons is None:
-            self._lessons = self._start_lessons()
-        ids = [completion.tolist() for completion in completions]
-        batch = self._lessons(batch, ids, self.num_generations if mode == "train" else 1)
-        if (rationalizer := self._lessons.rationalizer) is not None:
-            number, rationalizer.num_tokens = sum(gather_object([rationalizer.num_tokens])), 0
-            if mode == "train":
-                self._count("num_rationalization_tokens", number)
-        for name, (total, number) in self._lessons.sums.items():
-            self._add(mode, **{name: total, f"{name}/number": number})
-        self._lessons.sums.clear()
-        if self.curriculum is not None and self.args.curriculum == "pass_rate" and mode == "train":
-            self._shown += [
-                (row, float(is_correct), 1.0)
-                for row, is_correct in zip(batch["rows"], batch["correct"], strict=True)
-                if is_correct is not None
-            ]
-        return batch
-
-    def _start_lessons(self) -> Lessons:
-        args, rationalizer = self.args, None
-        if args.reason_first:
-            cache = None
-            if args.reasoning_cache is not None:
-                self._check_frozen_weights()
-                base = [self._saved["frozen_weights"], str(self.model.dtype), self.accelerator.mixed_precision]
-                cache = RationalizationCache(args.reasoning_cache, [*base, self._reasoning_settings])
-            rationalizer = Rationalizer(self._sample_as_teacher, self._end_ids, cache)
-        return Lessons(args, self.data_collator, self._end_ids, rationalizer)
-
-    @property
-    def _end_ids(self) -> list[int]:
-        end_ids = self.generation_config.eos_token_id
-        return [end_ids] if isinstance(end_ids, int) else end_ids
-
-    @property
-    def _reasoning_settings(self) -> dict[str, float]:
-        """Of rationalizations, under vLLM's names."""
-        return {
-            "temperature": self.args.reasoning_temperature,
-            "top_p": self.args.reasoning_top_p,
-            "top_k": self.args.reasoning_top_k,
-            "min_p": 0.0,
-            "presence_penalty": 0.0,
-            "max_tokens": self.args.max_reasoning_length,
-        }
-
-    def _sample_as_teacher(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Completions of a process's prompts from the teacher's weights. All processes call it together."""
-        with self._timed("rationalization"):
-            if self.rollouts is None:
-                return self._sample_as_teacher_with_transformers(prompts)
-            if self._teacher_weights is not None:
-                with self._as_teacher(self.model_wrapped, "rationalization"):
-                    self.rollouts.sync_weights()
-                self._synced_step = None  # the student's are to come again
-            return self.rollouts.generate(prompts, base=self.teacher_is_base, **self._reasoning_settings)[1]
-
-    def _sample_as_teacher_with_transformers(self, prompts: list[list[int]]) -> list[list[int]]:
-        settings = self._reasoning_settings
-        config = copy.deepcopy(self.generation_config)
-        config.update(
-            max_new_tokens=settings["max_tokens"],
-            min_p=None,
-            **{k: settings[k] for k in ("temperature", "top_p", "top_k")},
-        )
-        size, completions = self.args.per_device_train_batch_size, []
-        with (
-            self._as_teacher(self.model_wrapped, "rationalization"),
-            self._rollout_settings(),
-            unwrap_model_for_generation(
-                self.model,
-                self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-        ):
-            # Under ZeRO-3 and FSDP each call takes all processes: those with fewer prompts repeat something short.
-            num_calls = max(gather_object([math.ceil(len(prompts) / size)]))
-            for start in range(0, num_calls * size, size):
-                ids, mask = self.data_collator.pad_prompts(prompts[start : start + size] or [self._end_ids[:1]])
-                inputs = send_to_device({"prompts": ids, "prompt_attention_mask": mask}, self.accelerator.device)
-                token_ids, _, labels, *_ = self.generate_on_policy_outputs(model, inputs, config)
-                completions += self._completions_of(inputs | {"input_ids": token_ids, "labels": labels})
-        return [completion.tolist() for completion in completions[: len(prompts)]]
-
-    def _weigh_tokens(self) -> None:
-        """
-        The mean's denominator: the number of tokens of the optimizer step over all processes, each times its weight. The
-        reward's mean is over all tokens. What has neither weight nor advantage is taken out of the loss.
-        """
-        counts = [inputs["loss_mask"].sum(1) for inputs in self._buffered_inputs]  # (batch,) each
-        weighted = [
-            (number * inputs["weights"]).sum() if "weights" in inputs else number.sum()
-            for number, inputs in zip(counts, self._buffered_inputs, strict=True)
-        ]
-        totals = torch.stack([sum(number.sum() for number in counts), sum(weighted)]).float()
-        totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0)
-        num_tokens, self._num_loss_tokens = torch.where(totals > 0.0, totals, 1.0)  # nothing counts: a loss of 0
-        for inputs in self._buffered_inputs:
-            if "weights" not in inputs:
-                continue
-            counts_at_all = inputs["weights"] > 0.0
-            if "advantages" in inputs:
-                inputs["advantages"] *= self.args.reward_weight * self._num_loss_tokens / num_tokens
-                counts_at_all |= inputs["advantages"] != 0.0
-            inputs["loss_mask"] &= counts_at_all.unsqueeze(1)
-
-    @property
-    def _saved(self) -> dict[str, Any]:
-        """What checkpoints hold of the run beside the trainer's own state, so that a resumed run goes on from there."""
-        return self.state.stateful_callbacks.setdefault("OPSDTrainer", {})
-
-    def _count(self, name: str, number: int) -> None:
-        self._saved[name] = self._saved.get(name, 0) + number
 
     def _sample_with_transformers(
         self, generation_batch: dict[str, Any], buffer_steps: int
@@ -663,6 +552,106 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         is_sampled = rollout["labels"][:, start:] != -100
         return [ids[mask] for ids, mask in zip(rollout["input_ids"][:, start:], is_sampled, strict=True)]
 
+    @property
+    def _end_ids(self) -> list[int]:
+        end_ids = self.generation_config.eos_token_id
+        return [end_ids] if isinstance(end_ids, int) else end_ids
+
+    def _is_truncated(self, completion: Tensor) -> bool:
+        """Whether it has tokens, and no end-of-sequence token among them."""
+        return len(completion) > 0 and not set(self._end_ids) & set(completion.tolist())
+
+    @property
+    def _has_lessons(self) -> bool:
+        """Whether rollouts are graded or the teacher's prompts depend on them."""
+        return self.args.needs_answers or self.args.reason_first
+
+    def _choose_lessons(self, batch: dict[str, Any], completions: list[Tensor]) -> dict[str, Any]:
+        """What `Lessons` makes of the rollouts; what it counts is logged, what it says of problems the curriculum gets."""
+        mode = "train" if self.model.training else "eval"
+        if self._lessons is None:
+            self._lessons = self._start_lessons()
+        ids = [completion.tolist() for completion in completions]
+        batch = self._lessons(batch, ids, self.num_generations if mode == "train" else 1)
+        if (rationalizer := self._lessons.rationalizer) is not None:
+            number, rationalizer.num_tokens = sum(gather_object([rationalizer.num_tokens])), 0
+            if mode == "train":
+                self._count("num_rationalization_tokens", number)
+        for name, (total, number) in self._lessons.sums.items():
+            self._add(mode, **{name: total, f"{name}/number": number})
+        self._lessons.sums.clear()
+        if self.curriculum is not None and self.args.curriculum == "pass_rate" and mode == "train":
+            self._shown += [
+                (row, float(is_correct), 1.0)
+                for row, is_correct in zip(batch["rows"], batch["correct"], strict=True)
+                if is_correct is not None
+            ]
+        return batch
+
+    def _start_lessons(self) -> Lessons:
+        args, rationalizer = self.args, None
+        if args.reason_first:
+            cache = None
+            if args.reasoning_cache is not None:
+                self._check_frozen_weights()
+                base = [self._saved["frozen_weights"], str(self.model.dtype), self.accelerator.mixed_precision]
+                cache = RationalizationCache(args.reasoning_cache, [*base, self._reasoning_settings])
+            rationalizer = Rationalizer(self._sample_as_teacher, self._end_ids, cache)
+        return Lessons(args, self.data_collator, self._end_ids, rationalizer)
+
+    @property
+    def _reasoning_settings(self) -> dict[str, float]:
+        """Of rationalizations, under vLLM's names."""
+        return {
+            "temperature": self.args.reasoning_temperature,
+            "top_p": self.args.reasoning_top_p,
+            "top_k": self.args.reasoning_top_k,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "max_tokens": self.args.max_reasoning_length,
+        }
+
+    def _sample_as_teacher(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Completions of a process's prompts from the teacher's weights. All processes call it together."""
+        with self._timed("rationalization"):
+            if self.rollouts is None:
+                return self._sample_as_teacher_with_transformers(prompts)
+            if self._teacher_weights is not None:
+                with self._as_teacher(self.model_wrapped, "rationalization"):
+                    self.rollouts.sync_weights()
+                self._synced_step = None  # the student's are to come again
+            return self.rollouts.generate(prompts, base=self.teacher_is_base, **self._reasoning_settings)[1]
+
+    def _sample_as_teacher_with_transformers(self, prompts: list[list[int]]) -> list[list[int]]:
+        settings = self._reasoning_settings
+        config = copy.deepcopy(self.generation_config)
+        config.update(
+            max_new_tokens=settings["max_tokens"],
+            min_p=None,
+            **{k: settings[k] for k in ("temperature", "top_p", "top_k")},
+        )
+        size, completions, device = self.args.per_device_train_batch_size, [], self.accelerator.device
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            self._as_teacher(self.model_wrapped, "rationalization"),
+            self._rollout_settings(),
+            unwrap_model_for_generation(
+                self.model,
+                self.accelerator,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+        ):
+            # Not from the generator of the rollouts, which are not to depend on what the cache had
+            torch.manual_seed(hash((self.args.seed, self.state.global_step, self.accelerator.process_index)) % 2**63)
+            # Under ZeRO-3 and FSDP each call takes all processes: those with fewer prompts repeat something short.
+            num_calls = max(gather_object([math.ceil(len(prompts) / size)]))
+            for start in range(0, num_calls * size, size):
+                ids, mask = self.data_collator.pad_prompts(prompts[start : start + size] or [self._end_ids[:1]])
+                inputs = send_to_device({"prompts": ids, "prompt_attention_mask": mask}, device)
+                token_ids, _, labels, *_ = self.generate_on_policy_outputs(model, inputs, config)
+                completions += self._completions_of(inputs | {"input_ids": token_ids, "labels": labels})
+        return [completion.tolist() for completion in completions[: len(prompts)]]
+
     def _pair_completions(
         self, batch: dict[str, Any], completions: list[Tensor], logprobs: list[Tensor] | None = None
     ) -> dict[str, Any]:
@@ -695,9 +684,32 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         further = ("weights", "advantages", "correct", "rationalization", "rows")
         return inputs | {name: batch[name] for name in further if name in batch}
 
-    def _is_truncated(self, completion: Tensor) -> bool:
-        """Whether it has tokens, and no end-of-sequence token among them."""
-        return len(completion) > 0 and not set(self._end_ids) & set(completion.tolist())
+    def _weigh_tokens(self) -> None:
+        """
+        The mean's denominator: the number of tokens of the optimizer step over all processes, each times its weight. The
+        reward's mean is over all tokens. What has neither weight nor advantage is taken out of the loss.
+        """
+        counts = [inputs["loss_mask"].sum(1) for inputs in self._buffered_inputs]  # (batch,) each
+        weighted = [
+            (number * inputs["weights"]).sum() if "weights" in inputs else number.sum()
+            for number, inputs in zip(counts, self._buffered_inputs, strict=True)
+        ]
+        totals = torch.stack([sum(number.sum() for number in counts), sum(weighted)]).float()
+        totals = self.accelerator.gather(totals.unsqueeze(0)).sum(0)
+        if totals[1] == 0.0:
+            logger.warning(
+                "step %d: no token counts in the divergence (see references/none_ratio and rollouts/correct_ratio)",
+                self.state.global_step + 1,
+            )
+        num_tokens, self._loss_denominator = torch.where(totals > 0.0, totals, 1.0)
+        for inputs in self._buffered_inputs:
+            if "weights" not in inputs:
+                continue
+            counts_at_all = inputs["weights"] > 0.0
+            if "advantages" in inputs:
+                inputs["advantages"] *= self.args.reward_weight * self._loss_denominator / num_tokens
+                counts_at_all |= inputs["advantages"] != 0.0
+            inputs["loss_mask"] &= counts_at_all.unsqueeze(1)
 
     def _save_completions(self, lengths: list[int], truncated: list[bool]) -> None:
         """Write the step's rollouts of all processes; a resumed run writes the steps that it repeats anew."""
@@ -842,8 +854,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self, inputs: dict[str, Tensor], logprobs: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """
-        What multiplies the divergence of each token that counts, the advantage in its policy gradient, and what multiplies
-        the latter, p_student / p_sampler; (N,) each, `None` for what there is not.
+        Of the tokens that count, (N,) each, `None` for what there is not: the weight of the divergence; the advantage of the
+        reward, importance weight included; the importance weight p_student / p_sampler of the sampled-token loss.
         """
         mask = inputs["loss_mask"]
         weights, advantages = (
@@ -881,11 +893,11 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch=None
     ) -> Tensor:
-        """The micro-batch's share of the loss: its sum over the mean's denominator, the tokens of the optimizer step."""
+        """The micro-batch's share of the loss: its sum over the denominator of the optimizer step's weighted mean."""
         loss_of_tokens = self._fused_loss if self.args.loss_implementation == "fused" else self._dense_loss
         per_token, statistics, logprobs = loss_of_tokens(model, inputs)  # (N,)
         # DDP, ZeRO and FSDP average the gradients of the processes
-        loss = per_token.sum() * self.accelerator.num_processes / self._num_loss_tokens
+        loss = per_token.sum() * self.accelerator.num_processes / self._loss_denominator
         if self.model.training and not loss.isfinite():
             micro_batch = (self._step - 1) % self.args.gradient_accumulation_steps
             self._nonfinite_losses[micro_batch] = per_token.detach()
@@ -898,25 +910,29 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         """Add a micro-batch to what is logged, and to what the curriculum is told."""
         mode = "train" if self.model.training else "eval"
         mask = inputs["loss_mask"]
-        is_first = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask] < NUM_FIRST_TOKENS  # (N,)
-        sums = {name: value.sum(dtype=torch.float64) for name, value in statistics._asdict().items()}
-        sums |= {"num_tokens": mask.sum(), "num_summands": mask.sum() * self._num_summands}
-        sums |= {"num_first": is_first.sum(), "first_divergence": (statistics.divergence * is_first).sum()}
+        counts = torch.ones_like(statistics.divergence, dtype=torch.bool)  # (N,)
+        if "weights" in inputs:  # not what counts for the reward alone
+            counts = (inputs["weights"] > 0.0).unsqueeze(1).expand_as(mask)[mask]
+        is_first = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask] < NUM_FIRST_TOKENS
+        is_first &= counts
+        sums = {name: value[counts].sum(dtype=torch.float64) for name, value in statistics._asdict().items()}
+        sums |= {"num_tokens": counts.sum(), "num_summands": counts.sum() * self._num_summands}
+        sums["num_first"] = is_first.sum()
+        sums["first_divergence"] = statistics.divergence[is_first].sum(dtype=torch.float64)
         if logprobs is not None and len(logprobs) > 0:
             gap = logprobs - inputs["rollout_logprobs"][mask]
+            sums["num_sampled"] = mask.sum()
             if self.args.importance_correction:
                 ratios = gap.double().exp()
                 sums |= {"ratio": ratios.sum(), "squared_ratio": ratios.square().sum()}
             else:
-                sums["gap"] = gap.abs().sum()
+                sums["gap"] = gap.abs().sum(dtype=torch.float64)
                 self._max_logprob_gap[mode] = torch.maximum(self._max_logprob_gap[mode], gap.abs().max())
         self._add(mode, **sums)
         if self.curriculum is not None and self.args.curriculum == "divergence" and mode == "train":
-            row_of_token, numbers = mask.nonzero()[:, 0], mask.sum(1)
-            if "weights" in inputs:  # not those that count for the reward alone
-                numbers = numbers * (inputs["weights"] > 0)
-            divergences = torch.zeros(len(mask), dtype=torch.float64, device=mask.device)
-            divergences.index_add_(0, row_of_token, statistics.divergence.double())
+            row_of_token = mask.nonzero()[counts, 0]
+            numbers = torch.bincount(row_of_token, minlength=len(mask))
+            divergences = torch.bincount(row_of_token, statistics.divergence[counts].double(), len(mask))
             values = zip(inputs["rows"], divergences.tolist(), numbers.tolist(), strict=True)
             self._shown += [value for value in values if value[2] > 0]
 
@@ -961,6 +977,14 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     # Logging
 
+    @property
+    def _saved(self) -> dict[str, Any]:
+        """What checkpoints hold of the run beside the trainer's own state, so that a resumed run goes on from there."""
+        return self.state.stateful_callbacks.setdefault("OPSDTrainer", {})
+
+    def _count(self, name: str, number: int) -> None:
+        self._saved[name] = self._saved.get(name, 0) + number
+
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         """
@@ -979,7 +1003,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         """Add to the sums that are logged."""
         sums = self._sums[mode]
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value
+            sums[name] = sums.get(name, 0) + value
 
     def _take_sums(self, mode: str) -> dict[str, float]:
         """The sums since they were last taken, over all processes; 0 for what nobody added to."""
@@ -1012,13 +1036,13 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             if sums["num_first"] > 0:
                 values["divergence/first_tokens"] = sums["first_divergence"] / sums["num_first"]
             if self.args.importance_correction:
-                mean = sums["ratio"] / num_tokens
+                mean = sums["ratio"] / max(sums["num_sampled"], 1.0)
                 values |= {
                     "importance/mean": mean,
-                    "importance/variance": max(sums["squared_ratio"] / num_tokens - mean**2, 0.0),
+                    "importance/variance": max(sums["squared_ratio"] / max(sums["num_sampled"], 1.0) - mean**2, 0.0),
                 }
             elif self.rollouts is not None:
-                values["rollout_logprob_gap"] = sums["gap"] / num_tokens
+                values["rollout_logprob_gap"] = sums["gap"] / max(sums["num_sampled"], 1.0)
                 values["rollout_logprob_gap_max"] = self.accelerator.gather(self._max_logprob_gap[mode]).max().item()
                 self._max_logprob_gap[mode].zero_()
             numbers = {name.removesuffix("/number"): value for name, value in sums.items() if name.endswith("/number")}

@@ -149,7 +149,7 @@ def pick_examples(trainer: OPSDTrainer) -> list[dict]:
     candidates = dataset.select(range(min(len(dataset), NUM_CANDIDATES)))
     if "solution" not in dataset.column_names:  # any text will do
         encode = trainer.data_collator.encode
-        candidates = [row | {"solution": row.get("answer") or row["problem"]} for row in candidates]
+        candidates = [row | {"solution": row["problem"]} for row in candidates]
         candidates = [row | encode(row) for row in candidates]
     examples = sorted(candidates, key=lambda row: (row["length_status"] != "kept", len(row["teacher_prompt_ids"])))
     half = {name: examples[0][name][: len(examples[0][name]) // 2] for name in ("problem", "solution")}

@@ -65,7 +65,7 @@ class Rationalizer:
         cache: RationalizationCache | None = None,
     ):
         self.sample, self.end_ids, self.cache = sample, set(end_ids), cache
-        self.num_tokens = 0  # sampled so far
+        self.num_tokens = 0  # sampled since the caller set it to 0
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> list[Rationalization]:
         """Equal prompts get the same one."""

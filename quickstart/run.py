@@ -13,6 +13,7 @@ stopped. Seeds may run at the same time, as commands of one seed each; one with 
 """
 
 import argparse
+import hashlib
 import json
 import logging
 import os
@@ -109,6 +110,7 @@ def method_settings(method: Method, steps: int, use_vllm: bool) -> dict[str, Any
         "flags": list(method.flags),
         "steps": method.factor * steps,
         "use_vllm": use_vllm,
+        "config": hashlib.sha256((ROOT / method.settings).read_bytes()).hexdigest()[:12],
     }
 
 
@@ -168,7 +170,7 @@ def run_seed(
             report["base"] = measure(questions)
             report["teacher"] = measure(privileged)
             report["curves"] = {}
-        report["seconds"] = seconds
+        report["seconds"] = seconds  # of this run
     logger.info("\n%s\n", markdown_table(report))
 
     for name, method in methods.items():

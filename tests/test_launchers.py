@@ -185,6 +185,8 @@ def test_variants_under_zero3(tiny_model_dir, data, deepspeed_build, tmp_path):
     assert all(process["world_size"] == 2 and process["zero_stage"] == 3 for process in processes)
     for name, history in results.items():
         assert len(values(history, "loss")) == 3
+        assert bool(values(history, "rollouts/correct_ratio")) == (name != "sampled_token")
+        assert bool(values(history, "rationalizations/mean_length")) == ("reason_first" in VARIANTS[name])
         assert rollouts(tmp_path / "zero3" / name) == rollouts(tmp_path / "cpu" / name), name
         for metric in ("loss", "divergence", "rollouts/correct_ratio", "rationalizations/mean_length"):
             assert values(history, metric) == pytest.approx(values(expected[name], metric), rel=1e-4, abs=1e-6), name

@@ -403,11 +403,15 @@ def test_rationalization_and_transition_fit_behind_a_long_solution(tokenizer):
 
 def test_example_whose_rationalization_does_not_fit_is_dropped(tokenizer):
     plain = SelfDistillationDataCollator(tokenizer, max_prompt_length=400)
-    assert plain.encode(FIRST)["length_status"] == "kept"
+    example = FIRST | {"problem": "12+34" + "+1" * 20}
+    assert plain.encode(example)["length_status"] == "kept"
+    with pytest.raises(ValueError, match="--max_reasoning_length 350: .* leaves 32 for --reasoning_prompt"):
+        SelfDistillationDataCollator(tokenizer, reason_first=True, max_reasoning_length=350, max_prompt_length=400)
     collator = SelfDistillationDataCollator(
-        tokenizer, reason_first=True, max_reasoning_length=390, max_prompt_length=400
+        tokenizer, reason_first=True, max_reasoning_length=300, max_prompt_length=400
     )
-    encoded = collator.encode(FIRST)
+    assert collator.encode(FIRST)["length_status"] == "kept"
+    encoded = collator.encode(example)
     assert encoded.pop("length_status") == "dropped"
     assert encoded == {"student_prompt_ids": [], "teacher_prompt_ids": [], "reasoning_prompt_ids": []}
 
@@ -458,7 +462,10 @@ GROUP = {"num_generations": 4}
         ({"teacher_reference": "rollout", "teacher_sees_solution": False} | GROUP, "teacher_reference"),
         ({"teacher_reference": "rollout", "max_length": None} | GROUP, "teacher_reference"),
         ({"teacher_reference": "rollout", "eval_strategy": "steps"} | GROUP, "eval_strategy"),
+        ({"teacher_reference": "rollout", "eval_on_start": True} | GROUP, "eval_strategy"),
         ({"no_correct_rollout": "fail"}, "no_correct_rollout"),
+        ({"no_correct_rollout": "solution"}, "no_correct_rollout"),
+        ({"weight_of_failed": -1.0}, "weight_of_failed"),
         ({"weight_of_correct": -1.0}, "weight_of_correct"),
         ({"weight_of_correct": float("inf")}, "weight_of_correct"),
         ({"weight_of_failed": float("nan")}, "weight_of_failed"),
@@ -468,6 +475,10 @@ GROUP = {"num_generations": 4}
         ({"curriculum": "length"}, "curriculum"),
         ({"importance_correction": True, "use_tinker_loss": True}, "importance_correction"),
         ({"importance_correction": True, "use_vllm": True}, "importance_correction"),
+        (
+            {"importance_correction": True, "use_vllm": True, "use_tinker_loss": True, "vllm_mode": "server"},
+            "importance_correction",
+        ),
         ({"num_generations": 5}, "num_generations"),
         ({"num_generations": 0}, "num_generations"),
     ],

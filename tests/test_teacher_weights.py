@@ -193,7 +193,7 @@ def test_first_tokens_can_be_left_out_of_the_loss(make_trainer):
         inputs["loss_mask"], inputs["completion_mask"] & (torch.arange(inputs["loss_mask"].shape[1]) >= 3)
     )
     num_counted = inputs["loss_mask"].sum()
-    assert trainer._num_loss_tokens == num_counted < inputs["completion_mask"].sum()
+    assert trainer._loss_denominator == num_counted < inputs["completion_mask"].sum()
     per_token, _, _ = trainer._dense_loss(trainer.model, inputs)
     inputs["loss_mask"] = inputs["completion_mask"]
     all_tokens, _, _ = trainer._dense_loss(trainer.model, inputs)

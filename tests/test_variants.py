@@ -60,7 +60,7 @@ def by_hand(trainer, inputs):
 # Weights and rewards
 
 
-# With weights as small as 1e-4 the sum of weights is below 1.
+# Only the ratio of the weights counts, also where their sum is below 1
 @pytest.mark.parametrize(
     ("of_correct", "of_failed", "reward"),
     [
@@ -251,7 +251,8 @@ def test_vllm_writes_rationalizations_as_the_teacher_and_rollouts_as_the_student
     gaps = recorder.values("rollout_logprob_gap_max") + recorder.values("eval_rollout_logprob_gap_max")
     assert len(gaps) == 6 and max(gaps) <= 1e-4
     for phase in PHASES:
-        assert all(seconds > 0.0 for seconds in recorder.values(f"seconds/{phase}")), phase
+        seconds = recorder.values(f"seconds/{phase}")
+        assert len(seconds) == 3 and min(seconds) > 0.0, phase
     assert recorder.values("num_rationalization_tokens")[-1] == sum(
         4 * length for length in recorder.values("rationalizations/mean_length")
     ) + sum(4 * (1 - ratio) for ratio in recorder.values("rationalizations/truncated_ratio"))
@@ -272,9 +273,12 @@ def test_kept_rationalizations_serve_later_runs(make_trainer, tmp_path):
     settings = REASONING | {"reasoning_cache": str(tmp_path / "cache"), "max_steps": 1}
     first = make_trainer(callbacks=[recorder := Recorder()], **settings)
     first.train()
+    next_random_number = torch.rand(())
     assert recorder.values("num_rationalization_tokens")[0] > 0
     assert recorder.values("rationalizations/cached_ratio") == [0.0]
     assert len(list((tmp_path / "cache").iterdir())) == 4
+    make_trainer(**settings).train()
+    assert torch.rand(()) == next_random_number  # later rollouts are the same, whether the cache had them or not
     second = make_trainer(callbacks=[recorder := Recorder()], **settings)
     perturb_student(second)  # which the teacher is not
     second.train()
@@ -428,10 +432,6 @@ def test_resumed_curriculum_goes_on(make_trainer, problems, tmp_path, kind):
     assert {file.name: file.read_text() for file in (run / "completions").iterdir()} == rollouts
     assert torch.equal(second.curriculum.weights(), first.curriculum.weights())
     assert len(set(second.curriculum.weights().tolist())) > 2
-
-    (run / "checkpoint-2" / "curriculum.safetensors").unlink()
-    with pytest.raises(ValueError, match="curriculum.safetensors is missing"):
-        make_trainer(**settings).train(resume_from_checkpoint=str(run / "checkpoint-2"))
 
 
 def test_resuming_with_another_curriculum_is_refused(make_trainer):
