@@ -77,7 +77,6 @@ ABLATIONS = {
         "group_self_distillation": without_solutions("", has_curve=True),
         "group_self_distillation_reward": without_solutions("--reward_weight 0.1"),
         "grpo": Method("grpo_train.py", has_curve=True),
-        "grpo_groups_of_4": Method("grpo_train.py", flags=("--num_generations", "4")),
     },
 }
 
