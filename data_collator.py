@@ -90,6 +90,11 @@ def encode_next_turn(tokenizer: PreTrainedTokenizerBase, content: str, thinking:
     return tokenizer(text.partition(mark)[2], add_special_tokens=False).input_ids
 
 
+def unpad_prompts(prompts: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
+    """The token ids of each prompt of a padded batch, (batch, tokens), without the padding."""
+    return [prompt[mask.bool()].tolist() for prompt, mask in zip(prompts, attention_mask, strict=True)]
+
+
 class SelfDistillationDataCollator:
     """
     Encodes examples into the prompts of both roles, once, and pads batches of them.

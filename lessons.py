@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_collator import SelfDistillationDataCollator
+from data_collator import SelfDistillationDataCollator, unpad_prompts
 from opsd_config import OPSDConfig
 from rationalization import Rationalizer
 from verification import Verifier, as_reference, group_advantages, pick_siblings
@@ -119,7 +119,7 @@ class Lessons:
         self._record("references/none_ratio", [row["length_status"] == "dropped" for row in prompts])
         self._record("references/shortened_ratio", [row["length_status"] == "shortened" for row in prompts])
         # Rows without a reference do not count: any prompt will do.
-        student_prompts = self._rows(batch, "")
+        student_prompts = unpad_prompts(batch["prompts"], batch["prompt_attention_mask"])
         self._set_teacher_prompts(
             batch, [row.get("teacher_prompt_ids") or own for row, own in zip(prompts, student_prompts, strict=True)]
         )
@@ -136,10 +136,11 @@ class Lessons:
         rationalizations = [next(written) if prompt else None for prompt in reasoning_prompts]
         decode, transition_ids = self.collator.tokenizer.decode, self.collator.transition_ids
         texts = ["" if r is None else decode(r.ids, skip_special_tokens=False) for r in rationalizations]
+        unpadded = unpad_prompts(batch["teacher_prompts"], batch["teacher_prompt_attention_mask"])
         teacher_prompts = [
             prompt + rationalization.ids + transition_ids if text.strip() else teacher_prompt
             for prompt, rationalization, text, teacher_prompt in zip(
-                reasoning_prompts, rationalizations, texts, self._rows(batch, "teacher_"), strict=True
+                reasoning_prompts, rationalizations, texts, unpadded, strict=True
             )
         ]
         self._set_teacher_prompts(batch, teacher_prompts)
@@ -149,12 +150,6 @@ class Lessons:
         self._record("rationalizations/truncated_ratio", [r.is_truncated for r, _ in made])
         self._record("rationalizations/empty_ratio", [not text.strip() for _, text in made])
         self._record("rationalizations/cached_ratio", [r.is_cached for r, _ in made])
-
-    @staticmethod
-    def _rows(batch: dict[str, Any], role: str) -> list[list[int]]:
-        """The prompts of one role, "" for the student, "teacher_" for the teacher, without padding."""
-        rows = zip(batch[f"{role}prompts"], batch[f"{role}prompt_attention_mask"], strict=True)
-        return [prompt[mask.bool()].tolist() for prompt, mask in rows]
 
     def _set_teacher_prompts(self, batch: dict[str, Any], prompts: Sequence[Sequence[int]]) -> None:
         device = batch["prompts"].device

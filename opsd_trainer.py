@@ -30,7 +30,7 @@ from trl.trainer.utils import (
 
 from checkpoints import CompleteCheckpoints
 from curriculum import Curriculum
-from data_collator import SelfDistillationDataCollator
+from data_collator import SelfDistillationDataCollator, unpad_prompts
 from frozen_weights import FrozenWeights
 from lessons import Lessons
 from opsd_config import OPSDConfig
@@ -506,12 +506,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self, generation_batch: dict[str, Any], buffer_steps: int
     ) -> tuple[list[Tensor], list[Tensor]]:
         """One call for the whole optimizer step, from the weights as they are now."""
-        prompts = [
-            prompt[mask.bool()].tolist()
-            for prompt, mask in zip(
-                generation_batch["prompts"], generation_batch["prompt_attention_mask"], strict=True
-            )
-        ]
+        prompts = unpad_prompts(generation_batch["prompts"], generation_batch["prompt_attention_mask"])
         if self.model.training or self._synced_step != self.state.global_step:
             self.rollouts.sync_weights()
             self._synced_step = self.state.global_step
