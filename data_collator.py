@@ -1,12 +1,19 @@
-"""Prompts of the two roles, and the collator that pairs them: the student sees the problem, the teacher also its solution."""
+"""The prompts of both roles, and the collator that pairs them with rollouts: only the teacher sees the solution."""
 
+import dataclasses
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.utils import pad
+from trl.trainer.utils import global_then_local_main_first, pad
+
+logger = logging.getLogger(__name__)
 
 # Paper Figure 2, inside the chat template, with the request for a boxed answer and visible limits around the solution.
 STUDENT_PROMPT = r"""Problem: {problem}
@@ -28,7 +35,7 @@ Please reason step by step, and put your final answer within \boxed{}."""
 
 TEACHER_PROMPT = REFERENCE + OWN_SOLUTION
 
-# With --reason_first the teacher's prompt is a conversation: it is asked to rationalize, it does, it is asked to solve.
+# With --reason_first the teacher's prompt is a conversation: it is asked for a rationale, writes it, is asked to solve.
 REASONING_PROMPT = REFERENCE + "Explain in your own words, step by step, why this solution is right."
 TRANSITION_PROMPT = OWN_SOLUTION
 
@@ -39,7 +46,7 @@ ELLIPSIS = "\n[...]\n"
 def check_template(flag: str, template: str, placeholders: set[str]) -> None:
     """Raise `ValueError`, naming `flag`, unless `template` holds exactly the given placeholders."""
     found = set(PLACEHOLDER.findall(template))
-    names = ", ".join("{" + name + "}" for name in sorted(placeholders)) or "none"
+    names = ", ".join("{" + name + "}" for name in sorted(placeholders))
     if missing := placeholders - found:
         raise ValueError(
             f"--{flag} lacks the placeholder {{{min(missing)}}}; it needs {names}. The template is: {template!r}"
@@ -51,13 +58,20 @@ def check_template(flag: str, template: str, placeholders: set[str]) -> None:
         )
 
 
+def check_templates(student_prompt: str, teacher_prompt: str, reasoning_prompt: str) -> None:
+    """Raise `ValueError` for a template with missing or unknown placeholders."""
+    check_template("student_prompt", student_prompt, {"problem"})
+    check_template("teacher_prompt", teacher_prompt, {"problem", "solution"})
+    check_template("reasoning_prompt", reasoning_prompt, {"problem", "solution"})
+
+
 def fill_template(template: str, **fields: str) -> str:
-    """Put `fields` in place of their placeholders, in one pass: braces inside a field stay as they are."""
+    """Replace all placeholders by `fields` in one pass, so that braces inside a field stay as they are."""
     return PLACEHOLDER.sub(lambda match: fields[match.group(1)], template)
 
 
 def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool) -> list[int]:
-    """Token ids of one user turn up to and including the header of the assistant's turn."""
+    """Encode one user turn, up to and including the header of the assistant's turn."""
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -69,10 +83,10 @@ def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, content: str, thinkin
 
 def encode_next_turn(tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool) -> list[int]:
     """
-    Token ids that go on after the text of an assistant's turn: its end, a user turn, and the header of the next turn.
+    Encode what follows the text of an assistant's turn: its end, a user turn, and the header of the next turn.
 
     Raises:
-        ValueError: for a chat template that does not write the text of an assistant's turn as it is.
+        ValueError: for a chat template that changes the text of an assistant's turn.
     """
     mark = "-=*=-"
     turns = [("user", "?"), ("assistant", mark), ("user", content)]
@@ -84,38 +98,117 @@ def encode_next_turn(tokenizer: PreTrainedTokenizerBase, content: str, thinking:
     )
     if text.count(mark) != 1:
         raise ValueError(
-            f"--reason_first: the chat template of {tokenizer.name_or_path!r} does not write an assistant's turn as it is, so "
-            "that a rationalization cannot stand in a conversation; leave the flag out, or set `tokenizer.chat_template`"
+            f"--reason_first: the chat template of {tokenizer.name_or_path!r} changes the text of an assistant's turn, so "
+            "that a rationale cannot stand in a conversation; leave the flag out, or set `tokenizer.chat_template`"
         )
     return tokenizer(text.partition(mark)[2], add_special_tokens=False).input_ids
 
 
-def unpad_prompts(prompts: torch.Tensor, attention_mask: torch.Tensor) -> list[list[int]]:
-    """The token ids of each prompt of a padded batch, (batch, tokens), without the padding."""
-    return [prompt[mask.bool()].tolist() for prompt, mask in zip(prompts, attention_mask, strict=True)]
+@dataclass
+class Rollout:
+    """
+    One example on its way through an optimizer step: first its prompts, then also a completion and its lesson.
+
+    Token ids are plain lists: only `SelfDistillationDataCollator` pads them.
+    """
+
+    row: int  # of the training data
+    problem: str
+    prompt_ids: list[int]  # the student's
+    teacher_prompt_ids: list[int]
+    solution: str | None = None
+    answer: str | None = None
+    reasoning_prompt_ids: list[int] | None = None  # asks the teacher for a rationale
+    completion_ids: list[int] = dataclasses.field(default_factory=list)  # with the end-of-sequence token, if sampled
+    sampler_logprobs: list[float] | None = None  # log-probabilities that the sampler gave the completion's tokens
+    is_truncated: bool = False  # no end-of-sequence token within --max_completion_length
+    is_correct: bool | None = None  # None: not graded
+    weight: float = 1.0  # of the divergence of the completion's tokens
+    advantage: float = 0.0  # of the reward's policy gradient
+    rationale_ids: list[int] | None = None
+
+    @property
+    def is_learned(self) -> bool:
+        """True if the rollout has a part in the loss."""
+        return self.weight > 0.0 or self.advantage != 0.0
+
+
+def start_rollouts(examples: Sequence[Mapping[str, Any]]) -> list[Rollout]:
+    """Make rollouts without completions from encoded examples: the `collate_fn` of the data loader."""
+    return [
+        Rollout(
+            row=example.get("row", 0),
+            problem=example["problem"],
+            prompt_ids=example["student_prompt_ids"],
+            teacher_prompt_ids=example["teacher_prompt_ids"],
+            solution=example.get("solution"),
+            answer=example.get("answer"),
+            reasoning_prompt_ids=example.get("reasoning_prompt_ids"),
+        )
+        for example in examples
+    ]
+
+
+@dataclass
+class MicroBatch:
+    """Padded rollouts of one forward and backward pass, B rows. Prompts are left-padded, completions right-padded."""
+
+    rows: list[int]  # rows of the training data
+    prompt_ids: Tensor  # (B, longest student prompt), int64
+    prompt_mask: Tensor  # the same shape, int64: 1 at tokens, 0 at padding
+    teacher_prompt_ids: Tensor  # (B, longest teacher prompt), int64
+    teacher_prompt_mask: Tensor
+    completion_ids: Tensor  # (B, C), int64, C the longest completion
+    completion_mask: Tensor  # (B, C), bool: true at tokens
+    loss_mask: Tensor  # (B, C), bool: true at tokens that have a part in the loss
+    weights: Tensor  # (B,), float32: of the divergence
+    advantages: Tensor  # (B,), float32
+    sampler_logprobs: Tensor | None  # (B, C), float32
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Return the batch on another device."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+    def model_inputs(self, role: str) -> dict[str, Tensor]:
+        """Return the model's inputs for "student" or "teacher": the role's prompts, each with its completion."""
+        prompt_ids, prompt_mask = self.prompt_ids, self.prompt_mask
+        if role == "teacher":
+            prompt_ids, prompt_mask = self.teacher_prompt_ids, self.teacher_prompt_mask
+        attention_mask = torch.cat([prompt_mask, self.completion_mask.long()], dim=1)
+        return {
+            "input_ids": torch.cat([prompt_ids, self.completion_ids], dim=1),
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),  # as without the padding on the left
+        }
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """Select the N tokens of the loss: (B,) values of rows or (B, C) values of tokens -> (N,)."""
+        if values.dim() == 1:
+            values = values.unsqueeze(1).expand_as(self.loss_mask)
+        return values[self.loss_mask]
 
 
 class SelfDistillationDataCollator:
     """
-    Encodes examples into the prompts of both roles, once, and pads batches of them.
+    Encodes the prompts of both roles, once for each example, and pads rollouts into micro-batches.
 
     Prompts longer than `max_prompt_length` never lose a part of the template. A reference solution that is too long
-    is cut in its middle (its beginning has the approach, its end the answer); an example is dropped if that leaves less
-    than a quarter of it, or if its problem is too long, since a problem that is cut is another problem.
+    is cut in its middle: its beginning has the approach, its end the answer. An example is dropped if that leaves less
+    than a quarter of its solution, or if its problem is too long, since a shortened problem is another problem.
 
     Args:
         tokenizer: its chat template wraps both prompts; it may take `enable_thinking`.
         student_prompt: template with `{problem}`.
         teacher_prompt: template with `{problem}` and `{solution}`.
         student_thinking, teacher_thinking: thinking mode of the chat template, for each role.
-        teacher_prefill: text behind the header of the assistant's turn in the teacher's prompt.
-        teacher_sees_solution: `False` gives the teacher the student's prompt (a control: nothing is to be learned).
+        teacher_prefill: text after the header of the assistant's turn in the teacher's prompt.
+        teacher_sees_solution: `False` gives the teacher the student's prompt (a control that must not learn anything).
         max_prompt_length: in tokens, for each role; `None` for no limit.
-        reason_first: whether examples also get the prompt behind which the teacher writes a rationalization.
-        reasoning_prompt: template of that prompt, with `{problem}` and `{solution}`.
-        transition_prompt: what the teacher is asked behind its rationalization.
-        reasoning_thinking: thinking mode of the former; the latter has that of the teacher.
-        max_reasoning_length: tokens of the teacher's prompt that are kept free for the rationalization.
+        num_loss_tokens_to_skip: number of first tokens of each completion that are left out of the loss.
+        reason_first: examples also get the prompt that asks the teacher for a rationale.
+        reasoning_prompt: template of that prompt, with `{problem}` and `{solution}`. It has no thinking mode.
+        max_reasoning_length: number of tokens of the teacher's prompt that are kept free for the rationale.
 
     Raises:
         ValueError: for a template with missing or unknown placeholders, and for a tokenizer without chat template.
@@ -132,16 +225,12 @@ class SelfDistillationDataCollator:
         teacher_prefill: str = "",
         teacher_sees_solution: bool = True,
         max_prompt_length: int | None = None,
+        num_loss_tokens_to_skip: int = 0,
         reason_first: bool = False,
         reasoning_prompt: str = REASONING_PROMPT,
-        transition_prompt: str = TRANSITION_PROMPT,
-        reasoning_thinking: bool = False,
         max_reasoning_length: int = 1024,
     ):
-        check_template("student_prompt", student_prompt, {"problem"})
-        check_template("teacher_prompt", teacher_prompt, {"problem", "solution"})
-        check_template("reasoning_prompt", reasoning_prompt, {"problem", "solution"})
-        check_template("transition_prompt", transition_prompt, set())
+        check_templates(student_prompt, teacher_prompt, reasoning_prompt)
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which both prompts need; use an "
@@ -152,27 +241,34 @@ class SelfDistillationDataCollator:
         self.teacher_prompt = teacher_prompt
         self.student_thinking = student_thinking
         self.teacher_thinking = teacher_thinking
-        self.teacher_prefill_ids = tokenizer(teacher_prefill, add_special_tokens=False).input_ids
+        self.teacher_prefill_ids: list[int] = tokenizer(teacher_prefill, add_special_tokens=False).input_ids
         self.teacher_sees_solution = teacher_sees_solution
         self.max_prompt_length = max_prompt_length
+        self.num_loss_tokens_to_skip = num_loss_tokens_to_skip
         self.reason_first = reason_first
         self.reasoning_prompt = reasoning_prompt
-        self.reasoning_thinking = reasoning_thinking
-        self.transition_ids: list[int] = []  # from the end of the rationalization to where the completion begins
+        self.transition_ids: list[int] = []  # from the end of the rationale to where the completion begins
         self.max_reasoning_prompt_length = max_prompt_length
         if reason_first:
-            self.transition_ids = encode_next_turn(tokenizer, transition_prompt, teacher_thinking)
+            self.transition_ids = encode_next_turn(tokenizer, TRANSITION_PROMPT, teacher_thinking)
             self.transition_ids += self.teacher_prefill_ids
             if max_prompt_length is not None:
-                self.max_reasoning_prompt_length = max_prompt_length - max_reasoning_length - len(self.transition_ids)
-                content = fill_template(reasoning_prompt, problem="", solution="")
-                least = len(encode_chat_prompt(tokenizer, content, reasoning_thinking))
-                if least >= self.max_reasoning_prompt_length:
-                    raise ValueError(
-                        f"--max_reasoning_length {max_reasoning_length}: of the {max_prompt_length} tokens of the teacher's prompt "
-                        f"(--max_length less --max_completion_length) it leaves {self.max_reasoning_prompt_length} for "
-                        f"--reasoning_prompt, which takes {least} without problem and solution; lower it or raise --max_length"
-                    )
+                self._limit_reasoning_prompt(max_reasoning_length)
+
+    def _limit_reasoning_prompt(self, max_reasoning_length: int) -> None:
+        """Keep room for the rationale in the teacher's prompt; raise `ValueError` if that leaves none for the request."""
+        limit = self.max_prompt_length - max_reasoning_length - len(self.transition_ids)
+        content = fill_template(self.reasoning_prompt, problem="", solution="")
+        template_length = len(encode_chat_prompt(self.tokenizer, content, thinking=False))
+        if template_length >= limit:
+            raise ValueError(
+                f"--max_reasoning_length {max_reasoning_length}: of the {self.max_prompt_length} tokens of the teacher's "
+                f"prompt (--max_length less --max_completion_length) it leaves {limit} for --reasoning_prompt, which takes "
+                f"{template_length} without problem and solution; lower it or raise --max_length"
+            )
+        self.max_reasoning_prompt_length = limit
+
+    # Prompts
 
     def _encode_student(self, problem: str) -> list[int]:
         content = fill_template(self.student_prompt, problem=problem)
@@ -181,7 +277,8 @@ class SelfDistillationDataCollator:
     def _fit(
         self, encode_solution: Callable[[str], list[int]], solution: str, max_length: int | None
     ) -> tuple[list[int] | None, str]:
-        """A prompt with the solution, or with as much of its two ends as fits, or `None`; and which of the three."""
+        """Encode with the solution, cutting its middle if too long. Returns (ids or None, "kept", "shortened" or
+        "dropped")."""
         prompt_ids = encode_solution(solution)
         if max_length is None or len(prompt_ids) <= max_length:
             return prompt_ids, "kept"
@@ -199,7 +296,7 @@ class SelfDistillationDataCollator:
 
     def encode_teacher(self, problem: str, solution: str) -> dict[str, Any]:
         """
-        The teacher's prompts with a reference solution.
+        Encode the teacher's prompts with a reference solution.
 
         Returns:
             `teacher_prompt_ids`, with `reason_first` also `reasoning_prompt_ids` (lists of int), and `length_status`: "kept",
@@ -210,17 +307,16 @@ class SelfDistillationDataCollator:
             content = fill_template(self.teacher_prompt, problem=problem, solution=solution)
             return encode_chat_prompt(self.tokenizer, content, self.teacher_thinking) + self.teacher_prefill_ids
 
-        def encode_for_reasoning(solution: str) -> list[int]:
+        def encode_request(solution: str) -> list[int]:
             content = fill_template(self.reasoning_prompt, problem=problem, solution=solution)
-            return encode_chat_prompt(self.tokenizer, content, self.reasoning_thinking)
+            return encode_chat_prompt(self.tokenizer, content, thinking=False)
 
         prompts, statuses = {}, []
         prompts["teacher_prompt_ids"], status = self._fit(encode_solution, solution, self.max_prompt_length)
         statuses.append(status)
         if self.reason_first:
-            prompts["reasoning_prompt_ids"], status = self._fit(
-                encode_for_reasoning, solution, self.max_reasoning_prompt_length
-            )
+            limit = self.max_reasoning_prompt_length
+            prompts["reasoning_prompt_ids"], status = self._fit(encode_request, solution, limit)
             statuses.append(status)
         if "dropped" in statuses:
             return dict.fromkeys(prompts, []) | {"length_status": "dropped"}
@@ -228,11 +324,12 @@ class SelfDistillationDataCollator:
 
     def encode(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """
-        Prompt token ids of both roles, from the texts `problem` and `solution` of an example. Without a solution, and with
-        `teacher_sees_solution=False`, the teacher has the student's prompt.
+        Encode the prompts of both roles, from the texts `problem` and `solution` of an example.
+
+        Without a solution, and with `teacher_sees_solution=False`, the teacher has the student's prompt.
 
         Returns:
-            `student_prompt_ids` (list of int) and what `encode_teacher` returns; of an example that is "dropped" all lists
+            `student_prompt_ids` (list of int) and what `encode_teacher` returns. The lists of an example that is "dropped"
             are empty: leave it out.
         """
         student_ids = self._encode_student(example["problem"])
@@ -245,30 +342,60 @@ class SelfDistillationDataCollator:
             return {"student_prompt_ids": []} | dict.fromkeys(encoded, []) | {"length_status": "dropped"}
         return {"student_prompt_ids": student_ids} | encoded
 
-    def pad_prompts(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts and their attention mask, left-padded, int64, (batch, longest prompt)."""
-        pad_token_id = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+    def encode_dataset(self, dataset: Dataset, name: str, num_proc: int | None = None) -> Dataset:
+        """
+        Encode the prompts of all examples; leave out, and count in the log, those that are too long.
+
+        Args:
+            dataset: rows with `problem` and, where the teacher sees one, `solution`.
+            name: of the data set, for messages.
+            num_proc: number of processes.
+        """
+        with global_then_local_main_first():
+            encoded = dataset.map(
+                self.encode, num_proc=num_proc, desc=f"Encoding the prompts of the {name} dataset"
+            )
+            fitting = encoded.filter(lambda status: status != "dropped", input_columns="length_status")
+        num_dropped, num_shortened = (encoded["length_status"][:].count(status) for status in ("dropped", "shortened"))
+        if num_dropped or num_shortened:
+            logger.warning(
+                "%s dataset, prompts over %d tokens (--max_length less --max_completion_length): %d of %d examples left "
+                "out as too long, %d solutions cut in their middle",
+                name, self.max_prompt_length, num_dropped, len(encoded), num_shortened,
+            )  # fmt: skip
+        return fitting
+
+    # Batches
+
+    def _pad_left(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Pad prompts on the left: ids and mask, int64, (batch, longest prompt)."""
         rows = [torch.tensor(prompt, dtype=torch.long) for prompt in prompts]
-        return (
-            pad(rows, padding_value=pad_token_id, padding_side="left"),
-            pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left"),
+        masks = [torch.ones_like(row) for row in rows]
+        pad_token_id = self.tokenizer.pad_token_id or 0  # any token will do: the mask hides it
+        return pad(rows, pad_token_id, padding_side="left"), pad(masks, 0, padding_side="left")
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> MicroBatch:
+        """Pad rollouts into a micro-batch. This is the only place that pads."""
+        prompt_ids, prompt_mask = self._pad_left([rollout.prompt_ids for rollout in rollouts])
+        teacher_prompt_ids, teacher_prompt_mask = self._pad_left([rollout.teacher_prompt_ids for rollout in rollouts])
+        completions = [torch.tensor(rollout.completion_ids, dtype=torch.long) for rollout in rollouts]
+        completion_mask = pad([torch.ones_like(ids, dtype=torch.bool) for ids in completions], False)
+        is_learned = torch.tensor([rollout.is_learned for rollout in rollouts])
+        loss_mask = completion_mask & is_learned.unsqueeze(1)
+        loss_mask[:, : self.num_loss_tokens_to_skip] = False
+        sampler_logprobs = None
+        if rollouts[0].sampler_logprobs is not None:
+            sampler_logprobs = pad([torch.tensor(rollout.sampler_logprobs) for rollout in rollouts], 0.0)
+        return MicroBatch(
+            rows=[rollout.row for rollout in rollouts],
+            prompt_ids=prompt_ids,
+            prompt_mask=prompt_mask,
+            teacher_prompt_ids=teacher_prompt_ids,
+            teacher_prompt_mask=teacher_prompt_mask,
+            completion_ids=pad(completions, self.tokenizer.pad_token_id or 0),
+            completion_mask=completion_mask,
+            loss_mask=loss_mask,
+            weights=torch.tensor([rollout.weight for rollout in rollouts]),
+            advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
+            sampler_logprobs=sampler_logprobs,
         )
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """
-        Left-pad the prompts of encoded examples.
-
-        Returns:
-            int64 tensors: `prompts` and `prompt_attention_mask` of shape (batch, longest student prompt), under the
-            names that TRL's GOLD trainer samples from; `teacher_prompts` and `teacher_prompt_attention_mask` of shape
-            (batch, longest teacher prompt). And lists, where the examples have them: `problem`, `solution`, `answer` and
-            `reasoning_prompt_ids`.
-        """
-        batch: dict[str, Any] = {}
-        for prefix, column in (("", "student_prompt_ids"), ("teacher_", "teacher_prompt_ids")):
-            prompts = [feature[column] for feature in features]
-            batch[f"{prefix}prompts"], batch[f"{prefix}prompt_attention_mask"] = self.pad_prompts(prompts)
-        for column in ("problem", "solution", "answer", "reasoning_prompt_ids"):
-            if column in features[0]:
-                batch[column] = [feature[column] for feature in features]
-        return batch

@@ -1,13 +1,15 @@
 """
-On-policy rollouts: vLLM samples from exactly the policy that is being trained.
+On-policy rollouts: samplers that draw from exactly the policy that is being trained.
 
 TRL's `VLLMGeneration` hands LoRA to vLLM by merging it into the base weights and unmerging it again. In bfloat16 that
 moves the base, which is the teacher, and rounds most of a young adapter away (`benchmarks/weight_sync.md`). Here vLLM
 loads the base once and serves the adapter natively; a sync hands over the adapter and writes to nothing else.
 """
 
+import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -18,24 +20,29 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache, extract_logprobs
+from trl.models.utils import unwrap_model_for_generation
 
-from vllm_engine import engine_options, keep_linear_weights, lora_options, stop_engine
+from opsd.config import OPSDConfig
+from opsd.vllm_engine import engine_options, keep_linear_weights, lora_options, stop_engine
 
 MEMORY_DIR = Path("/dev/shm")
 MEMORY_DIR_FREE = 2**31  # bytes that must be free for it to be used; containers often have 64 MiB
 
 
-def check_servable(peft_config: PeftConfig) -> None:
+def check_vllm_lora_support(peft_config: PeftConfig) -> None:
     """Raise `ValueError`, naming the flag, for an adapter that vLLM cannot serve as it is trained."""
     for flag, servable, way_out in (
         ("lora_modules_to_save", not getattr(peft_config, "modules_to_save", None), "leave it out"),
@@ -74,7 +81,14 @@ def sample_seeds(keys: Sequence[bytes], keys_before: Iterable[bytes] = ()) -> li
     return seeds
 
 
-class OnPolicyGeneration(VLLMGeneration):
+class Completion(NamedTuple):
+    """Sampled token ids, with the end-of-sequence token if there is one, and the sampler's log-probabilities of them."""
+
+    ids: list[int]
+    logprobs: list[float] | None  # None: the sampler does not report them
+
+
+class VLLMSampler(VLLMGeneration):
     """
     `VLLMGeneration` that serves the adapter natively and seeds each sample.
 
@@ -107,8 +121,8 @@ class OnPolicyGeneration(VLLMGeneration):
     ):
         self.seed = seed
         self.logprobs_mode = logprobs_mode
-        # Of the run, kept up to date by its trainer: with seed and prompt what a sample's seed derives from
-        self.step = 0
+        self.step = 0  # of the run: a rollout's seed derives from it, the run's seed and the prompt
+        self._synced_step: int | None = None  # step of the student's weights that vLLM holds; None: it holds others
         if adapter_dir is None:
             has_room = MEMORY_DIR.is_dir() and shutil.disk_usage(MEMORY_DIR).free > MEMORY_DIR_FREE
             adapter_dir = MEMORY_DIR if has_room else tempfile.gettempdir()
@@ -128,7 +142,7 @@ class OnPolicyGeneration(VLLMGeneration):
     def _init_vllm(self) -> None:
         self._llm_weights_sleeping = False
         if self._lora_config is not None:
-            check_servable(self._lora_config)
+            check_vllm_lora_support(self._lora_config)
         (self._run_id,) = broadcast_object_list([f"opsd-{uuid.uuid4().hex}"])
         self._url = self.server_base_url or f"http://{self.server_host}:{self.server_port}"
         if self.mode == "colocate":
@@ -200,8 +214,16 @@ class OnPolicyGeneration(VLLMGeneration):
 
     # Weights
 
+    def sync(self, step: int) -> None:
+        """Hand the student's weights at an optimizer step to vLLM, unless it holds them. All processes call it together."""
+        self.step = step
+        if self._synced_step != step:
+            self.sync_weights()
+            self._synced_step = step
+
     def sync_weights(self) -> None:
         """Hand the present adapter (in full fine-tuning: all weights) to vLLM. All processes call it together."""
+        self._synced_step = None
         if self._lora_config is None:
             super().sync_weights()
             return
@@ -264,6 +286,22 @@ class OnPolicyGeneration(VLLMGeneration):
 
     # Sampling
 
+    def sample(self, prompts: list[list[int]], base: bool = False, **settings: Any) -> list[Completion]:
+        """
+        Sample a completion for each prompt, from the weights of the last sync. All processes call it together.
+
+        Args:
+            prompts: token ids of this process, repeated where a prompt shall have several completions.
+            base: sample from the base model, without the adapter.
+            settings: sampling settings under vLLM's names, in place of those of the rollouts.
+        """
+        _, completions, logprobs, _ = self.generate(prompts, base=base, **settings)
+        return [
+            # vLLM's NaN arrives as None.
+            Completion(ids, [math.nan if value is None else value for (value,) in values])
+            for ids, values in zip(completions, logprobs, strict=True)
+        ]
+
     def generate(
         self,
         prompts: list[list[int]],
@@ -274,18 +312,13 @@ class OnPolicyGeneration(VLLMGeneration):
         **settings: Any,
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
         """
-        One completion for each prompt, from the adapter (in full fine-tuning: the weights) of the last sync. All
-        processes call it together.
+        Do the same in the form that TRL's trainers call.
 
         Args:
-            prompts: token ids of this process, with repetitions where a prompt shall have several completions.
-            images, num_generations, profiler: of `VLLMGeneration.generate`; not used.
-            base: sample from the base model, without the adapter.
-            settings: of vLLM's sampling, in place of those of the rollouts.
+            images, num_generations, profiler: not used.
 
         Returns:
-            As `VLLMGeneration.generate`: prompts, completions (token ids, with the end-of-sequence token where there
-            is one), and log-probabilities and ids of the sampled tokens, (prompts, tokens, 1).
+            Prompts, completions, and log-probabilities and ids of the sampled tokens, (prompts, tokens, 1).
         """
         keys = prompt_keys(prompts, self.seed, self.step)
         keys_of_processes = gather_object([keys])
@@ -301,8 +334,7 @@ class OnPolicyGeneration(VLLMGeneration):
         } | self.generation_kwargs
         sampling |= settings
         sample = self._sample_colocated if self.mode == "colocate" else self._sample_from_server
-        adapter = None if base else self._adapter
-        completions, logprobs, logprob_token_ids = sample(prompts, seeds, sampling, adapter)
+        completions, logprobs, logprob_token_ids = sample(prompts, seeds, sampling, None if base else self._adapter)
         return prompts, completions, logprobs, logprob_token_ids
 
     def _sample_colocated(
@@ -348,14 +380,178 @@ class OnPolicyGeneration(VLLMGeneration):
             return self.vllm_client.generate([prompt], generation_kwargs=settings | {"seed": seed})
 
         all_prompts, all_seeds = gather_object(prompts), gather_object(seeds)
-        numbers = gather_object([len(prompts)])  # of rationalizations not all processes need as many
+        counts = gather_object([len(prompts)])  # processes may need different numbers of rationales
         replies = None
         if self.accelerator.is_main_process:
             with self._server_errors(), ThreadPoolExecutor(max_workers=64) as executor:
                 replies = list(executor.map(request, all_prompts, all_seeds))
         (replies,) = broadcast_object_list([replies])
-        before = sum(numbers[: self.accelerator.process_index])
+        before = sum(counts[: self.accelerator.process_index])
         replies = replies[before : before + len(prompts)]
         return tuple(
             [reply[key][0] for reply in replies] for key in ("completion_ids", "logprobs", "logprob_token_ids")
         )
+
+
+def _longest_sequence(args: OPSDConfig, datasets: Sequence[Dataset]) -> int:
+    """Count the tokens of the longest prompt together with what is sampled after it."""
+    longest = max(len(ids) for dataset in datasets for ids in dataset["student_prompt_ids"])
+    longest += args.max_completion_length
+    if args.reason_first and args.teacher_reference == "rollout":
+        longest = max(longest, args.max_prompt_length)
+    elif args.reason_first:
+        requests = (ids for dataset in datasets for ids in dataset["reasoning_prompt_ids"])
+        longest = max(longest, max(map(len, requests)) + args.max_reasoning_length)
+    return longest
+
+
+def make_vllm_sampler(
+    args: OPSDConfig,
+    model: nn.Module,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: list[int],
+    datasets: Sequence[Dataset],
+) -> VLLMSampler:
+    """
+    Start vLLM with the settings of the rollouts.
+
+    Args:
+        args: settings.
+        model: the model in training.
+        accelerator: the trainer's accelerator.
+        tokenizer: the model's tokenizer.
+        end_ids: end-of-sequence tokens.
+        datasets: encoded examples that will be sampled from.
+
+    Raises:
+        ValueError: if `--vllm_max_model_length` is too small.
+    """
+    longest = _longest_sequence(args, datasets)
+    if args.vllm_max_model_length is not None and args.vllm_max_model_length < longest:
+        raise ValueError(
+            f"--vllm_max_model_length {args.vllm_max_model_length}: the longest prompt needs {longest} tokens with "
+            "what is sampled after it; leave the flag out, or lower --max_length to drop long problems"
+        )
+    model_arguments = args.model_init_kwargs or {}
+    return VLLMSampler(
+        model=model,
+        accelerator=accelerator,
+        processing_class=tokenizer,
+        mode=args.vllm_mode,
+        server_base_url=args.vllm_server_base_url,
+        server_host=args.vllm_server_host,
+        server_port=args.vllm_server_port,
+        server_timeout=args.vllm_server_timeout,
+        group_port=args.vllm_group_port,
+        tensor_parallel_size=args.vllm_tensor_parallel_size,
+        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+        max_model_length=args.vllm_max_model_length or longest,
+        max_num_seqs=args.per_device_train_batch_size
+        * args.gradient_accumulation_steps
+        * args.vllm_tensor_parallel_size,
+        enable_sleep_mode=args.vllm_enable_sleep_mode,
+        model_impl=args.vllm_model_impl,
+        trust_remote_code=args.trust_remote_code,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        max_completion_length=args.max_completion_length,
+        generation_kwargs={"presence_penalty": args.presence_penalty, "stop_token_ids": end_ids},
+        seed=args.seed,
+        adapter_dir=args.vllm_adapter_dir,
+        logprobs_mode="processed_logprobs" if args.vllm_importance_sampling_correction else "raw_logprobs",
+        engine_arguments={key: model_arguments[key] for key in ("revision",) if key in model_arguments},
+    )
+
+
+class TransformersSampler:
+    """
+    Sample with `model.generate` of transformers, from the weights as they are, a micro-batch at a time.
+
+    It has the interface of `VLLMSampler`. Random numbers come from PyTorch's generator of the device.
+
+    Args:
+        model: the model in training.
+        accelerator: the trainer's accelerator.
+        generation_config: sampling settings, with `eos_token_id` and `pad_token_id`.
+        batch_size: number of sequences of a micro-batch.
+        gradient_checkpointing_kwargs: those of the training, to switch it off meanwhile and on again.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        generation_config: GenerationConfig,
+        batch_size: int,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    ):
+        self.model, self.accelerator = model, accelerator
+        self.generation_config, self.batch_size = generation_config, batch_size
+        self.gradient_checkpointing_kwargs = gradient_checkpointing_kwargs
+
+    def sync(self, step: int) -> None:
+        """Do nothing: the model in training samples itself."""
+
+    def sync_weights(self) -> None:
+        """Do nothing: the model in training samples itself."""
+
+    def close(self) -> None:
+        """Do nothing: there is no engine."""
+
+    def sample(self, prompts: list[list[int]], base: bool = False, **settings: Any) -> list[Completion]:
+        """
+        Sample a completion for each prompt. All processes call it together, also those without prompts.
+
+        Args:
+            prompts: token ids of this process.
+            base: not used: the caller switches the adapter off.
+            settings: `temperature`, `top_p`, `top_k` and `max_tokens`, in place of those of the rollouts.
+        """
+        config = copy.deepcopy(self.generation_config)
+        if settings:
+            config.update(max_new_tokens=settings.pop("max_tokens"), min_p=None, **settings)
+        pad_id, end_ids = config.pad_token_id, config.eos_token_id
+        end_ids = {end_ids} if isinstance(end_ids, int) else set(end_ids)
+        # Under ZeRO-3 and FSDP2 all processes take part in each call: those with fewer prompts repeat a short one.
+        num_calls = max(gather_object([math.ceil(len(prompts) / self.batch_size)]))
+        completions = []
+        with self._generating(config) as model:
+            for start in range(0, num_calls * self.batch_size, self.batch_size):
+                batch = prompts[start : start + self.batch_size] or [[pad_id]]
+                width = max(map(len, batch))
+                input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in batch])
+                mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch])
+                sequences = model.generate(
+                    input_ids=input_ids.to(self.accelerator.device),
+                    attention_mask=mask.to(self.accelerator.device),
+                    generation_config=config,
+                )
+                for ids in sequences[:, width:].tolist():
+                    end = next((place for place, token_id in enumerate(ids) if token_id in end_ids), len(ids))
+                    completions.append(Completion(ids[: end + 1], None))
+        return completions[: len(prompts)]
+
+    @contextmanager
+    def _generating(self, config: GenerationConfig) -> Iterator[PreTrainedModel]:
+        """Sample in training's precision, with none of the sampling settings that the model was published with."""
+        policy = self.accelerator.unwrap_model(self.model)
+        causal_lm = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        published, causal_lm.generation_config = causal_lm.generation_config, config
+        try:
+            with (
+                self.accelerator.autocast(),
+                unwrap_model_for_generation(
+                    self.model,
+                    self.accelerator,
+                    gradient_checkpointing_kwargs=self.gradient_checkpointing_kwargs,
+                ) as model,
+            ):
+                yield model
+        finally:
+            causal_lm.generation_config = published
+
+
+Sampler = VLLMSampler | TransformersSampler

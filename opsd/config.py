@@ -1,0 +1,502 @@
+"""The settings of OPSD, on top of those of TRL's GOLD trainer, checked alone and against each other."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl.experimental.gold import GOLDConfig
+from trl.import_utils import is_vllm_available
+
+from data_collator import REASONING_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT, check_templates
+from opsd.curriculum import CURRICULA
+from opsd.losses import CLIP_MODES, TOP_K_SUPPORTS, Objective
+
+LOSS_IMPLEMENTATIONS = ("fused", "dense")
+TEACHER_REFERENCES = ("solution", "rollout")
+REFERENCE_FALLBACKS = ("skip", "solution", "answer")
+REASONING_GENERATION = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # Qwen3's own, without thinking mode
+
+
+@dataclass
+class OPSDConfig(GOLDConfig):
+    """
+    Settings of `OPSDTrainer`, on top of those of TRL's `GOLDConfig`. Those of sampling and loss default to the release's.
+
+    Raises:
+        ValueError: for settings outside their range or against each other, naming the flags and the way out.
+    """
+
+    _VALID_DICT_FIELDS = GOLDConfig._VALID_DICT_FIELDS + ["reasoning_generation_kwargs"]
+
+    # Run and optimizer
+    output_dir: str | None = field(default="outputs", metadata={"help": "Folder of the run, or of the runs."})
+    learning_rate: float = field(default=5e-6, metadata={"help": "Initial learning rate of AdamW."})
+    max_grad_norm: float = field(default=0.1, metadata={"help": "Maximum norm of the gradient."})
+    log_completions_steps: int = field(
+        default=10, metadata={"help": "With --log_completions: show rollouts at logging steps that this divides."}
+    )
+    num_completions_to_print: int | None = field(
+        default=4, metadata={"help": "With --log_completions: number of rollouts to show."}
+    )
+    save_completions: bool = field(
+        default=True, metadata={"help": "Keep the rollouts in OUTPUT_DIR/completions/completions_STEP.jsonl."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
+    lmbda: float = field(default=1.0, metadata={"help": "Share of on-policy rollouts. Must be 1: OPSD is on-policy."})
+
+    # Rollouts
+    temperature: float = field(
+        default=1.1,
+        metadata={"help": "Temperature of the rollouts. Also of the loss, unless --loss_temperature is given."},
+    )
+    top_p: float = field(default=0.95, metadata={"help": "Nucleus of the rollouts; 1 switches it off."})
+    top_k: int = field(default=20, metadata={"help": "Top-k of the rollouts; 0 switches it off."})
+    min_p: float = field(
+        default=0.0,
+        metadata={"help": "Smallest probability of a token, relative to the most probable one; 0 switches it off."},
+    )
+    presence_penalty: float = field(
+        default=0.0,
+        metadata={"help": "With --use_vllm: subtracted from the logits of tokens that came before; 0 switches it off."},
+    )
+    max_length: int | None = field(
+        default=20000,
+        metadata={"help": "Tokens of prompt and completion together. Longer solutions are cut in their middle."},
+    )
+    max_completion_length: int = field(default=1024, metadata={"help": "Maximum number of tokens of a rollout."})
+    vllm_gpu_memory_utilization: float = field(
+        default=0.6, metadata={"help": "Share of a GPU's memory for the colocated vLLM engine."}
+    )
+    vllm_adapter_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder through which adapters reach vLLM; by default in memory. With --vllm_mode server on another "
+            "machine: a folder that both see."
+        },
+    )
+
+    # Teacher
+    fixed_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher is the initial policy. With a fresh adapter that is the same model with its adapter off. "
+            "Without --use_peft, and with --adapter_name_or_path, it is a copy of the weights. Without this flag the "
+            "teacher is the current policy."
+        },
+    )
+    use_ema_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher is an exponential moving average of the trained weights, kept in float32. With LoRA both "
+            "factors are averaged separately."
+        },
+    )
+    ema_decay: float = field(
+        default=0.999,
+        metadata={"help": "With --use_ema_teacher: at each update, teacher = decay teacher + (1 - decay) student."},
+    )
+    ema_update_steps: int = field(
+        default=1,
+        metadata={
+            "help": "With --use_ema_teacher: number of optimizer steps between two updates. With --ema_decay 0 the teacher "
+            "is the student as it was at the last update."
+        },
+    )
+
+    # Prompts
+    student_prompt: str = field(
+        default=STUDENT_PROMPT, metadata={"help": "Template of the student's prompt, with {problem}."}
+    )
+    teacher_prompt: str = field(
+        default=TEACHER_PROMPT, metadata={"help": "Template of the teacher's prompt, with {problem} and {solution}."}
+    )
+    student_thinking: bool = field(default=False, metadata={"help": "Thinking mode in the student's prompt."})
+    teacher_thinking: bool = field(default=True, metadata={"help": "Thinking mode in the teacher's prompt."})
+    teacher_prefill: str = field(
+        default="",
+        metadata={
+            "help": "Text at the end of the teacher's prompt, after the assistant's header. With '<think>\\n' a thinking "
+            "teacher reads the completion as its thoughts."
+        },
+    )
+    teacher_sees_solution: bool = field(
+        default=True,
+        metadata={"help": "False gives the teacher the student's prompt: a control that must not learn anything."},
+    )
+    reason_first: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher first writes a rationale for the reference, with its own weights. It stands in the "
+            "teacher's prompt as a turn of its own. An empty rationale is left out."
+        },
+    )
+    max_reasoning_length: int = field(
+        default=1024, metadata={"help": "Maximum number of tokens of a rationale. A longer one is cut and used."}
+    )
+    reasoning_prompt: str = field(
+        default=REASONING_PROMPT,
+        metadata={"help": "Template of the prompt that asks for a rationale, with {problem} and {solution}."},
+    )
+    reasoning_generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Sampling of the rationales as JSON: temperature, top_p, top_k. Default: "
+            '{"temperature": 0.7, "top_p": 0.8, "top_k": 20}.'
+        },
+    )
+
+    # References and weights of graded rollouts
+    verify_rollouts: bool = field(
+        default=False,
+        metadata={
+            "help": "Grade the rollouts against --answer_column, as the evaluator does, and log the share of right ones. "
+            "Settings that need grades switch it on."
+        },
+    )
+    teacher_reference: str = field(
+        default="solution",
+        metadata={
+            "help": "Reference in the teacher's prompt. solution: that of the data set. rollout: another rollout of the same "
+            "problem and step (--num_generations) whose answer is right; the data set then needs answers only.",
+            "choices": TEACHER_REFERENCES,
+        },
+    )
+    reference_fallback: str = field(
+        default="skip",
+        metadata={
+            "help": "With --teacher_reference rollout, where no other rollout is right. skip: leave the rollout out of the "
+            "loss. solution: that of the data set. answer: the right answer alone.",
+            "choices": REFERENCE_FALLBACKS,
+        },
+    )
+    correct_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the tokens of right rollouts; 0 leaves them out of the loss."},
+    )
+    incorrect_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the tokens of wrong rollouts; 0 leaves them out of the loss."},
+    )
+    policy_gradient_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of GRPO's loss, which is added. The reward is 1 for a right answer and 0 otherwise; advantages "
+            "are normalized within the --num_generations rollouts of a problem."
+        },
+    )
+    curriculum: str = field(
+        default="none",
+        metadata={
+            "help": "Draw problems more often if there is more to learn from them. divergence: by the divergence on their "
+            "last rollouts. pass_rate: by p (1 - p) of their share p of right answers. none: random order.",
+            "choices": ("none", *CURRICULA),
+        },
+    )
+
+    # Loss
+    beta: float = field(
+        default=0.0,
+        metadata={
+            "help": "0: KL(teacher||student), 1: KL(student||teacher), between: generalized JSD (0.5 in paper v1)."
+        },
+    )
+    loss_temperature: float | None = field(
+        default=None, metadata={"help": "Temperature of both softmaxes in the loss; by default --temperature."}
+    )
+    jsd_token_clip: float = field(
+        default=0.05,
+        metadata={"help": "Cap on each (token, vocabulary entry) summand of the divergence, in nats; 0: no cap."},
+    )
+    jsd_clip_mode: str = field(
+        default="pointwise",
+        metadata={
+            "help": "pointwise: cap each summand, as the release does. token: cap each token's sum, which has no gradient "
+            "above the cap. scale: the same value, with the gradient scaled down instead.",
+            "choices": CLIP_MODES,
+        },
+    )
+    top_k_loss: int = field(
+        default=0, metadata={"help": "Divergence over the k most probable entries only; 0: full vocabulary."}
+    )
+    top_k_loss_support: str = field(
+        default="teacher",
+        metadata={
+            "help": "With --top_k_loss: the role whose most probable entries are kept; both: the union.",
+            "choices": TOP_K_SUPPORTS,
+        },
+    )
+    top_k_loss_add_tail: bool = field(
+        default=False,
+        metadata={
+            "help": "With --top_k_loss: add one entry for all the others together, in place of renormalizing. The result "
+            "is a true divergence."
+        },
+    )
+    num_loss_tokens_to_skip: int = field(
+        default=0,
+        metadata={
+            "help": "Number of first tokens of each completion that are left out of the loss: there thinking modes differ "
+            "in form."
+        },
+    )
+    use_tinker_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Policy gradient on the sampled tokens (paper eq. 9) in place of the full divergence. The divergence "
+            "is still logged."
+        },
+    )
+    sampled_token_clip: float = field(
+        default=0.0,
+        metadata={"help": "With --use_tinker_loss: cap on the advantage |log p_teacher - log p_student|; 0: none."},
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply each token's policy gradient (--use_tinker_loss, --policy_gradient_weight) by its probability "
+            "under the student over that of vLLM's sampling distribution."
+        },
+    )
+    loss_implementation: str = field(
+        default="fused",
+        metadata={
+            "help": "fused: the loss from the hidden states, without the full logits. dense: the reference.",
+            "choices": LOSS_IMPLEMENTATIONS,
+        },
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Number of tokens at a time in the fused loss; by default chosen from the free memory."},
+    )
+
+    def __post_init__(self):
+        for flag, valid, requirement in (
+            ("lmbda", self.lmbda == 1.0, "be 1: OPSD learns from the student's own rollouts only"),
+            ("beta", 0.0 <= self.beta <= 1.0, "lie in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 JSD"),
+            ("temperature", self.temperature > 0.0, "be positive, since it also divides the logits in the loss"),
+            ("temperature", self.temperature <= 2.0 or not self.use_vllm, "be 2 at most with --use_vllm"),
+            (
+                "loss_temperature",
+                self.loss_temperature is None or self.loss_temperature > 0.0,
+                "be positive, since it divides the logits",
+            ),
+            (
+                "num_loss_tokens_to_skip",
+                0 <= self.num_loss_tokens_to_skip < self.max_completion_length,
+                f"lie in [0, {self.max_completion_length}), --max_completion_length",
+            ),
+            ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]; 1 switches it off"),
+            ("top_k", self.top_k >= 0, "not be negative; 0 switches it off"),
+            ("min_p", 0.0 <= self.min_p < 1.0, "lie in [0, 1); 0 switches it off"),
+            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "lie in [-2, 2]; 0 switches it off"),
+            (
+                "presence_penalty",
+                self.use_vllm or self.presence_penalty == 0.0,
+                "be 0 without --use_vllm: transformers has no presence penalty",
+            ),
+            (
+                "use_vllm",
+                not self.use_vllm or is_vllm_available(),
+                "be left out: there is no vLLM of a version that TRL supports; scripts/setup_env.sh installs one",
+            ),
+            ("vllm_mode", self.vllm_mode in ("colocate", "server"), "be colocate or server"),
+            (
+                "vllm_sync_frequency",
+                self.vllm_sync_frequency == 1,
+                "be 1: each rollout comes from the present student",
+            ),
+            ("vllm_structured_outputs_regex", self.vllm_structured_outputs_regex is None, "stay unset"),
+            (
+                "use_ema_teacher",
+                not (self.use_ema_teacher and self.fixed_teacher),
+                "be left out with --fixed_teacher: choose one teacher",
+            ),
+            ("ema_decay", 0.0 <= self.ema_decay < 1.0, "lie in [0, 1); for a teacher that stays, --fixed_teacher"),
+            ("ema_update_steps", self.ema_update_steps >= 1, "be at least 1"),
+            ("max_reasoning_length", self.max_reasoning_length >= 1, "be at least 1"),
+            (
+                "reason_first",
+                self.teacher_sees_solution or not self.reason_first,
+                "be left out with --teacher_sees_solution false: there is no reference to give a rationale for",
+            ),
+            (
+                "teacher_reference",
+                self.teacher_reference in TEACHER_REFERENCES,
+                f"be one of {', '.join(TEACHER_REFERENCES)}",
+            ),
+            (
+                "teacher_reference",
+                self.teacher_reference == "solution" or self.num_generations > 1,
+                "go with --num_generations of at least 2: the teacher sees another rollout of the same problem",
+            ),
+            (
+                "teacher_reference",
+                self.teacher_reference == "solution" or self.teacher_sees_solution,
+                "be left out with --teacher_sees_solution false",
+            ),
+            (
+                "teacher_reference",
+                self.teacher_reference == "solution" or self.max_length is not None,
+                "go with --max_length, which bounds the teacher's prompt",
+            ),
+            (
+                "eval_strategy",
+                self.teacher_reference == "solution"
+                or (str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" and not self.eval_on_start),
+                "be no, and --eval_on_start off, with --teacher_reference rollout, since in an evaluation each problem has one "
+                "rollout; evaluate the checkpoints with eval/evaluate_math.py",
+            ),
+            (
+                "reference_fallback",
+                self.reference_fallback in REFERENCE_FALLBACKS,
+                f"be one of {', '.join(REFERENCE_FALLBACKS)}",
+            ),
+            (
+                "reference_fallback",
+                self.reference_fallback == "skip" or self.teacher_reference == "rollout",
+                "go with --teacher_reference rollout",
+            ),
+            ("correct_weight", 0.0 <= self.correct_weight < math.inf, "be finite and not negative"),
+            ("incorrect_weight", 0.0 <= self.incorrect_weight < math.inf, "be finite and not negative"),
+            ("policy_gradient_weight", 0.0 <= self.policy_gradient_weight < math.inf, "be finite and not negative; 0: no reward"),
+            (
+                "incorrect_weight",
+                self.correct_weight + self.incorrect_weight + self.policy_gradient_weight > 0.0,
+                "be positive where --correct_weight and --policy_gradient_weight are 0",
+            ),
+            (
+                "policy_gradient_weight",
+                self.policy_gradient_weight == 0.0 or self.num_generations > 1,
+                "go with --num_generations of at least 2, whose mean is the baseline",
+            ),
+            ("curriculum", self.curriculum in ("none", *CURRICULA), f"be one of none, {', '.join(CURRICULA)}"),
+            (
+                "vllm_importance_sampling_correction",
+                not self.vllm_importance_sampling_correction
+                or (self.use_vllm and (self.use_tinker_loss or self.policy_gradient_weight > 0.0)),
+                "go with --use_vllm, which says with what probability it sampled, and with a policy gradient: --use_tinker_loss "
+                "or --policy_gradient_weight",
+            ),
+            (
+                "vllm_importance_sampling_correction",
+                not self.vllm_importance_sampling_correction or self.vllm_mode == "colocate",
+                "go with --vllm_mode colocate: a server may give probabilities before or after its truncation, and does not "
+                "say which",
+            ),
+            (
+                "num_generations",
+                self.num_generations >= 1
+                and self.per_device_train_batch_size * self.gradient_accumulation_steps % self.num_generations == 0,
+                "divide --per_device_train_batch_size x --gradient_accumulation_steps "
+                f"({self.per_device_train_batch_size} x {self.gradient_accumulation_steps}): a problem's rollouts stay together",
+            ),
+            ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
+            ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
+            ("top_k_loss", self.top_k_loss >= 0, "not be negative; 0 takes the full vocabulary"),
+            ("top_k_loss_support", self.top_k_loss_support in TOP_K_SUPPORTS, f"be one of {', '.join(TOP_K_SUPPORTS)}"),
+            ("top_k_loss_add_tail", self.top_k_loss > 0 or not self.top_k_loss_add_tail, "go with --top_k_loss"),
+            ("sampled_token_clip", self.sampled_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
+            (
+                "loss_implementation",
+                self.loss_implementation in LOSS_IMPLEMENTATIONS,
+                f"be one of {', '.join(LOSS_IMPLEMENTATIONS)}",
+            ),
+            ("loss_chunk_size", self.loss_chunk_size is None or self.loss_chunk_size >= 1, "be at least 1"),
+            ("max_completion_length", self.max_completion_length >= 1, "be at least 1"),
+            ("seq_kd", not self.seq_kd, "stay off: there is no off-policy part"),
+            ("use_uld_loss", not self.use_uld_loss, "stay off: both roles share one tokenizer"),
+            ("remove_unused_columns", not self.remove_unused_columns, "stay off: the collator picks its columns"),
+            (
+                "teacher_model_name_or_path",
+                self.teacher_model_name_or_path is None,
+                "stay unset: the model is its own teacher",
+            ),
+        ):
+            if not valid:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must {requirement}")
+        if self.max_length is not None and self.max_completion_length >= self.max_length:
+            raise ValueError(
+                f"--max_completion_length {self.max_completion_length} leaves no room for a prompt in --max_length "
+                f"{self.max_length}; lower the first or raise the second"
+            )
+        check_templates(self.student_prompt, self.teacher_prompt, self.reasoning_prompt)
+        if self.loss_temperature is None:
+            self.loss_temperature = self.temperature
+        super().__post_init__()
+        self._check_reasoning_generation()
+
+    def _check_reasoning_generation(self) -> None:
+        """Complete `reasoning_generation_kwargs`; raise `ValueError` for an unknown setting or one out of range."""
+        kwargs = REASONING_GENERATION | (self.reasoning_generation_kwargs or {})
+        for name, valid, requirement in (
+            ("temperature", 0.0 < kwargs["temperature"] <= 2.0, "lie in (0, 2]"),
+            ("top_p", 0.0 < kwargs["top_p"] <= 1.0, "lie in (0, 1]; 1 switches it off"),
+            ("top_k", kwargs["top_k"] >= 0, "not be negative; 0 switches it off"),
+        ):
+            if not valid:
+                raise ValueError(f"--reasoning_generation_kwargs: {name} {kwargs[name]} must {requirement}")
+        if unknown := kwargs.keys() - REASONING_GENERATION.keys():
+            raise ValueError(
+                f"--reasoning_generation_kwargs: unknown setting {min(unknown)!r}; there are "
+                f"{', '.join(REASONING_GENERATION)}"
+            )
+        self.reasoning_generation_kwargs = kwargs
+
+    @property
+    def max_prompt_length(self) -> int | None:
+        """Maximum number of tokens of a prompt, for each role; `None` for no limit."""
+        return None if self.max_length is None else self.max_length - self.max_completion_length
+
+    @property
+    def collator_settings(self) -> dict[str, Any]:
+        """Arguments of `SelfDistillationDataCollator`."""
+        names = (
+            "student_prompt",
+            "teacher_prompt",
+            "student_thinking",
+            "teacher_thinking",
+            "teacher_prefill",
+            "teacher_sees_solution",
+            "max_prompt_length",
+            "num_loss_tokens_to_skip",
+            "reason_first",
+            "reasoning_prompt",
+            "max_reasoning_length",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def objective(self) -> Objective:
+        """The loss of a token."""
+        return Objective(
+            beta=self.beta,
+            temperature=self.loss_temperature,
+            clip=self.jsd_token_clip or None,
+            clip_mode=self.jsd_clip_mode,
+            top_k=self.top_k_loss or None,
+            top_k_support=self.top_k_loss_support,
+            top_k_add_tail=self.top_k_loss_add_tail,
+            sampled_token=self.use_tinker_loss,
+            sampled_token_clip=self.sampled_token_clip or None,
+            policy_gradient_weight=self.policy_gradient_weight,
+            importance_sampling_correction=self.vllm_importance_sampling_correction,
+        )
+
+    @property
+    def needs_answers(self) -> bool:
+        """True if rollouts are graded."""
+        return (
+            self.verify_rollouts
+            or self.teacher_reference == "rollout"
+            or self.correct_weight != 1.0
+            or self.incorrect_weight != 1.0
+            or self.policy_gradient_weight > 0.0
+            or self.curriculum == "pass_rate"
+        )
+
+    @property
+    def needs_solutions(self) -> bool:
+        """True if the data set must have reference solutions."""
+        return self.teacher_sees_solution and (
+            self.teacher_reference == "solution" or self.reference_fallback == "solution"
+        )
