@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from data_collator import SelfDistillationDataCollator, unpad_prompts
+from opsd.rewards import Verifier, as_reference, group_advantages, pick_correct_peers
 from opsd_config import OPSDConfig
 from rationalization import Rationalizer
-from verification import Verifier, as_reference, group_advantages, pick_siblings
 
 
 class Lessons:
@@ -68,9 +68,9 @@ class Lessons:
             groups = [group for group in groups if any(value is not None for value in group)]
             self._record("groups/none_correct_ratio", [not any(group) for group in groups])
             self._record("groups/all_correct_ratio", [all(group) for group in groups])
-            weight_of = {True: self.args.weight_of_correct, False: self.args.weight_of_failed, None: 1.0}
+            weight_of = {True: self.args.correct_weight, False: self.args.incorrect_weight, None: 1.0}
             weights = [weight_of[value] for value in correct]
-            if self.args.reward_weight > 0.0:
+            if self.args.policy_gradient_weight > 0.0:
                 batch["advantages"] = self._tensor(batch, group_advantages(correct, group_size))
             if self.args.teacher_reference == "rollout":
                 self._refer_to_rollouts(batch, completions, texts, weights, group_size)
@@ -96,16 +96,16 @@ class Lessons:
             bool(is_correct) and not self.end_ids.isdisjoint(ids)
             for is_correct, ids in zip(batch["correct"], completions, strict=True)
         ]
-        siblings = pick_siblings(usable, group_size)
+        siblings = pick_correct_peers(usable, group_size)
         encoded: dict[tuple[str, str], dict[str, Any]] = {}  # (problem, reference) -> prompts
         prompts: list[dict[str, Any]] = []
         for row, sibling in enumerate(siblings):
             problem = batch["problem"][row]
             if sibling is not None:
                 reference = as_reference(texts[sibling])
-            elif self.args.no_correct_rollout == "solution":
+            elif self.args.reference_fallback == "solution":
                 reference = batch["solution"][row]
-            elif self.args.no_correct_rollout == "answer" and batch["answer"][row] is not None:
+            elif self.args.reference_fallback == "answer" and batch["answer"][row] is not None:
                 reference = rf"\boxed{{{batch['answer'][row]}}}"
             else:
                 reference = None

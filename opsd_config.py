@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass, field
 
 from trl.experimental.gold import GOLDConfig
-from trl.import_utils import is_vllm_available
 
 from curriculum import CURRICULA
 from data_collator import REASONING_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT, TRANSITION_PROMPT, check_template
@@ -12,7 +11,7 @@ from opsd_loss import CLIP_MODES, TOP_K_OF
 
 LOSS_IMPLEMENTATIONS = ("fused", "dense")
 TEACHER_REFERENCES = ("solution", "rollout")
-NO_CORRECT_ROLLOUT = ("skip", "solution", "answer")
+REFERENCE_FALLBACKS = ("skip", "solution", "answer")
 
 
 @dataclass
@@ -155,12 +154,12 @@ class OPSDConfig(GOLDConfig):
             "choices": TEACHER_REFERENCES,
         },
     )
-    no_correct_rollout: str = field(
+    reference_fallback: str = field(
         default="skip",
         metadata={
             "help": "With --teacher_reference rollout, where no other rollout is right. skip: the rollout does not count. solution: "
             "that of the data set. answer: the right answer alone.",
-            "choices": NO_CORRECT_ROLLOUT,
+            "choices": REFERENCE_FALLBACKS,
         },
     )
     verify_rollouts: bool = field(
@@ -170,15 +169,15 @@ class OPSDConfig(GOLDConfig):
             "that need it switch it on."
         },
     )
-    weight_of_correct: float = field(
+    correct_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the tokens of rollouts whose answer is right; 0: they are not learned from."},
     )
-    weight_of_failed: float = field(
+    incorrect_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the tokens of rollouts whose answer is wrong; 0: they are not learned from."},
     )
-    reward_weight: float = field(
+    policy_gradient_weight: float = field(
         default=0.0,
         metadata={
             "help": "Adds so many times GRPO's loss, on-policy, with the reward 1 for a right answer and 0 otherwise, and "
@@ -193,10 +192,10 @@ class OPSDConfig(GOLDConfig):
             "choices": ("none", *CURRICULA),
         },
     )
-    importance_correction: bool = field(
+    vllm_importance_sampling_correction: bool = field(
         default=False,
         metadata={
-            "help": "With --use_vllm, and --use_tinker_loss or --reward_weight: weigh each token's policy gradient with its "
+            "help": "With --use_vllm, and --use_tinker_loss or --policy_gradient_weight: weigh each token's policy gradient with its "
             "probability under the student over that which it was sampled with (temperature, top-p, top-k, min-p, penalty)."
         },
     )
@@ -246,12 +245,6 @@ class OPSDConfig(GOLDConfig):
             "top_k_loss then shape what is logged only."
         },
     )
-    max_nonfinite_steps: int = field(
-        default=3,
-        metadata={
-            "help": "Stop after so many steps in a row with a loss or gradient that was not finite; each is skipped."
-        },
-    )
     log_completions_steps: int = field(
         default=10, metadata={"help": "With --log_completions: show rollouts at logging steps that this divides."}
     )
@@ -287,11 +280,6 @@ class OPSDConfig(GOLDConfig):
                 self.use_vllm or self.presence_penalty == 0.0,
                 "be 0 without --use_vllm: transformers has no presence penalty",
             ),
-            (
-                "use_vllm",
-                not self.use_vllm or is_vllm_available(),
-                "be left out: there is no vLLM of a version that TRL supports; scripts/setup_env.sh installs one",
-            ),
             ("vllm_mode", self.vllm_mode in ("colocate", "server"), "be colocate or server"),
             (
                 "vllm_sync_frequency",
@@ -306,7 +294,6 @@ class OPSDConfig(GOLDConfig):
             ),
             ("ema_decay", 0.0 <= self.ema_decay < 1.0, "lie in [0, 1); for a teacher that stays, --fixed_teacher"),
             ("ema_update_steps", self.ema_update_steps >= 1, "be at least 1"),
-            ("max_nonfinite_steps", self.max_nonfinite_steps >= 1, "be at least 1"),
             ("max_reasoning_length", self.max_reasoning_length >= 1, "be at least 1"),
             ("reasoning_temperature", 0.0 < self.reasoning_temperature <= 2.0, "lie in (0, 2]"),
             ("reasoning_top_p", 0.0 < self.reasoning_top_p <= 1.0, "lie in (0, 1]; 1 switches it off"),
@@ -351,39 +338,43 @@ class OPSDConfig(GOLDConfig):
                 "rollout; evaluate the checkpoints with eval/evaluate_math.py",
             ),
             (
-                "no_correct_rollout",
-                self.no_correct_rollout in NO_CORRECT_ROLLOUT,
-                f"be one of {', '.join(NO_CORRECT_ROLLOUT)}",
+                "reference_fallback",
+                self.reference_fallback in REFERENCE_FALLBACKS,
+                f"be one of {', '.join(REFERENCE_FALLBACKS)}",
             ),
             (
-                "no_correct_rollout",
-                self.no_correct_rollout == "skip" or self.teacher_reference == "rollout",
+                "reference_fallback",
+                self.reference_fallback == "skip" or self.teacher_reference == "rollout",
                 "go with --teacher_reference rollout",
             ),
-            ("weight_of_correct", 0.0 <= self.weight_of_correct < math.inf, "be finite and not negative"),
-            ("weight_of_failed", 0.0 <= self.weight_of_failed < math.inf, "be finite and not negative"),
-            ("reward_weight", 0.0 <= self.reward_weight < math.inf, "be finite and not negative; 0: no reward"),
+            ("correct_weight", 0.0 <= self.correct_weight < math.inf, "be finite and not negative"),
+            ("incorrect_weight", 0.0 <= self.incorrect_weight < math.inf, "be finite and not negative"),
             (
-                "weight_of_failed",
-                self.weight_of_correct + self.weight_of_failed + self.reward_weight > 0.0,
-                "be positive where --weight_of_correct and --reward_weight are 0",
+                "policy_gradient_weight",
+                0.0 <= self.policy_gradient_weight < math.inf,
+                "be finite and not negative; 0: no reward",
             ),
             (
-                "reward_weight",
-                self.reward_weight == 0.0 or self.num_generations > 1,
+                "incorrect_weight",
+                self.correct_weight + self.incorrect_weight + self.policy_gradient_weight > 0.0,
+                "be positive where --correct_weight and --policy_gradient_weight are 0",
+            ),
+            (
+                "policy_gradient_weight",
+                self.policy_gradient_weight == 0.0 or self.num_generations > 1,
                 "go with --num_generations of at least 2, whose mean is the baseline",
             ),
             ("curriculum", self.curriculum in ("none", *CURRICULA), f"be one of none, {', '.join(CURRICULA)}"),
             (
-                "importance_correction",
-                not self.importance_correction
-                or (self.use_vllm and (self.use_tinker_loss or self.reward_weight > 0.0)),
+                "vllm_importance_sampling_correction",
+                not self.vllm_importance_sampling_correction
+                or (self.use_vllm and (self.use_tinker_loss or self.policy_gradient_weight > 0.0)),
                 "go with --use_vllm, which says with what probability it sampled, and with a policy gradient: --use_tinker_loss "
-                "or --reward_weight",
+                "or --policy_gradient_weight",
             ),
             (
-                "importance_correction",
-                not self.importance_correction or self.vllm_mode == "colocate",
+                "vllm_importance_sampling_correction",
+                not self.vllm_importance_sampling_correction or self.vllm_mode == "colocate",
                 "go with --vllm_mode colocate: a server may give probabilities before or after its truncation, and does not "
                 "say which",
             ),
@@ -437,9 +428,9 @@ class OPSDConfig(GOLDConfig):
         return (
             self.verify_rollouts
             or self.teacher_reference == "rollout"
-            or self.weight_of_correct != 1.0
-            or self.weight_of_failed != 1.0
-            or self.reward_weight > 0.0
+            or self.correct_weight != 1.0
+            or self.incorrect_weight != 1.0
+            or self.policy_gradient_weight > 0.0
             or self.curriculum == "pass_rate"
         )
 
@@ -447,5 +438,5 @@ class OPSDConfig(GOLDConfig):
     def needs_solutions(self) -> bool:
         """Whether the data set has to have reference solutions."""
         return self.teacher_sees_solution and (
-            self.teacher_reference == "solution" or self.no_correct_rollout == "solution"
+            self.teacher_reference == "solution" or self.reference_fallback == "solution"
         )

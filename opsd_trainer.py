@@ -28,11 +28,11 @@ from trl.trainer.utils import (
     split_tensor_dict,
 )
 
-from checkpoints import CompleteCheckpoints
 from curriculum import Curriculum
 from data_collator import SelfDistillationDataCollator, unpad_prompts
 from frozen_weights import FrozenWeights
 from lessons import Lessons
+from opsd.run.checkpoints import CompleteCheckpoints
 from opsd_config import OPSDConfig
 from opsd_loss import (
     TokenStatistics,
@@ -175,6 +175,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         )
         args.use_vllm = use_vllm
         del self.teacher_model
+        self.logged_counts += ("num_generated_tokens",) + ("num_rationalization_tokens",) * args.reason_first
         if self.generation_config.eos_token_id is None:
             self.generation_config.eos_token_id = processing_class.eos_token_id
         self.generation_config.min_p = args.min_p or None
@@ -190,7 +191,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         if args.reasoning_cache is not None and not self.teacher_is_base:
             raise ValueError(
                 f"--reasoning_cache {args.reasoning_cache}: is for a teacher that is the base model, with its adapter off; "
-                "leave it out with --start_adapter and without --use_peft"
+                "leave it out with --adapter_name_or_path and without --use_peft"
             )
         if args.reasoning_cache is not None:
             try:
@@ -202,8 +203,6 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self._teacher_weights: TeacherWeights | None = None  # of a teacher that is neither the base nor the student
         self._resumed_from: str | None = None
         self.add_callback(_BetweenSteps(self))
-        self._nonfinite_losses: dict[int, Tensor] = {}  # of the running step, by micro-batch: the loss of each token
-        self._num_skipped_in_a_row = 0
         # Since the last log, or in the running evaluation
         self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}  # of this process
         self._max_logprob_gap = {mode: torch.zeros((), device=self.accelerator.device) for mode in ("train", "eval")}
@@ -307,10 +306,10 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         kind = "base" if self.teacher_is_base else "student"
         if has_own_weights:
             kind = "average" if self.args.use_ema_teacher else "start policy"
-        if (before := self._saved.setdefault("teacher", kind)) != kind:
+        if (before := self._run_state.setdefault("teacher", kind)) != kind:
             raise ValueError(
                 f"--resume_from_checkpoint {self._resumed_from}: its teacher is the {before}, and with these flags it would be "
-                f"the {kind}; give --fixed_teacher, --use_ema_teacher, --use_peft and --start_adapter as at the first start"
+                f"the {kind}; give --fixed_teacher, --use_ema_teacher, --use_peft and --adapter_name_or_path as at the first start"
             )
         if not has_own_weights:
             return
@@ -320,7 +319,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self._teacher_weights.load(self._resumed_from)
 
     def _update_teacher(self) -> None:
-        is_due = self.state.global_step % self.args.ema_update_steps == 0 and self._num_skipped_in_a_row == 0
+        is_due = self.state.global_step % self.args.ema_update_steps == 0 and not self.last_step_was_skipped
         if self._teacher_weights is not None and is_due:
             self._teacher_weights.update()
 
@@ -359,7 +358,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             return
         self._frozen_weights = FrozenWeights(self.model, self.accelerator)
         checksum = self._frozen_weights.checksum()
-        if self._saved.setdefault("frozen_weights", checksum) != checksum:
+        if self._run_state.setdefault("frozen_weights", checksum) != checksum:
             raise RuntimeError(
                 "the frozen weights are not those that the checkpoint was trained with: is --model_name_or_path another "
                 "model or revision, or --dtype another one? Resume with the model of the first start"
@@ -368,7 +367,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     # Curriculum
 
     def _start_curriculum(self) -> None:
-        if (before := self._saved.setdefault("curriculum", self.args.curriculum)) != self.args.curriculum:
+        if (before := self._run_state.setdefault("curriculum", self.args.curriculum)) != self.args.curriculum:
             raise ValueError(
                 f"--curriculum {self.args.curriculum}: --resume_from_checkpoint {self._resumed_from} was trained with {before}; "
                 "give the same, or start anew"
@@ -457,7 +456,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             },
             seed=args.seed,
             adapter_dir=args.vllm_adapter_dir,
-            logprobs_mode="processed_logprobs" if args.importance_correction else "raw_logprobs",
+            logprobs_mode="processed_logprobs" if args.vllm_importance_sampling_correction else "raw_logprobs",
             engine_arguments={key: model_arguments[key] for key in ("revision",) if key in model_arguments},
         )
 
@@ -589,7 +588,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             cache = None
             if args.reasoning_cache is not None:
                 self._check_frozen_weights()
-                base = [self._saved["frozen_weights"], str(self.model.dtype), self.accelerator.mixed_precision]
+                base = [self._run_state["frozen_weights"], str(self.model.dtype), self.accelerator.mixed_precision]
                 cache = RationalizationCache(args.reasoning_cache, [*base, self._reasoning_settings])
             rationalizer = Rationalizer(self._sample_as_teacher, self._end_ids, cache)
         return Lessons(args, self.data_collator, self._end_ids, rationalizer)
@@ -702,7 +701,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 continue
             counts_at_all = inputs["weights"] > 0.0
             if "advantages" in inputs:
-                inputs["advantages"] *= self.args.reward_weight * self._loss_denominator / num_tokens
+                inputs["advantages"] *= self.args.policy_gradient_weight * self._loss_denominator / num_tokens
                 counts_at_all |= inputs["advantages"] != 0.0
             inputs["loss_mask"] &= counts_at_all.unsqueeze(1)
 
@@ -843,7 +842,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     @property
     def _logprob_temperature(self) -> float:
         """At which the sampler says what it gave the tokens."""
-        return self.args.loss_temperature if self.args.importance_correction else 1.0
+        return self.args.loss_temperature if self.args.vllm_importance_sampling_correction else 1.0
 
     def _token_weights(
         self, inputs: dict[str, Tensor], logprobs: Tensor | None
@@ -857,7 +856,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             inputs[name].unsqueeze(1).expand_as(mask)[mask] if name in inputs else None
             for name in ("weights", "advantages")
         )
-        if not self.args.importance_correction:
+        if not self.args.vllm_importance_sampling_correction:
             return weights, advantages, None
         importance_weights = (logprobs - inputs["rollout_logprobs"][mask]).exp()
         return weights, None if advantages is None else advantages * importance_weights, importance_weights
@@ -893,12 +892,9 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         per_token, statistics, logprobs = loss_of_tokens(model, inputs)  # (N,)
         # DDP, ZeRO and FSDP average the gradients of the processes
         loss = per_token.sum() * self.accelerator.num_processes / self._loss_denominator
-        if self.model.training and not loss.isfinite():
-            micro_batch = (self._step - 1) % self.args.gradient_accumulation_steps
-            self._nonfinite_losses[micro_batch] = per_token.detach()
-            return loss * math.nan  # an infinite loss may have a finite gradient; `_get_grad_norm` must see this one
-
-        self._record_tokens(inputs, statistics, logprobs)
+        loss = self.mark_nonfinite(loss, per_token)
+        if not self.model.training or loss.isfinite():
+            self._record_tokens(inputs, statistics, logprobs)
         return loss
 
     def _record_tokens(self, inputs: dict[str, Tensor], statistics: TokenStatistics, logprobs: Tensor | None) -> None:
@@ -917,7 +913,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         if logprobs is not None and len(logprobs) > 0:
             gap = logprobs - inputs["rollout_logprobs"][mask]
             sums["num_sampled"] = mask.sum()
-            if self.args.importance_correction:
+            if self.args.vllm_importance_sampling_correction:
                 ratios = gap.double().exp()
                 sums |= {"ratio": ratios.sum(), "squared_ratio": ratios.square().sum()}
             else:
@@ -941,44 +937,10 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 self._metrics["train"][f"seconds/{phase}"].append(seconds[phase])
         return loss
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
-        """
-        The gradient's norm over all processes, right before the optimizer's step, which is skipped if it is not finite.
-
-        Raises:
-            FloatingPointError: for the `max_nonfinite_steps`th such step in a row.
-        """
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        losses, self._nonfinite_losses = self._nonfinite_losses, {}
-        # In float16 the loss scaler skips such steps itself, and meets them all the time.
-        if math.isfinite(grad_norm) or self.accelerator.mixed_precision == "fp16":
-            self._num_skipped_in_a_row = 0
-            return grad_norm
-        model.zero_grad()  # without a gradient, weights and moments stay as they are; DeepSpeed has left them by itself
-        step = self.state.global_step + 1
-        path = Path(self.args.output_dir, "nonfinite", f"step_{step:05d}_process_{self.accelerator.process_index}.pt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"step": step, "inputs": self._buffered_inputs, "loss_of_tokens": losses}, path)
-        logger.error("step %d: loss or gradient not finite; the step is skipped, its batch kept in %s", step, path)
-        self._count("num_nonfinite_steps", 1)
-        self._num_skipped_in_a_row += 1
-        if self._num_skipped_in_a_row >= self.args.max_nonfinite_steps:
-            raise FloatingPointError(
-                f"loss or gradient not finite in {self._num_skipped_in_a_row} steps in a row, up to step {step}; their "
-                f"batches are in {path.parent}. Look at them, lower --learning_rate, or raise --max_nonfinite_steps; "
-                "--resume_from_checkpoint true goes on from the last complete checkpoint"
-            )
-        return grad_norm
+    def _batch_to_keep(self) -> list[dict[str, Any]]:
+        return self._buffered_inputs
 
     # Logging
-
-    @property
-    def _saved(self) -> dict[str, Any]:
-        """What checkpoints hold of the run beside the trainer's own state, so that a resumed run goes on from there."""
-        return self.state.stateful_callbacks.setdefault("OPSDTrainer", {})
-
-    def _count(self, name: str, number: int) -> None:
-        self._saved[name] = self._saved.get(name, 0) + number
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -1030,7 +992,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             }
             if sums["num_first"] > 0:
                 values["divergence/first_tokens"] = sums["first_divergence"] / sums["num_first"]
-            if self.args.importance_correction:
+            if self.args.vllm_importance_sampling_correction:
                 mean = sums["ratio"] / max(sums["num_sampled"], 1.0)
                 values |= {
                     "importance/mean": mean,
@@ -1044,10 +1006,6 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             values |= {name: sums[name] / number for name, number in numbers.items() if number}
             if self.curriculum is not None and mode == "train":
                 values |= self.curriculum.metrics()
-            if mode == "train":
-                counts = ("num_generated_tokens", "num_nonfinite_steps")
-                counts += ("num_rationalization_tokens",) * self.args.reason_first
-                values |= {name: self._saved.get(name, 0) for name in counts}
             self._metrics[mode].update({name: [value] for name, value in values.items()})
             self._lengths[mode], self._truncated[mode] = [], []
         super().log(logs, start_time)

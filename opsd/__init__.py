@@ -1,0 +1,1 @@
+"""On-policy self-distillation: what the training programs and the trainer at the root are built from."""
