@@ -9,46 +9,36 @@ The model sees the prompt that the evaluator asks with. All flags: `python grpo_
 """
 
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
-from unittest import mock
 
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, get_peft_config
-from trl.trainer import grpo_trainer
 
-from checkpoints import CompleteCheckpoints
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
-from eval.grading import extract_answer
+from opsd.rewards import REWARDS, make_reward
+from opsd.run.arguments import RunArguments, parse_arguments
+from opsd.run.checkpoints import CompleteCheckpoints
+from opsd.run.problem_data import drop_long_rows
+from opsd.run.run import Run, exit_on_invalid_input
 from rollouts import OnPolicyGeneration
-from run_setup import (
-    RunArguments,
-    check_model,
-    load_data,
-    load_tokenizer,
-    model_options,
-    parse_arguments,
-    print_dry_run,
-    refuse_bad_input,
-    run_training,
-    settle_run,
-)
-from verification import Verifier
 
 logger = logging.getLogger(__name__)
 
-REWARDS = ("math", "exact_match")
+# Settings that GRPOConfig and the sampler have in common: with the prefix vllm_ in GRPOConfig, and under the same name
+VLLM_SETTINGS = ("mode", "server_base_url", "server_host", "server_port", "server_timeout", "group_port")
+VLLM_SETTINGS += ("structured_outputs_regex", "tensor_parallel_size", "gpu_memory_utilization", "max_model_length")
+VLLM_SETTINGS += ("enable_sleep_mode", "model_impl")
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
+SAMPLING_SETTINGS += ("generation_kwargs", "trust_remote_code", "seed")
 
 
 @dataclass
 class GRPOArguments(RunArguments):
-    """What GRPO reads of the data, its prompt and its reward."""
+    """Data, prompt and reward of GRPO."""
 
-    problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
     answer_column: str = field(default="answer", metadata={"help": "Column of the final answer: text or number."})
     thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
     max_prompt_length: int | None = field(
@@ -57,15 +47,15 @@ class GRPOArguments(RunArguments):
     vllm_adapter_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder through which adapters reach vLLM; by default in memory. With --vllm_mode server on another "
-            "machine: one that both see."
+            "help": "Folder through which adapters reach vLLM; by default in memory. With --vllm_mode server on "
+            "another machine: one that both see."
         },
     )
     reward: str = field(
         default="math",
         metadata={
-            "help": "1 for a right final answer, else 0. math: by value, as the evaluator grades. exact_match: the last box "
-            "has the very text of the answer, as in the release.",
+            "help": "1 for a right final answer, else 0. math: by value, as the evaluator grades. exact_match: the "
+            "last box has the very text of the answer, as in the release.",
             "choices": REWARDS,
         },
     )
@@ -73,62 +63,57 @@ class GRPOArguments(RunArguments):
 
 class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     """
-    TRL's `GRPOTrainer` with this project's rollouts (vLLM serves the adapter natively, each sample has a seed of its
-    own), with complete checkpoints, and with a count of the generated tokens, `num_generated_tokens`.
+    TRL's `GRPOTrainer` with this project's rollouts: vLLM serves the adapter natively, each sample has its own seed.
+
+    Checkpoints are complete or not used, steps that are not finite are skipped, generated tokens are counted.
     """
 
+    logged_counts = (*CompleteCheckpoints.logged_counts, "num_generated_tokens")
+
     def __init__(self, model: Any, args: GRPOConfig, vllm_adapter_dir: str | None = None, **kwargs: Any):
-        revision = (args.model_init_kwargs or {}).get("revision")
-        generation = partial(
-            OnPolicyGeneration,
-            seed=args.seed,
-            adapter_dir=vllm_adapter_dir,
-            logprobs_mode="processed_logprobs",  # at the sampling temperature: what TRL's importance ratio compares with
-            engine_arguments={"revision": revision},
+        use_vllm, args.use_vllm = args.use_vllm, False  # TRL would start an engine that gets its weights by merging
+        super().__init__(model=model, args=args, **kwargs)
+        self.use_vllm = args.use_vllm = use_vllm
+        self.rollouts = self.vllm_generation = self._start_sampler(vllm_adapter_dir) if use_vllm else None
+
+    def _start_sampler(self, adapter_dir: str | None) -> OnPolicyGeneration:
+        """Start the sampler with the settings that `GRPOTrainer.__init__` gives its own one."""
+        args = self.args
+        sampler = OnPolicyGeneration(
+            model=self.model,
+            accelerator=self.accelerator,
+            processing_class=self.processing_class,
+            max_num_seqs=args.per_device_train_batch_size * args.vllm_tensor_parallel_size * args.steps_per_generation,
+            adapter_dir=adapter_dir,
+            logprobs_mode="processed_logprobs",  # at the sampling temperature: what TRL's importance ratio takes
+            engine_arguments={"revision": (args.model_init_kwargs or {}).get("revision")},
+            **{name: getattr(args, f"vllm_{name}") for name in VLLM_SETTINGS},
+            **{name: getattr(args, name) for name in SAMPLING_SETTINGS},
         )
-        with mock.patch.object(grpo_trainer, "VLLMGeneration", generation):
-            super().__init__(model=model, args=args, **kwargs)
-        self.rollouts: OnPolicyGeneration | None = self.vllm_generation if self.use_vllm else None
+        self._last_loaded_step = -1  # no step: the engine has not got the adapter yet
+        if sampler.mode == "server" and args.vllm_importance_sampling_correction and self.accelerator.is_main_process:
+            logprobs_mode = sampler.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+            if logprobs_mode != "processed_logprobs":
+                logger.warning(
+                    "the vLLM server runs with --logprobs-mode %s, which biases the importance ratio: restart it with "
+                    "--logprobs-mode processed_logprobs, or say --vllm_importance_sampling_correction false",
+                    logprobs_mode,
+                )
+        return sampler
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
         if self.rollouts is not None:
             self.rollouts.step = self.state.global_step
         completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         if self.model.training:
-            saved = self.state.stateful_callbacks.setdefault("OnPolicyGRPOTrainer", {"num_generated_tokens": 0})
-            saved["num_generated_tokens"] += sum(gather_object([sum(map(len, completion_ids))]))
-            self._metrics["train"]["num_generated_tokens"] = [saved["num_generated_tokens"]]
+            self._count("num_generated_tokens", sum(gather_object([sum(map(len, completion_ids))])))
         return completion_ids, logprobs
-
-
-def make_reward(name: str, thinking: bool) -> Callable[..., list[float]]:
-    """
-    A reward function for TRL.
-
-    Args:
-        name: one of `REWARDS`.
-        thinking: responses without a `</think>` were cut off before they came to an answer (for `math`).
-    """
-
-    def exact_match(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
-        boxed = [extract_answer(message["content"], method="legacy") for (message,) in completions]
-        return [float(text == gold) for text, gold in zip(boxed, answer, strict=True)]
-
-    if name == "exact_match":
-        return exact_match
-    verifier = Verifier(thinking)
-
-    def math(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
-        correct = verifier([message["content"] for (message,) in completions], answer)
-        return [float(is_correct is True) for is_correct in correct]
-
-    return math
 
 
 def prepare(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool, max_prompt_length: int | None
 ) -> Dataset:
-    """Rows of `prompt`, a conversation of one turn, and `answer`; those with a longer prompt are left out and counted."""
+    """Make rows of `prompt`, a conversation of one turn, and `answer`; drop those with a longer prompt."""
 
     def converse(row: dict[str, str]) -> dict[str, Any]:
         content = fill_template(STUDENT_PROMPT, problem=row["problem"])
@@ -136,20 +121,23 @@ def prepare(
         return {"prompt": [{"role": "user", "content": content}], "num_tokens": num_tokens}
 
     rows = dataset.map(converse, remove_columns="problem", desc="Making prompts")
-    fitting = rows.filter(
-        lambda length: max_prompt_length is None or length <= max_prompt_length, input_columns="num_tokens"
-    )
-    if len(fitting) < len(rows):
-        logger.warning(
-            "%d of %d problems left out: their prompts have more than %d tokens (--max_prompt_length)",
-            len(rows) - len(fitting), len(rows), max_prompt_length,
-        )  # fmt: skip
-    return fitting.remove_columns("num_tokens")
+    return drop_long_rows(rows, max_prompt_length, "max_prompt_length")
+
+
+def check_settings(training_args: GRPOConfig) -> None:
+    """Raise `ValueError` for a loss that TRL refuses with vLLM."""
+    modes = ("token_truncate", "token_mask")
+    has_ratio = training_args.use_vllm and training_args.vllm_importance_sampling_correction
+    if training_args.loss_type == "vespo" and has_ratio and training_args.vllm_importance_sampling_mode not in modes:
+        raise ValueError(
+            f"--vllm_importance_sampling_mode {training_args.vllm_importance_sampling_mode}: must be one of "
+            f"{', '.join(modes)} with --loss_type vespo"
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program with the given command line (default: that of the process)."""
-    with refuse_bad_input("grpo_train.py"):
+    with exit_on_invalid_input("grpo_train.py"):
         try:
             script_args, training_args, model_args = parse_arguments(GRPOArguments, GRPOConfig, arguments)
         except ValueError as error:
@@ -159,15 +147,16 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{error} The batch is --effective_batch_size, or processes x --per_device_train_batch_size x "
                 "--gradient_accumulation_steps: make it a multiple of --num_generations"
             ) from error
-        settings = (script_args, training_args, model_args)
-        check_model(model_args, training_args.use_vllm)
-        checkpoint = settle_run("grpo", training_args.max_completion_length, *settings)
+        run = Run("grpo", script_args, training_args, model_args)
+        run.check(num_tokens=training_args.max_completion_length)
+        check_settings(training_args)
         if script_args.dry_run is not None:
-            print_dry_run(*settings)
+            run.print_settings()
             return
-        columns = {"problem_column": script_args.problem_column, "answer_column": script_args.answer_column}
-        datasets = load_data(script_args, columns)
-        tokenizer = load_tokenizer(model_args, training_args)
+        datasets = run.load_data(
+            {"problem_column": script_args.problem_column, "answer_column": script_args.answer_column}
+        )
+        tokenizer = run.load_tokenizer()
         train_dataset, eval_dataset = (
             None
             if dataset is None
@@ -177,11 +166,11 @@ def main(arguments: list[str] | None = None) -> None:
         needed = training_args.generation_batch_size // training_args.num_generations
         if len(train_dataset) < needed:
             raise ValueError(
-                f"--dataset_name {script_args.dataset_name}: {len(train_dataset)} usable problems are fewer than one step "
-                f"takes ({needed}); lower --per_device_train_batch_size, or raise --max_prompt_length"
+                f"--dataset_name {script_args.dataset_name}: {len(train_dataset)} usable problems are fewer than one "
+                f"step takes ({needed}); lower --per_device_train_batch_size, or raise --max_prompt_length"
             )
 
-    training_args.model_init_kwargs = model_options(model_args, training_args)
+    training_args.model_init_kwargs = run.model_options()
     training_args.chat_template_kwargs = (training_args.chat_template_kwargs or {}) | {
         "enable_thinking": script_args.thinking
     }
@@ -198,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=get_peft_config(model_args),
         vllm_adapter_dir=script_args.vllm_adapter_dir,
     )
-    run_training(trainer, script_args, model_args, checkpoint, trainer.rollouts)
+    run.train(trainer, trainer.rollouts)
 
 
 if __name__ == "__main__":

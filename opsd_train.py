@@ -16,47 +16,37 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from trl import get_peft_config
 from trl.trainer.utils import create_model_from_path
 
+from opsd.run.arguments import ModelArguments, RunArguments, parse_arguments
+from opsd.run.run import Run, exit_on_invalid_input
 from opsd_trainer import OPSDConfig, OPSDTrainer
 from preflight import Preflight
-from run_setup import (
-    ModelArguments,
-    RunArguments,
-    check_model,
-    load_data,
-    load_tokenizer,
-    model_options,
-    parse_arguments,
-    print_dry_run,
-    refuse_bad_input,
-    run_training,
-    settle_run,
-)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class OPSDArguments(RunArguments):
-    """What OPSD reads of the data, and the check before it."""
+    """Data of OPSD, where it starts, and the check before it."""
 
-    problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
     solution_column: str = field(
         default="solution",
         metadata={
-            "help": "Column of the reference solution; not read where no setting needs it (--teacher_reference rollout)."
+            "help": "Column of the reference solution; not read where no setting needs it (--teacher_reference "
+            "rollout)."
         },
     )
     answer_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the final answer, text or number: for settings that grade rollouts, and beside the saved ones."
+            "help": "Column of the final answer, text or number: for settings that grade rollouts, and beside the "
+            "saved ones."
         },
     )
-    start_adapter: str | None = field(
+    adapter_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of a LoRA adapter to go on training, with its own rank and modules; --fixed_teacher is then the "
-            "model with it as it is now."
+            "help": "Folder of a LoRA adapter to go on training, with its own rank and modules; --fixed_teacher is "
+            "then the model with it as it is now."
         },
     )
     preflight: bool = field(
@@ -69,7 +59,7 @@ def needed_columns(
     script_args: OPSDArguments, training_args: OPSDConfig
 ) -> tuple[dict[str, str], dict[str, str | None]]:
     """
-    Flag -> column: of the texts that each example has to have, and of those that it may have.
+    Return flag -> column, for the texts that each example has to have, and for those that it may have.
 
     Raises:
         ValueError: for settings that need answers, without a column of them.
@@ -81,9 +71,10 @@ def needed_columns(
     if not training_args.needs_answers:
         return needed, answer
     if script_args.answer_column is None:
-        flags = ("verify_rollouts", "teacher_reference", "weight_of_correct", "weight_of_failed", "reward_weight")
-        given = [f"--{flag} {getattr(training_args, flag)}" for flag in (*flags, "curriculum")
-                 if getattr(training_args, flag) != getattr(OPSDConfig, flag)]  # fmt: skip
+        flags = ("verify_rollouts", "teacher_reference", "correct_weight", "incorrect_weight")
+        flags += ("policy_gradient_weight", "curriculum")
+        given = [f for f in flags if getattr(training_args, f) != getattr(OPSDConfig, f)]
+        given = [f"--{flag} {getattr(training_args, flag)}" for flag in given]
         raise ValueError(
             f"{', '.join(given)}: rollouts are graded against answers; name their column: --answer_column"
         )
@@ -95,16 +86,16 @@ def check_adapter(folder: str, model_args: ModelArguments) -> None:
     missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not Path(folder, name).is_file()]
     if missing:
         raise ValueError(
-            f"--start_adapter {folder}: has no {' and no '.join(missing)}; name the folder of a LoRA adapter"
+            f"--adapter_name_or_path {folder}: has no {' and no '.join(missing)}; name the folder of a LoRA adapter"
         )
     if not model_args.use_peft:
-        raise ValueError(f"--start_adapter {folder}: trains an adapter, not the model; add --use_peft")
+        raise ValueError(f"--adapter_name_or_path {folder}: trains an adapter, not the model; add --use_peft")
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"--start_adapter {folder}: is not a LoRA adapter but {config.peft_type}")
+        raise ValueError(f"--adapter_name_or_path {folder}: is not a LoRA adapter but {config.peft_type}")
     if config.base_model_name_or_path != model_args.model_name_or_path:
         logger.warning(
-            "--start_adapter %s: was trained on %s, and --model_name_or_path is %s",
+            "--adapter_name_or_path %s: was trained on %s, and --model_name_or_path is %s",
             folder, config.base_model_name_or_path, model_args.model_name_or_path,
         )  # fmt: skip
 
@@ -119,25 +110,24 @@ def load_with_adapter(model: str, folder: str, training_args: OPSDConfig) -> Pef
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program with the given command line (default: that of the process)."""
-    with refuse_bad_input("opsd_train.py"):
+    with exit_on_invalid_input("opsd_train.py"):
         script_args, training_args, model_args = parse_arguments(OPSDArguments, OPSDConfig, arguments)
-        settings = (script_args, training_args, model_args)
-        check_model(model_args, training_args.use_vllm)
-        if script_args.start_adapter is not None:
-            check_adapter(script_args.start_adapter, model_args)
+        run = Run("opsd", script_args, training_args, model_args)
+        run.check(num_tokens=training_args.max_completion_length)
+        if script_args.adapter_name_or_path is not None:
+            check_adapter(script_args.adapter_name_or_path, model_args)
         columns = needed_columns(script_args, training_args)
-        checkpoint = settle_run("opsd", training_args.max_completion_length, *settings)
         if script_args.dry_run is not None:
-            print_dry_run(*settings)
+            run.print_settings()
             return
-        train_dataset, eval_dataset = load_data(script_args, *columns)
+        train_dataset, eval_dataset = run.load_data(*columns)
         OPSDTrainer.check_size(len(train_dataset), training_args)
-        tokenizer = load_tokenizer(model_args, training_args)
+        tokenizer = run.load_tokenizer()
 
-    training_args.model_init_kwargs = model_options(model_args, training_args)
+    training_args.model_init_kwargs = run.model_options()
     model, peft_config = model_args.model_name_or_path, get_peft_config(model_args)
-    if script_args.start_adapter is not None:
-        model, peft_config = load_with_adapter(model, script_args.start_adapter, training_args), None
+    if script_args.adapter_name_or_path is not None:
+        model, peft_config = load_with_adapter(model, script_args.adapter_name_or_path, training_args), None
     trainer = OPSDTrainer(
         model=model,
         args=training_args,
@@ -148,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if script_args.preflight:
         trainer.add_callback(Preflight(trainer))
-    run_training(trainer, script_args, model_args, checkpoint, trainer.rollouts)
+    run.train(trainer, trainer.rollouts)
 
 
 if __name__ == "__main__":

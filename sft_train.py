@@ -7,7 +7,6 @@ Fine-tune a model on reference solutions (SFT): the off-policy baseline of the p
 The model sees the prompt that the evaluator asks with. All flags: `python sft_train.py --help`.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,40 +14,28 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
-from checkpoints import CompleteCheckpoints
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
-from run_setup import (
-    RunArguments,
-    check_model,
-    load_data,
-    load_tokenizer,
-    model_options,
-    parse_arguments,
-    print_dry_run,
-    refuse_bad_input,
-    run_training,
-    settle_run,
-)
-
-logger = logging.getLogger(__name__)
+from opsd.run.arguments import RunArguments, parse_arguments
+from opsd.run.checkpoints import CompleteCheckpoints
+from opsd.run.problem_data import drop_long_rows
+from opsd.run.run import Run, exit_on_invalid_input
 
 
 @dataclass
 class SFTArguments(RunArguments):
-    """What SFT reads of the data, and its prompt."""
+    """Data and prompt of SFT."""
 
-    problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
     solution_column: str = field(default="solution", metadata={"help": "Column of the solution, which is learned."})
     thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
 
 
 class CompleteSFTTrainer(CompleteCheckpoints, SFTTrainer):
-    """TRL's `SFTTrainer`, whose checkpoints are complete or not used."""
+    """TRL's `SFTTrainer`, whose checkpoints are complete or not used, and which skips steps that are not finite."""
 
 
-def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict[str, list[int]]:
+def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict[str, list[int] | int]:
     """
-    Token ids of prompt, solution and end of turn, and for each whether it belongs to the completion.
+    Return the token ids of prompt, solution and end of turn, their number, and 1 for each that is to be learned.
 
     TRL would render the whole conversation with the chat template, which in many models differs from the prompt that
     they are asked with: the empty think block of the non-thinking mode is in one and not in the other.
@@ -59,12 +46,12 @@ def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking:
     return {
         "input_ids": prompt_ids + completion_ids,
         "completion_mask": [0] * len(prompt_ids) + [1] * len(completion_ids),
+        "num_tokens": len(prompt_ids) + len(completion_ids),
     }
 
 
 def prepare(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool, args: SFTConfig) -> Dataset:
-    """Encode all rows; leave out, and count, those that are too long: a solution without its end teaches not to end."""
-    max_length = args.max_length
+    """Encode all rows and drop those that are too long: a solution without its end teaches not to end."""
     encoded = dataset.map(
         encode,
         fn_kwargs={"tokenizer": tokenizer, "thinking": thinking},
@@ -72,20 +59,12 @@ def prepare(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool
         num_proc=args.dataset_num_proc,
         desc="Encoding prompts and solutions",
     )
-    fitting = encoded.filter(lambda ids: max_length is None or len(ids) <= max_length, input_columns="input_ids")
-    if len(fitting) == 0:
-        raise ValueError(f"--max_length {max_length}: all {len(encoded)} examples are longer; raise it")
-    if len(fitting) < len(encoded):
-        logger.warning(
-            "%d of %d examples left out as longer than %d tokens (--max_length)",
-            len(encoded) - len(fitting), len(encoded), max_length,
-        )  # fmt: skip
-    return fitting
+    return drop_long_rows(encoded, args.max_length, "max_length")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program with the given command line (default: that of the process)."""
-    with refuse_bad_input("sft_train.py"):
+    with exit_on_invalid_input("sft_train.py"):
         script_args, training_args, model_args = parse_arguments(
             SFTArguments,
             SFTConfig,
@@ -93,26 +72,27 @@ def main(arguments: list[str] | None = None) -> None:
             max_length=16_000,  # paper Table 4; TRL would cut at 1,024
             completion_only_loss=True,
         )
-        settings = (script_args, training_args, model_args)
-        check_model(model_args)
+        run = Run("sft", script_args, training_args, model_args)
+        run.check(num_tokens=training_args.max_length)
         for flag in ("chat_template_path", "eos_token"):
             if (value := getattr(training_args, flag)) is not None:
                 raise ValueError(
-                    f"--{flag} {value}: would act after the prompts are encoded; change the tokenizer in the model's folder"
+                    f"--{flag} {value}: would act after the prompts are encoded; change the tokenizer in the model's "
+                    "folder"
                 )
-        checkpoint = settle_run("sft", training_args.max_length, *settings)
         if script_args.dry_run is not None:
-            print_dry_run(*settings)
+            run.print_settings()
             return
-        columns = {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
-        datasets = load_data(script_args, columns)
-        tokenizer = load_tokenizer(model_args, training_args)
+        datasets = run.load_data(
+            {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
+        )
+        tokenizer = run.load_tokenizer()
         train_dataset, eval_dataset = (
             None if dataset is None else prepare(dataset, tokenizer, script_args.thinking, training_args)
             for dataset in datasets
         )
 
-    training_args.model_init_kwargs = model_options(model_args, training_args)
+    training_args.model_init_kwargs = run.model_options()
     trainer = CompleteSFTTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -121,7 +101,7 @@ def main(arguments: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
-    run_training(trainer, script_args, model_args, checkpoint)
+    run.train(trainer)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, encode_chat_prompt, fill_template
-from eval.grading import answer_text
-from problem_data import LOADERS, keep_usable, load_problems
+from opsd.run.problem_data import LOADERS, drop_incomplete_rows, find_local, load_problems
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,8 @@ def find_benchmark(dataset: str, data_root: Path | None = None, **columns: str) 
                 f"--data_root {data_root}: there is no {known.name} in it, neither a folder of that name nor a file "
                 f"ending in {', '.join(LOADERS)}"
             )
-    path = Path(dataset).expanduser()
-    if path.exists():
+    if (path := find_local(dataset, "dataset")) is not None:
         return Benchmark(path.resolve().stem, str(path), revision=None, **columns)
-    if path.suffix in LOADERS or dataset.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"--dataset {dataset}: no such file or folder")
     if "/" not in dataset:
         raise ValueError(
             f"--dataset {dataset}: neither a local file or folder, nor a Hub id, nor one of "
@@ -119,19 +115,13 @@ def load_questions(
             "response would count as cut off while thinking; use --no_thinking"
         )
     rows = load_problems(benchmark.path, benchmark.split, revision=benchmark.revision)
-    if benchmark.answer_column in rows.column_names:
-        try:
-            answers = [answer_text(value) for value in rows[benchmark.answer_column]]
-        except TypeError as error:
-            raise ValueError(f"--answer_column {benchmark.answer_column}: {error}") from error
-        rows = rows.remove_columns(benchmark.answer_column).add_column(benchmark.answer_column, answers)
     columns = {"problem_column": benchmark.problem_column, "answer_column": benchmark.answer_column}
     if privileged:
         columns["solution_column"] = benchmark.solution_column
     if benchmark.answer_type_column:
         columns["answer_type_column"] = benchmark.answer_type_column
     questions = []
-    for index, row in enumerate(keep_usable(rows, **columns)):
+    for index, row in enumerate(drop_incomplete_rows(rows, **columns)):
         problem = row[benchmark.problem_column]
         if privileged:
             content = fill_template(TEACHER_PROMPT, problem=problem, solution=row[benchmark.solution_column])

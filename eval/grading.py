@@ -39,7 +39,7 @@ from math_verify import parse, verify
 from math_verify.grader import should_treat_as_complex
 from sympy import Basic, Expr, MatrixBase, Rational
 
-EXTRACT_METHODS = ("final", "legacy")
+EXTRACT_METHODS = ("final", "release")
 GRADERS = ("strict", "legacy")
 START_SECONDS = 600  # enough for a worker's imports on any machine
 STANDSTILL = 20  # a worker whose answer takes so many times its limit without using a processor is ended, too
@@ -119,13 +119,13 @@ def extract_answer(text: str, thinking: bool = False, method: str = "final") -> 
     `\fbox{...}`; of nested boxes the innermost. Boxes of one line with nothing but a comma, `and`, `or` and the like
     between them are one list, joined by commas.
 
-    `legacy`, what the release is taken to do: the last `\boxed{` of the whole response, thoughts included, up to the
+    `release`, what the release is taken to do: the last `\boxed{` of the whole response, thoughts included, up to the
     brace that closes it; escaped braces count as braces.
 
     Args:
         text: the response, without its prompt.
         thinking: the response was sampled in thinking mode, so that without a `</think>` it was cut off before it
-            came to an answer; `legacy` ignores it.
+            came to an answer; `release` ignores it.
         method: one of `EXTRACT_METHODS`.
 
     Returns:
@@ -136,7 +136,7 @@ def extract_answer(text: str, thinking: bool = False, method: str = "final") -> 
     """
     if method not in EXTRACT_METHODS:
         raise ValueError(f"extraction method {method!r}: must be one of {', '.join(EXTRACT_METHODS)}")
-    if method == "legacy":
+    if method == "release":
         start = text.rfind(r"\boxed{")
         end = _closing(re.sub(r"\\(?=[{}])", " ", text), start + len(r"\boxed")) if start >= 0 else None
         return None if end is None else text[start + len(r"\boxed{") : end].strip()

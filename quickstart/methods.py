@@ -72,10 +72,10 @@ ABLATIONS = {
         "groups_of_8": opsd("--num_generations 8"),
     },
     "Beyond the paper": {
-        "failed_only": opsd("--weight_of_correct 0"),
+        "failed_only": opsd("--correct_weight 0"),
         "curriculum": opsd("--curriculum divergence"),
         "group_self_distillation": without_solutions("", has_curve=True),
-        "group_self_distillation_reward": without_solutions("--reward_weight 0.1"),
+        "group_self_distillation_reward": without_solutions("--policy_gradient_weight 0.1"),
         "grpo": Method("grpo_train.py", has_curve=True),
     },
 }

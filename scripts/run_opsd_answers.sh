@@ -38,7 +38,7 @@ arguments=(
     # teacher and student
     --fixed_teacher                                    # release: the initial policy
     --teacher_reference rollout                        # ours
-    --no_correct_rollout skip                          # ours; "answer" shows the teacher the right answer there
+    --reference_fallback skip                          # ours; "answer" shows the teacher the right answer there
     --num_generations 4                                # ours: more find a right one more often, of fewer problems
     --student_thinking false                           # release
     --teacher_thinking true                            # release

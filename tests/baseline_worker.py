@@ -10,8 +10,8 @@ from tiny_settings import ADAPTER, CPU
 
 import grpo_train
 import opsd_train
-import run_setup
 import sft_train
+from opsd.run import run as run_module
 
 COMMON = CPU | ADAPTER | {"max_steps": 2, "save_steps": 1}
 ROLLOUTS = {"use_vllm": True, "max_completion_length": 40, "temperature": 1.0, "effective_batch_size": 8}
@@ -48,8 +48,8 @@ RUNS = {
 
 def main(model: str, dataset: str, folder: str) -> None:
     """Writes `results.json` into `folder`: for each method its log, and the rollouts of all processes."""
-    trainers, finish = [], run_setup.finish
-    run_setup.finish = lambda trainer, rollouts=None: trainers.append(trainer)  # the group stays for the next run
+    trainers, shutdown = [], run_module.shutdown
+    run_module.shutdown = lambda trainer, sampler: trainers.append(trainer)  # the group stays for the next run
     sampled: list[list[int]] = []
     generate = grpo_train.OnPolicyGeneration.generate
 
@@ -69,7 +69,7 @@ def main(model: str, dataset: str, folder: str) -> None:
     results["processes"] = gather_object([{"backend": dist.get_backend(), "world_size": dist.get_world_size()}])
     if trainers[-1].accelerator.is_main_process:
         Path(folder, "results.json").write_text(json.dumps(results))
-    finish(trainers[-1])
+    shutdown(trainers[-1])
 
 
 if __name__ == "__main__":

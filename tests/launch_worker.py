@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import opsd_train
-import run_setup
+from opsd.run import run as run_module
 from opsd_trainer import OPSDTrainer
 
 SETTINGS = tiny_settings.CPU | tiny_settings.OPSD
@@ -35,10 +35,10 @@ VARIANTS = {
     "group": {
         "teacher_reference": "rollout",
         "num_generations": 4,
-        "no_correct_rollout": "answer",
-        "reward_weight": 0.1,
+        "reference_fallback": "answer",
+        "policy_gradient_weight": 0.1,
         "curriculum": "pass_rate",
-        "importance_correction": True,
+        "vllm_importance_sampling_correction": True,
         "top_k": 20,
         "top_p": 0.95,
         "jsd_token_clip": 0.05,
@@ -54,14 +54,14 @@ VARIANTS = {
         "use_ema_teacher": True,
         "ema_decay": 0.5,
         "curriculum": "divergence",
-        "weight_of_correct": 0.5,
+        "correct_weight": 0.5,
         "beta": 0.0,
         "jsd_token_clip": 0.05,
     },
     "sampled_token": {
         "use_tinker_loss": True,
         "sampled_token_clip": 1.0,
-        "importance_correction": True,
+        "vllm_importance_sampling_correction": True,
         "temperature": 1.2,
         "loss_temperature": 1.0,
         "num_loss_tokens_to_skip": 1,
@@ -72,8 +72,8 @@ VARIANTS = {
         "learning_rate": 1e-4,
         "reason_first": True,
         "max_reasoning_length": 30,
-        "weight_of_failed": 2.0,
-        "reward_weight": 0.1,
+        "incorrect_weight": 2.0,
+        "policy_gradient_weight": 0.1,
         "num_generations": 2,
         "beta": 1.0,
         "jsd_token_clip": 0.05,
@@ -184,7 +184,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     partition_larger_weights()
     opsd_train.OPSDTrainer = KeptTrainer
     # The group stays for the next run
-    finish, run_setup.finish = run_setup.finish, lambda trainer, rollouts: None
+    shutdown, run_module.shutdown = run_module.shutdown, lambda trainer, sampler: None
     common = SETTINGS | {"model_name_or_path": model, "dataset_name": dataset} | ADAPTER
     run, resumed = Path(folder, "run"), Path(folder, "resumed")
     if "server" in further:
@@ -201,7 +201,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
             processes += gather_object([describe(trainer)])
         if trainer.accelerator.is_main_process:
             Path(folder, "results.json").write_text(json.dumps(results | {"processes": processes}))
-        finish(trainer, trainer.rollouts)
+        shutdown(trainer, trainer.rollouts)
         return
     if "tensor_parallel" in further:
         common |= {"vllm_tensor_parallel_size": 2}
@@ -211,7 +211,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
         results["engine_size"] = trainer.rollouts.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
         if trainer.accelerator.is_main_process:
             Path(folder, "results.json").write_text(json.dumps(results))
-        finish(trainer, trainer.rollouts)
+        shutdown(trainer, trainer.rollouts)
         return
     if "server" in further:
         if trainer.accelerator.is_main_process:
@@ -245,7 +245,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
 
     if trainer.accelerator.is_main_process:
         Path(folder, "results.json").write_text(json.dumps(results))
-    finish(trainer, trainer.rollouts)
+    shutdown(trainer, trainer.rollouts)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from trl import SFTConfig
 
 import grpo_train
 import sft_train
-from checkpoints import find_fault
 from eval.benchmarks import find_benchmark, load_questions
-from problem_data import load_problems
+from opsd.rewards import make_reward
+from opsd.run.checkpoints import find_fault
+from opsd.run.problem_data import load_problems
 
 ROOT = Path(__file__).parents[1]
 AIME = ROOT.parent / "shared" / "data" / "eval" / "aime24"
@@ -67,7 +68,11 @@ def no_model(monkeypatch):
             {"num_generations": 4, "answer_column": "key"},
             "--answer_column key: the data set has no such column",
         ),
-        (grpo_train, {"num_generations": 4, "max_prompt_length": 20}, "0 usable problems are fewer than one step"),
+        (
+            grpo_train,
+            {"num_generations": 4, "max_prompt_length": 20},
+            "--max_prompt_length 20: all 64 examples are longer",
+        ),
         (grpo_train, {"num_generations": 3}, "make it a multiple of --num_generations"),
         (
             sft_train,
@@ -151,13 +156,13 @@ def test_sft_trains_evaluates_and_resumes(run, train_file, tiny_model_dir, probl
 )
 def test_rewards(response, answer, math, exact_match):
     arguments = {"completions": [[{"role": "assistant", "content": response}]], "answer": [answer], "prompts": []}
-    assert grpo_train.make_reward("math", thinking=False)(**arguments) == [math]
-    assert grpo_train.make_reward("exact_match", thinking=False)(**arguments) == [exact_match]
+    assert make_reward("math", thinking=False)(**arguments) == [math]
+    assert make_reward("exact_match", thinking=False)(**arguments) == [exact_match]
 
 
 def test_thoughts_that_were_cut_off_earn_nothing():
     completions = [[{"role": "assistant", "content": text}] for text in (r"<think>\boxed{1}", r"</think>\boxed{1}")]
-    assert grpo_train.make_reward("math", thinking=True)(completions=completions, answer=["1", "1"]) == [0.0, 1.0]
+    assert make_reward("math", thinking=True)(completions=completions, answer=["1", "1"]) == [0.0, 1.0]
 
 
 def test_grpo_rewards_right_answers_on_policy_and_resumes(run, tmp_path, problems):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from checkpoints import MANIFEST, find_checkpoint, find_fault, find_last_complete, write_manifest
+from opsd.run.checkpoints import MANIFEST, find_checkpoint, find_fault, find_last_complete, write_manifest
 
 FILES = {
     "adapter_model.safetensors": "weights",

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
-import checkpoints
 import opsd_train
-from checkpoints import find_fault, find_last_complete
+from opsd.run import checkpoints
+from opsd.run.checkpoints import find_fault, find_last_complete
 from opsd_trainer import OPSDTrainer
 
 STEPS = 4
@@ -257,7 +257,7 @@ def skip_and_leave(launcher, rank, port, model_dir, folder, arguments):
         spoil(trainer, {1}, "NaN loss")
     trainer.train()
     kind = trainer.accelerator.distributed_type.value
-    torch.save({"states": states.of_steps, "saved": trainer._saved, "kind": kind}, folder / f"states_{rank}.pt")
+    torch.save({"states": states.of_steps, "saved": trainer._run_state, "kind": kind}, folder / f"states_{rank}.pt")
     run_program(arguments, terminate_in_a_step if rank == 0 else None, 1)
 
 
@@ -292,7 +292,7 @@ def test_two_processes_skip_and_leave_together(forks, tiny_model_dir, train_file
         assert rank["saved"]["num_nonfinite_steps"] == 1
         assert_skipped(rank["states"], {1})
     kept = [torch.load(tmp_path / "run" / "nonfinite" / f"step_00002_process_{rank}.pt") for rank in range(2)]
-    assert [list(batch["loss_of_tokens"]) for batch in kept] == [[], [0]]
+    assert [list(batch["losses"]) for batch in kept] == [[], [0]]
 
     (left,) = (tmp_path / "left").glob("checkpoint-*")
     assert left.name == "checkpoint-2" and find_fault(left) is None
@@ -397,9 +397,8 @@ def assert_skipped(states, steps):
 @pytest.mark.parametrize("kind", ["NaN loss", "infinite loss", "NaN gradient"])
 def test_step_that_is_not_finite_is_skipped_and_its_batch_kept(make_trainer, tmp_path, kind):
     states = States()
-    trainer = make_trainer(
-        callbacks=[states], gradient_accumulation_steps=2, max_steps=4, weight_decay=0.1, max_nonfinite_steps=2
-    )
+    trainer = make_trainer(callbacks=[states], gradient_accumulation_steps=2, max_steps=4, weight_decay=0.1)
+    trainer.max_nonfinite_steps = 2
     trainer.rollouts = Sampler(trainer, repeat(4))
     spoil(trainer, {0, 2}, kind)
     trainer.train()
@@ -417,15 +416,15 @@ def test_step_that_is_not_finite_is_skipped_and_its_batch_kept(make_trainer, tmp
     for prompt, rollout in zip(prompts, map(json.loads, rollouts), strict=True):
         assert prompt.endswith(rollout["prompt"][-40:])
     if kind == "NaN gradient":
-        assert kept["loss_of_tokens"] == {}
+        assert kept["losses"] == {}
     else:
-        (losses,) = kept["loss_of_tokens"].values()
+        (losses,) = kept["losses"].values()
         assert losses.shape == (kept["inputs"][0]["completion_mask"].sum(),) and not losses.isfinite().any()
 
 
 def test_run_without_finite_steps_ends(make_trainer):
     states = States()
-    trainer = make_trainer(callbacks=[states], max_steps=9, gradient_accumulation_steps=2, max_nonfinite_steps=3)
+    trainer = make_trainer(callbacks=[states], max_steps=9, gradient_accumulation_steps=2)
     trainer.rollouts = Sampler(trainer, repeat(4))
     spoil(trainer, {1, 2, 4, 5, 6}, "NaN loss")
     with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row, up to step 7; their batches are in"):

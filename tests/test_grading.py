@@ -81,11 +81,11 @@ def test_extract_answer_of_a_thinking_model(text, expected):
     ],
 )
 def test_legacy_extraction(text, expected):
-    assert extract_answer(text, thinking=True, method="legacy") == expected
+    assert extract_answer(text, thinking=True, method="release") == expected
 
 
 def test_unknown_methods_are_refused():
-    with pytest.raises(ValueError, match="'first': must be one of final, legacy"):
+    with pytest.raises(ValueError, match="'first': must be one of final, release"):
         extract_answer("", method="first")
     with pytest.raises(ValueError, match="'fast': must be one of strict, legacy"):
         grade("1", "1", grader="fast")
@@ -458,7 +458,7 @@ def test_command_line(tmp_path, capsys):
     )
     assert [line["extracted"] for line in run_main(capsys, "--responses", responses)] == [None, "7"]
     assert [line["equal"] for line in run_main(capsys, "--responses", responses, "--thinking")] == [False, False]
-    assert [line["extracted"] for line in run_main(capsys, "--responses", responses, "--extract", "legacy")] == [
+    assert [line["extracted"] for line in run_main(capsys, "--responses", responses, "--extract", "release")] == [
         "7",
         "7",
     ]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
-from checkpoints import find_fault, find_last_complete
+from opsd.run.checkpoints import find_fault, find_last_complete
 from vllm_engine import CPU_ENGINE, CPU_ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
@@ -190,7 +190,7 @@ def test_variants_under_zero3(tiny_model_dir, data, deepspeed_build, tmp_path):
         assert rollouts(tmp_path / "zero3" / name) == rollouts(tmp_path / "cpu" / name), name
         for metric in ("loss", "divergence", "rollouts/correct_ratio", "rationalizations/mean_length"):
             assert values(history, metric) == pytest.approx(values(expected[name], metric), rel=1e-4, abs=1e-6), name
-        if "importance_correction" in VARIANTS[name]:
+        if "vllm_importance_sampling_correction" in VARIANTS[name]:
             assert max(values(history, "importance/variance")) > 0.0
             assert values(history, "importance/mean") == pytest.approx(
                 values(expected[name], "importance/mean"), rel=1e-4

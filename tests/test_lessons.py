@@ -10,11 +10,11 @@ from transformers import AutoTokenizer
 
 from data_collator import ELLIPSIS, SelfDistillationDataCollator
 from lessons import Lessons
+from opsd.rewards import Verifier, as_reference, group_advantages, pick_correct_peers
 from opsd_config import OPSDConfig
 from opsd_train import OPSDArguments, needed_columns
 from opsd_trainer import OPSDTrainer
 from rationalization import Rationalization, RationalizationCache, Rationalizer
-from verification import Verifier, as_reference, group_advantages, pick_siblings
 
 FIRST = {"problem": "12+34", "solution": "Ones 6, tens 4, hence \\boxed{46}.", "answer": "46"}
 SECOND = {"problem": "20+30", "solution": "Ones 0, tens 5, hence \\boxed{50}.", "answer": "50"}
@@ -101,7 +101,7 @@ def box(answer, text=""):
     ],
 )
 def test_siblings(usable, group_size, expected):
-    assert pick_siblings(usable, group_size) == expected
+    assert pick_correct_peers(usable, group_size) == expected
 
 
 def test_advantages_against_numpy():
@@ -138,7 +138,6 @@ def test_verifier():
     completions = [r"so \boxed{46}", r"so \boxed{47}", "so 46", r"\boxed{46.0}", r"\boxed{46}", r"\boxed{46}"]
     verifier = Verifier(thinking=False)
     assert verifier(completions, ["46", "46", "46", "46", None, " "]) == [True, False, False, True, None, None]
-    verifier.close()
 
 
 @pytest.mark.parametrize(("thinking", "unfinished"), [(False, True), (True, False)])
@@ -146,7 +145,6 @@ def test_thoughts_that_have_not_ended_have_no_answer_in_thinking_mode(thinking, 
     verifier = Verifier(thinking)
     completions = [r"\boxed{46}", r"\boxed{47}</think>\boxed{46}", r"\boxed{46}</think>\boxed{47}"]
     assert verifier(completions, ["46"] * 3) == [unfinished, True, False]
-    verifier.close()
 
 
 # Lessons
@@ -158,8 +156,8 @@ def test_weights_follow_the_grades(teach):
         [FIRST, FIRST, unknown, unknown],
         [box(46), box(64), box(2), box(3)],
         group_size=2,
-        weight_of_correct=0.25,
-        weight_of_failed=2.0,
+        correct_weight=0.25,
+        incorrect_weight=2.0,
     )
     assert batch["correct"] == [True, False, None, None]
     assert batch["weights"].tolist() == [0.25, 2.0, 1.0, 1.0] and batch["weights"].dtype == torch.float32
@@ -173,7 +171,9 @@ def test_weights_follow_the_grades(teach):
 
 
 def test_advantages_are_those_of_the_groups(teach):
-    batch, _ = teach([FIRST] * 2 + [SECOND] * 2, [box(46), box(1), box(50), box(50)], group_size=2, reward_weight=0.5)
+    batch, _ = teach(
+        [FIRST] * 2 + [SECOND] * 2, [box(46), box(1), box(50), box(50)], group_size=2, policy_gradient_weight=0.5
+    )
     assert batch["advantages"].tolist() == pytest.approx(group_advantages([True, False, True, True], 2))
     assert batch["weights"].tolist() == [1.0] * 4
 
@@ -223,8 +223,8 @@ def test_without_a_sibling(teach, fallback, answer, reference):
         [FIRST | {"answer": answer}] * 2,
         ["cut \\boxed{46}", box(7)],
         teacher_reference="rollout",
-        no_correct_rollout=fallback,
-        weight_of_failed=3.0,
+        reference_fallback=fallback,
+        incorrect_weight=3.0,
     )
     has_reference = reference is not None
     assert lessons.sums["references/none_ratio"] == [0 if has_reference else 2, 2]
@@ -463,21 +463,29 @@ GROUP = {"num_generations": 4}
         ({"teacher_reference": "rollout", "max_length": None} | GROUP, "teacher_reference"),
         ({"teacher_reference": "rollout", "eval_strategy": "steps"} | GROUP, "eval_strategy"),
         ({"teacher_reference": "rollout", "eval_on_start": True} | GROUP, "eval_strategy"),
-        ({"no_correct_rollout": "fail"}, "no_correct_rollout"),
-        ({"no_correct_rollout": "solution"}, "no_correct_rollout"),
-        ({"weight_of_failed": -1.0}, "weight_of_failed"),
-        ({"weight_of_correct": -1.0}, "weight_of_correct"),
-        ({"weight_of_correct": float("inf")}, "weight_of_correct"),
-        ({"weight_of_failed": float("nan")}, "weight_of_failed"),
-        ({"weight_of_correct": 0.0, "weight_of_failed": 0.0}, "weight_of_failed"),
-        ({"reward_weight": -0.1} | GROUP, "reward_weight"),
-        ({"reward_weight": 1.0}, "reward_weight"),
+        ({"reference_fallback": "fail"}, "reference_fallback"),
+        ({"reference_fallback": "solution"}, "reference_fallback"),
+        ({"incorrect_weight": -1.0}, "incorrect_weight"),
+        ({"correct_weight": -1.0}, "correct_weight"),
+        ({"correct_weight": float("inf")}, "correct_weight"),
+        ({"incorrect_weight": float("nan")}, "incorrect_weight"),
+        ({"correct_weight": 0.0, "incorrect_weight": 0.0}, "incorrect_weight"),
+        ({"policy_gradient_weight": -0.1} | GROUP, "policy_gradient_weight"),
+        ({"policy_gradient_weight": 1.0}, "policy_gradient_weight"),
         ({"curriculum": "length"}, "curriculum"),
-        ({"importance_correction": True, "use_tinker_loss": True}, "importance_correction"),
-        ({"importance_correction": True, "use_vllm": True}, "importance_correction"),
         (
-            {"importance_correction": True, "use_vllm": True, "use_tinker_loss": True, "vllm_mode": "server"},
-            "importance_correction",
+            {"vllm_importance_sampling_correction": True, "use_tinker_loss": True},
+            "vllm_importance_sampling_correction",
+        ),
+        ({"vllm_importance_sampling_correction": True, "use_vllm": True}, "vllm_importance_sampling_correction"),
+        (
+            {
+                "vllm_importance_sampling_correction": True,
+                "use_vllm": True,
+                "use_tinker_loss": True,
+                "vllm_mode": "server",
+            },
+            "vllm_importance_sampling_correction",
         ),
         ({"num_generations": 5}, "num_generations"),
         ({"num_generations": 0}, "num_generations"),
@@ -503,10 +511,10 @@ def test_templates_that_are_refused(settings, message):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"weight_of_correct": 0.0, "weight_of_failed": 0.0, "reward_weight": 1.0} | GROUP,  # the reward alone
+        {"correct_weight": 0.0, "incorrect_weight": 0.0, "policy_gradient_weight": 1.0} | GROUP,  # the reward alone
         {"reason_first": True, "reasoning_cache": "x", "fixed_teacher": True},
         {"reason_first": True, "teacher_reference": "rollout"} | GROUP,
-        {"importance_correction": True, "use_vllm": True, "reward_weight": 1.0} | GROUP,
+        {"vllm_importance_sampling_correction": True, "use_vllm": True, "policy_gradient_weight": 1.0} | GROUP,
         {"num_generations": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     ],
 )
@@ -523,14 +531,14 @@ SOLUTION, ANSWER = {"solution_column": "solution"}, {"answer_column": "key"}
         ({}, SOLUTION, ANSWER),
         ({"teacher_sees_solution": False}, {}, ANSWER),
         ({"verify_rollouts": True}, SOLUTION | ANSWER, {}),
-        ({"weight_of_correct": 0.0}, SOLUTION | ANSWER, {}),
-        ({"weight_of_failed": 2.0}, SOLUTION | ANSWER, {}),
-        ({"reward_weight": 1.0} | GROUP, SOLUTION | ANSWER, {}),
+        ({"correct_weight": 0.0}, SOLUTION | ANSWER, {}),
+        ({"incorrect_weight": 2.0}, SOLUTION | ANSWER, {}),
+        ({"policy_gradient_weight": 1.0} | GROUP, SOLUTION | ANSWER, {}),
         ({"curriculum": "pass_rate"}, SOLUTION | ANSWER, {}),
         ({"curriculum": "divergence"}, SOLUTION, ANSWER),
         ({"teacher_reference": "rollout"} | GROUP, ANSWER, {}),
-        ({"teacher_reference": "rollout", "no_correct_rollout": "answer"} | GROUP, ANSWER, {}),
-        ({"teacher_reference": "rollout", "no_correct_rollout": "solution"} | GROUP, SOLUTION | ANSWER, {}),
+        ({"teacher_reference": "rollout", "reference_fallback": "answer"} | GROUP, ANSWER, {}),
+        ({"teacher_reference": "rollout", "reference_fallback": "solution"} | GROUP, SOLUTION | ANSWER, {}),
     ],
 )
 def test_columns_that_the_settings_need(settings, needed, further):

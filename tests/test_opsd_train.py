@@ -75,7 +75,10 @@ def write(file, *lines):
         (["--use_vllm", "true", "--use_peft", "--use_dora"], "--use_dora: vLLM does not serve such an adapter"),
         (["--use_vllm", "true", "--use_peft", "--load_in_4bit"], "leave out --load_in_4bit"),
         (["--presence_penalty", "1"], "--presence_penalty 1.0: must be 0 without --use_vllm"),
-        (["--start_adapter", "nowhere"], "--start_adapter nowhere: has no adapter_config.json and no adapter_model"),
+        (
+            ["--adapter_name_or_path", "nowhere"],
+            "--adapter_name_or_path nowhere: has no adapter_config.json and no adapter_model",
+        ),
         (["--loss_temperature", "0"], "--loss_temperature 0.0: must be positive"),
         (["--num_loss_tokens_to_skip", "64"], "--num_loss_tokens_to_skip 64: must lie in [0, 64)"),
         (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
@@ -149,7 +152,7 @@ def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
 def test_training_goes_on_from_a_finished_adapter(run, tmp_path):
     first = run("--max_steps", "1")
     second = tmp_path / "second"
-    run("--start_adapter", str(first), "--output_dir", str(second), "--max_steps", "1")
+    run("--adapter_name_or_path", str(first), "--output_dir", str(second), "--max_steps", "1")
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
     assert before.keys() == after.keys() and not all(before[name].equal(after[name]) for name in before)
     # The teacher of the second run is the policy that the first one ended with, and not the base

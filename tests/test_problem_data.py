@@ -6,7 +6,7 @@ import re
 import pytest
 from datasets import Dataset
 
-from problem_data import keep_usable, load_problems
+from opsd.run.problem_data import drop_incomplete_rows, load_problems
 
 ROWS = [{"problem": f"{i}+1", "solution": f"\\boxed{{{i + 1}}}"} for i in range(3)]
 
@@ -98,17 +98,17 @@ def test_missing_column_names_those_that_exist():
     with pytest.raises(
         ValueError, match="--solution_column proof: the data set has no such column; it has problem, sol"
     ):
-        keep_usable(Dataset.from_list(ROWS), problem_column="problem", solution_column="proof")
+        drop_incomplete_rows(Dataset.from_list(ROWS), problem_column="problem", solution_column="proof")
 
 
 def test_column_that_is_not_text():
     with pytest.raises(ValueError, match="--problem_column id: the column does not hold text"):
-        keep_usable(Dataset.from_list([{"id": 1}]), problem_column="id")
+        drop_incomplete_rows(Dataset.from_list([{"id": 1}]), problem_column="id")
 
 
 def test_blank_rows_are_left_out_and_counted(caplog):
     rows = [*ROWS, {"problem": "5+1", "solution": "  "}, {"problem": None, "solution": "6"}]
-    usable = keep_usable(Dataset.from_list(rows), problem_column="problem", solution_column="solution")
+    usable = drop_incomplete_rows(Dataset.from_list(rows), problem_column="problem", solution_column="solution")
     assert usable.to_list() == ROWS
     assert "left out 2 of 5 examples" in caplog.text
 
@@ -116,4 +116,4 @@ def test_blank_rows_are_left_out_and_counted(caplog):
 def test_only_blank_solutions():
     rows = [{"problem": "1+1", "solution": ""}, {"problem": "1+2", "solution": None}]
     with pytest.raises(ValueError, match="no usable row among 2: the column 'solution' is empty in all of them"):
-        keep_usable(Dataset.from_list(rows), problem_column="problem", solution_column="solution")
+        drop_incomplete_rows(Dataset.from_list(rows), problem_column="problem", solution_column="solution")

@@ -14,6 +14,7 @@ from trl import GRPOConfig
 from data_collator import REASONING_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT, TRANSITION_PROMPT, fill_template
 from eval.grading import extract_answer
 from grpo_train import GRPOArguments
+from opsd.run.arguments import parse_arguments
 from opsd_train import OPSDArguments
 from opsd_trainer import OPSDConfig
 from quickstart import addition
@@ -21,7 +22,6 @@ from quickstart import run as quickstart
 from quickstart.base_model import BaseModelConfig, ablation_base, draw_batches, fingerprint, train_tokenizer
 from quickstart.methods import ABLATIONS, choose_methods
 from quickstart.report import LABELS, ablation_table, markdown_table, summary_table
-from run_setup import parse_arguments
 
 
 def test_quickstart_teaches_the_model(tiny_model_dir, tmp_path):

@@ -14,9 +14,9 @@ from test_teacher_weights import EMA, copies
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from opsd.rewards import Verifier
 from opsd_loss import generalized_jsd
 from rollouts import OnPolicyGeneration
-from verification import Verifier
 
 GROUPS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
 REASONING = {"reason_first": True, "max_reasoning_length": 16, "reasoning_top_k": 1, "temperature": 1.3}
@@ -72,8 +72,10 @@ def by_hand(trainer, inputs):
     ],  # the last: only their ratio counts
 )
 def test_loss_of_a_step_by_hand(make_trainer, of_correct, of_failed, reward):
-    """sum_n w_n D_n / sum_n w_n - reward_weight sum_n A_n log p_S(y_n) / N over both micro-batches, and its gradient."""
-    trainer = make_trainer(weight_of_correct=of_correct, weight_of_failed=of_failed, reward_weight=reward, **GROUPS)
+    """sum_n w_n D_n / sum_n w_n - policy_gradient_weight sum_n A_n log p_S(y_n) / N over both micro-batches, and its gradient."""
+    trainer = make_trainer(
+        correct_weight=of_correct, incorrect_weight=of_failed, policy_gradient_weight=reward, **GROUPS
+    )
     micro_batches = sample_groups(trainer)
     parts = [by_hand(trainer, inputs) for inputs in micro_batches]
     divergences, logprobs, right, _ = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -98,7 +100,7 @@ def test_loss_of_a_step_by_hand(make_trainer, of_correct, of_failed, reward):
 @pytest.mark.parametrize("implementation", ["fused", "dense"])
 def test_step_in_which_all_is_right_teaches_nothing(make_trainer, monkeypatch, implementation):
     monkeypatch.setattr(Verifier, "__call__", lambda self, completions, answers: [True] * len(completions))
-    settings = {"weight_of_correct": 0.0, "max_steps": 1, "loss_implementation": implementation}
+    settings = {"correct_weight": 0.0, "max_steps": 1, "loss_implementation": implementation}
     trainer = make_trainer(callbacks=[recorder := Recorder()], **settings)
     perturb_student(trainer)
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
@@ -209,8 +211,8 @@ def test_rationalizations_are_the_base_models(make_trainer, tiny_model_dir):
     expected, num_tokens = expected_teacher_prompts(trainer, base)
     assert teacher_prompts(inputs) == expected
     assert teacher_prompts(inputs) != expected_teacher_prompts(trainer, trainer.model)[0]
-    assert trainer.model.training and trainer._saved["num_rationalization_tokens"] == num_tokens
-    trainer._saved.clear()
+    assert trainer.model.training and trainer._run_state["num_rationalization_tokens"] == num_tokens
+    trainer._run_state.clear()
     trainer._seconds.clear()
     trainer.train()
     assert recorder.values("rationalizations/mean_length")[0] > 0.0
@@ -339,9 +341,9 @@ def test_importance_weights_by_hand(make_trainer):
     sampler = {"temperature": 2.0, "top_k": 6, "top_p": 0.9}
     trainer = make_trainer(
         use_vllm=True,
-        importance_correction=True,
+        vllm_importance_sampling_correction=True,
         use_tinker_loss=True,
-        reward_weight=0.5,
+        policy_gradient_weight=0.5,
         loss_temperature=1.2,
         learning_rate=0.0,  # so that the policy is still there after the step
         max_steps=1,
@@ -436,14 +438,14 @@ def test_resumed_curriculum_goes_on(make_trainer, problems, tmp_path, kind):
 
 def test_resuming_with_another_curriculum_is_refused(make_trainer):
     trainer = make_trainer(curriculum="divergence")
-    trainer._saved["curriculum"] = "none"
+    trainer._run_state["curriculum"] = "none"
     with pytest.raises(ValueError, match="--curriculum divergence: .* was trained with none"):
         trainer._start_curriculum()
 
 
 @pytest.mark.parametrize(
     ("column", "settings"),
-    [("solution", {}), ("answer", {"weight_of_correct": 0.0}), ("answer", {"curriculum": "pass_rate"})],
+    [("solution", {}), ("answer", {"correct_weight": 0.0}), ("answer", {"curriculum": "pass_rate"})],
 )
 def test_missing_columns_are_named(make_trainer, problems, column, settings):
     with pytest.raises(ValueError, match=f"the train dataset has no column '{column}'"):

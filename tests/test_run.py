@@ -6,11 +6,12 @@ import os
 import pytest
 from trl import GRPOConfig, SFTConfig
 
-import run_setup
 from grpo_train import GRPOArguments
+from opsd.run import run as run_module
+from opsd.run.arguments import parse_arguments
+from opsd.run.run import Run, choose_attention
 from opsd_train import OPSDArguments
 from opsd_trainer import OPSDConfig
-from run_setup import choose_attention, parse_arguments, print_dry_run, settle_run
 from sft_train import SFTArguments
 
 CPU = ["--use_cpu", "--bf16", "false", "--model_name_or_path", "Qwen/Qwen3-1.7B"]
@@ -24,7 +25,7 @@ def test_names_of_runs():
     def name(*arguments):
         batch = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
         run, training, model = parse(*batch, *arguments)
-        settle_run("opsd", training.max_completion_length, run, training, model)
+        Run("opsd", run, training, model).check(training.max_completion_length)
         return training.run_name, training.output_dir
 
     composed = "opsd_Qwen3-1.7B_lr5e-06_bs8_tok1024"
@@ -76,18 +77,17 @@ def test_accumulation_reaches_what_depends_on_it():
 
 def test_dry_run_prints_the_settings(capsys, tmp_path):
     settings = parse_arguments(SFTArguments, SFTConfig, [*CPU, "--dry_run", "4", "--learning_rate", "2e-5"])
-    print_dry_run(*settings)
+    Run("sft", *settings).print_settings()
     printed = json.loads(capsys.readouterr().out)
     assert printed["training"]["learning_rate"] == 2e-5
     assert printed["model"]["model_name_or_path"] == "Qwen/Qwen3-1.7B"
     missing = parse_arguments(SFTArguments, SFTConfig, [*CPU, "--dry_run", "4", "--dataset_name", "./nowhere.jsonl"])
     with pytest.raises(FileNotFoundError, match="--dataset_name ./nowhere.jsonl: no such file or folder"):
-        print_dry_run(*missing)
+        Run("sft", *missing).check(None)
 
 
 def test_model_is_not_spread_over_all_gpus_of_the_machine():
-    _, training, model = parse()
-    assert run_setup.model_options(model, training)["device_map"] is None
+    assert Run("opsd", *parse()).model_options()["device_map"] is None
 
 
 def test_attention_falls_back_and_says_so(caplog):
@@ -100,7 +100,7 @@ def test_attention_falls_back_and_says_so(caplog):
 
 
 def test_attention_where_flash_attention_is_installed(monkeypatch):
-    monkeypatch.setattr(run_setup, "is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(run_module, "is_flash_attn_2_available", lambda: True)
     config = OPSDConfig(use_cpu=True, bf16=False)
     assert choose_attention(None, "bfloat16", config) == "sdpa"
     config.use_cpu = False

@@ -1,7 +1,8 @@
-"""Checkpoints that are complete or are not used, and leaving a run with one."""
+"""Checkpoints that are complete or are not used, leaving a run with one, and steps that are not finite."""
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -10,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
@@ -38,7 +41,7 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """Why training cannot go on from a folder; `None` for a complete checkpoint."""
+    """Say why training cannot go on from a folder; `None` for a complete checkpoint."""
     try:
         sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
@@ -92,8 +95,8 @@ def find_checkpoint(output_dir: str, resume: str | None, overwrite: bool) -> str
     fault = find_fault(Path(resume))
     if fault is not None:
         raise ValueError(
-            f"--resume_from_checkpoint {resume}: not a complete checkpoint: {fault}. Say true for the last complete one of "
-            "the output folder"
+            f"--resume_from_checkpoint {resume}: not a complete checkpoint: {fault}. Say true for the last complete "
+            "one of the output folder"
         )
     return resume
 
@@ -105,9 +108,10 @@ def _explain_failure(target: Path, run_dir: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         raise RuntimeError(
-            f"{target} could not be written: {error}\nThe file system has {shutil.disk_usage(run_dir).free / 2**20:,.0f} "
-            f"MiB free. The last complete checkpoint is {find_last_complete(run_dir)}. Make room (--save_total_limit "
-            "keeps fewer checkpoints), then go on from it with --resume_from_checkpoint true"
+            f"{target} could not be written: {error}\nThe file system has "
+            f"{shutil.disk_usage(run_dir).free / 2**20:,.0f} MiB free. The last complete checkpoint is "
+            f"{find_last_complete(run_dir)}. Make room (--save_total_limit keeps fewer checkpoints), then go on from "
+            "it with --resume_from_checkpoint true"
         ) from error
 
 
@@ -120,12 +124,25 @@ class CompleteCheckpoints:
     - A resumed run goes on in the data order of the interrupted one, in later epochs too.
     - On SIGTERM the running step is finished, a checkpoint is saved, and `train` returns with `stopped_by_signal` set.
       The processes agree on it: it is enough if one of them gets the signal. SIGINT (Ctrl-C) ends a run at once.
+    - A step with a loss or gradient that is not finite is skipped, on all processes: weights and moments stay as they
+      are. Its batch is kept in OUTPUT_DIR/nonfinite. After `max_nonfinite_steps` of them in a row `train` raises
+      `FloatingPointError`. In float16 the loss scaler skips such steps itself, and meets them all the time.
+
+    A trainer with a `compute_loss` of its own calls `mark_nonfinite` in it, once for each micro-batch.
 
     transformers' `--enable_jit_checkpoint` is no substitute: its processes do not agree, so that those that got the
     signal later, or not at all, wait for ever; and it saves before the optimizer's step, after a timer of 3 seconds.
     """
 
+    max_nonfinite_steps = 3
+    logged_counts: tuple[str, ...] = ("num_nonfinite_steps",)  # what is counted (`_count`) and logged with each loss
     stopped_by_signal = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._losses_of_step: list[Tensor | None] = []  # of each micro-batch; None: it is finite
+        self._inputs_of_step: list[Any] = []  # of each micro-batch
+        self._num_skipped_in_a_row = 0
+        super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self.stopped_by_signal = self._got_signal = False
@@ -138,13 +155,91 @@ class CompleteCheckpoints:
     def _note_signal(self, *_: Any) -> None:
         self._got_signal = True
 
+    # State of the run
+
+    @property
+    def _run_state(self) -> dict[str, Any]:
+        """What checkpoints hold beside the trainer's own state, so that a resumed run goes on from there."""
+        return self.state.stateful_callbacks.setdefault("run_state", {})
+
+    def _count(self, name: str, number: int) -> None:
+        self._run_state[name] = self._run_state.get(name, 0) + number
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= {name: self._run_state.get(name, 0) for name in self.logged_counts}
+        super().log(logs, *args, **kwargs)
+
+    # Steps that are not finite
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs or not self.model.training:
+            return loss
+        self._inputs_of_step.append(inputs)
+        return self.mark_nonfinite(loss)
+
+    def mark_nonfinite(self, loss: Tensor, per_token: Tensor | None = None) -> Tensor:
+        """
+        Return the loss of a micro-batch, (), or NaN if it is not finite: then the gradient's norm is NaN, too, on all
+        processes. An infinite loss may have a finite gradient.
+
+        Args:
+            per_token: losses of its tokens, for the file that is kept; `None`: the file gets `loss` alone.
+        """
+        if not self.model.training:
+            return loss
+        is_finite = bool(loss.isfinite())
+        self._losses_of_step.append(None if is_finite else (loss if per_token is None else per_token).detach())
+        return loss if is_finite else loss * math.nan
+
+    @property
+    def last_step_was_skipped(self) -> bool:
+        """True after an optimizer step that was skipped, until the next one."""
+        return self._num_skipped_in_a_row > 0
+
+    def _batch_to_keep(self) -> Any:
+        """What the file of a skipped step holds as `inputs`: those of its micro-batches on this process."""
+        return self._inputs_of_step
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """The gradient's norm over all processes; right before the optimizer's step, which it skips if not finite."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if math.isfinite(grad_norm) or self.accelerator.mixed_precision == "fp16":
+            self._num_skipped_in_a_row = 0
+        else:
+            model.zero_grad()  # without a gradient nothing changes; DeepSpeed has left weights and moments by itself
+            self._num_skipped_in_a_row += 1
+            self._count("num_nonfinite_steps", 1)
+            self._keep_batch()
+        self._losses_of_step, self._inputs_of_step = [], []
+        return grad_norm
+
+    def _keep_batch(self) -> None:
+        step = self.state.global_step + 1
+        path = Path(self.args.output_dir, "nonfinite", f"step_{step:05d}_process_{self.accelerator.process_index}.pt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        losses = {place: loss for place, loss in enumerate(self._losses_of_step) if loss is not None}
+        torch.save({"step": step, "inputs": self._batch_to_keep(), "losses": losses}, path)
+        logger.error("step %d: loss or gradient not finite; the step is skipped, its batch kept in %s", step, path)
+        if self._num_skipped_in_a_row >= self.max_nonfinite_steps:
+            raise FloatingPointError(
+                f"loss or gradient not finite in {self._num_skipped_in_a_row} steps in a row, up to step {step}; "
+                f"their batches are in {path.parent}. Look at them, lower --learning_rate, or raise "
+                "--max_nonfinite_steps; --resume_from_checkpoint true goes on from the last complete checkpoint"
+            )
+
+    # Data order, signal, checkpoints
+
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._train_sampler
 
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         if isinstance(self._train_sampler, RepeatSampler):
-            # It draws each epoch's order from where the last one left its generator, which a resumed run does not know.
+            # It draws an epoch's order from where the last one left its generator, which a resumed run does not know.
             self._train_sampler.generator.manual_seed(self.args.seed + epoch)
         if self.state.global_step >= self.state.max_steps:  # resumed at the end: transformers would do one step more
             self.control.should_training_stop = True

@@ -1,0 +1,160 @@
+"""Flags of the training programs: the data set, the run and the model, and how a command line is read."""
+
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainingArguments
+from trl import ModelConfig, TrlParser
+
+OUTPUT_DIR = "outputs"
+
+
+@dataclass
+class RunArguments:
+    """Data set, name and end of a run. Each program adds its own."""
+
+    dataset_name: str = field(
+        default="siyanzhao/Openthoughts_math_30k_opsd",
+        metadata={"help": "Hub id, or a local json, jsonl or parquet file, or a folder of them."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub data set."})
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split to train on.", "aliases": ["--dataset_train_split"]}
+    )
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Data set for --eval_strategy, likewise."})
+    eval_dataset_split: str = field(default="test", metadata={"help": "Split of a Hub data set to evaluate on."})
+    problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
+    effective_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences per optimizer step, over all processes and accumulation steps; sets "
+            "--gradient_accumulation_steps."
+        },
+    )
+    max_nonfinite_steps: int = field(
+        default=3,
+        metadata={
+            "help": "Stop after so many steps in a row with a loss or gradient that was not finite; each is skipped."
+        },
+    )
+    run_config: str | None = field(
+        default=None, metadata={"help": "Name of the run: W&B run name and subfolder of --output_dir."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Start anew and delete the checkpoints and rollouts that are in the output folder."},
+    )
+    wandb_project: str | None = field(default=None, metadata={"help": "W&B project (with --report_to wandb)."})
+    wandb_entity: str | None = field(default=None, metadata={"help": "W&B entity (with --report_to wandb)."})
+    dry_run: int | None = field(
+        default=None,
+        metadata={"help": "Check all settings for a run of so many processes, print them as JSON, and leave."},
+    )
+
+    def __post_init__(self):
+        if self.max_nonfinite_steps < 1:
+            raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: must be at least 1")
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's model arguments, with the release's spelling of the dtype."""
+
+    dtype: str | None = field(
+        default="float32",
+        metadata={
+            "help": "Data type in which the weights are loaded. bfloat16 goes with --use_peft, whose adapters stay in "
+            "float32 (under DeepSpeed its optimizer keeps them in float32); without an adapter the optimizer needs "
+            "float32.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+            "aliases": ["--torch_dtype"],
+        },
+    )
+
+
+class _RunParser(TrlParser):
+    """A parser that looks at the flags together before it makes settings of them."""
+
+    def parse_args_into_dataclasses(self, args: Sequence[str], **kwargs: Any) -> tuple:
+        given, _ = self.parse_known_args(args)
+        args = [*args, *self._use_peft(args, given), *self._accumulation(given)]
+        if given.dry_run is not None:
+            if not torch.cuda.is_available():
+                args += ["--use_cpu", "true"]  # settings for a GPU can be checked where there is none
+            self.dataclass_types = [_with_world_size(kind, given.dry_run) for kind in self.dataclass_types]
+        return super().parse_args_into_dataclasses(args=args, **kwargs)
+
+    @staticmethod
+    def _use_peft(args: Sequence[str], given: Namespace) -> list[str]:
+        """Refuse settings of an adapter without --use_peft; where nobody says, there is no adapter."""
+        if given.use_peft is not None:
+            return []
+        names = [name for name in vars(given) if name.startswith("lora_") or name in ("use_rslora", "use_dora")]
+        words = {word.split("=")[0].lstrip("-").replace("-", "_") for word in args if word.startswith("--")}
+        flags = [f"--{n}" for n in names if n in words or getattr(given, n) != getattr(ModelArguments, n)]
+        if flags:
+            raise ValueError(
+                f"{', '.join(flags)} without --use_peft: the whole model would be trained. Add --use_peft, or say "
+                "--use_peft false"
+            )
+        return ["--use_peft", "false"]
+
+    @staticmethod
+    def _accumulation(given: Namespace) -> list[str]:
+        """The accumulation steps of --effective_batch_size. Some settings depend on them as soon as they are made."""
+        if given.effective_batch_size is None:
+            return []
+        num_processes = given.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
+        steps, rest = divmod(given.effective_batch_size, num_processes * given.per_device_train_batch_size)
+        if rest or steps == 0:
+            raise ValueError(
+                f"--effective_batch_size {given.effective_batch_size}: is not a multiple of {num_processes} processes "
+                f"x --per_device_train_batch_size {given.per_device_train_batch_size}; change one of the three"
+            )
+        if given.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"--gradient_accumulation_steps {given.gradient_accumulation_steps}: --effective_batch_size "
+                f"{given.effective_batch_size} asks for {steps}; leave one of the two out"
+            )
+        return ["--gradient_accumulation_steps", str(steps)]
+
+
+def _with_world_size(settings_class: type, num_processes: int) -> type:
+    """The class of a trainer's settings as in a run of so many processes; other classes as they are."""
+    if not issubclass(settings_class, TrainingArguments):
+        return settings_class
+    return type(settings_class.__name__, (settings_class,), {"world_size": num_processes})
+
+
+def parse_arguments(
+    run_class: type[RunArguments],
+    config_class: type[TrainingArguments],
+    arguments: list[str] | None = None,
+    **defaults: Any,
+) -> tuple[RunArguments, TrainingArguments, ModelArguments]:
+    """
+    Read a command line, and the YAML file that `--config` names in it.
+
+    Args:
+        run_class, config_class: of a program's own arguments and of its trainer's.
+        arguments: command line; `None` for that of the process.
+        defaults: other defaults than those of the classes.
+
+    Raises:
+        ValueError: for a setting that cannot be, an unknown one, and a batch that does not come out.
+    """
+    parser = _RunParser((run_class, config_class, ModelArguments))
+    parser.set_defaults(output_dir=OUTPUT_DIR, use_peft=None, **defaults)  # None tells "not said" from "false"
+    run_args, training_args, model_args = parser.parse_args_and_config(arguments)
+    logging.basicConfig(
+        level=logging.INFO if training_args.process_index == 0 else logging.ERROR, format="%(name)s: %(message)s"
+    )
+    transformers.logging.disable_default_handler()  # its messages reach the root logger anyway
+    return run_args, training_args, model_args

@@ -1,0 +1,248 @@
+"""One run of a training program: how it is checked, named, recorded, started and ended."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import sort_checkpoints
+from transformers.utils import is_flash_attn_2_available
+from trl import get_peft_config, get_quantization_config
+from trl.import_utils import is_vllm_available
+
+from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
+from opsd.run.checkpoints import find_checkpoint
+from opsd.run.problem_data import check_columns, drop_incomplete_rows, find_local, is_path, load_problems
+from rollouts import check_servable
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+@contextmanager
+def exit_on_invalid_input(program: str) -> Iterator[None]:
+    """Say what is wrong with the input in one line, once for all processes, and leave with status 1."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:  # OSError: no file, no connection, no such model
+        sys.exit(f"{program}: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+class Run:
+    """
+    A run, from its flags to its end: `check`, `load_data`, `load_tokenizer`, `model_options`, `train`, in this order.
+
+    Args:
+        method: first part of the names of runs.
+        args, training_args, model_args: from `parse_arguments`.
+    """
+
+    def __init__(self, method: str, args: RunArguments, training_args: TrainingArguments, model_args: ModelArguments):
+        self.method, self.args, self.training_args, self.model_args = method, args, training_args, model_args
+        self.checkpoint: str | None = None  # to go on from
+
+    # Before a model is loaded
+
+    def check(self, num_tokens: int | None) -> None:
+        """
+        Check the settings that all methods share, and settle the run's name, its folder and where it starts.
+
+        Args:
+            num_tokens: of a sequence, for the name.
+
+        Raises:
+            FileNotFoundError, ValueError: for what cannot be, naming the flag and the way out.
+        """
+        self._check_model()
+        self._resolve(num_tokens)
+        if (self.args.eval_dataset_name is None) != (self.training_args.eval_strategy == "no"):
+            raise ValueError("--eval_dataset_name and --eval_strategy need each other: give both, or none of them")
+        for flag in ("dataset_name", "eval_dataset_name"):
+            if (name := getattr(self.args, flag)) is not None:
+                find_local(name, flag)
+        self.checkpoint = find_checkpoint(
+            self.training_args.output_dir, self.training_args.resume_from_checkpoint, self.args.overwrite_output_dir
+        )
+
+    def _check_model(self) -> None:
+        """Raise `ValueError` for a model that is not there, and for what vLLM cannot serve."""
+        path, use_vllm = self.model_args.model_name_or_path, getattr(self.training_args, "use_vllm", False)
+        if path is None:
+            raise ValueError("--model_name_or_path is missing: name a model's folder or Hub id")
+        if is_path(path) and not os.path.isdir(os.path.expanduser(path)):
+            raise ValueError(f"--model_name_or_path {path}: no such folder; give a model's folder or Hub id")
+        if use_vllm and not is_vllm_available():
+            raise ValueError(
+                "--use_vllm: there is no vLLM of a version that TRL supports; scripts/setup_env.sh installs one"
+            )
+        if use_vllm and self.model_args.use_peft:
+            check_servable(get_peft_config(self.model_args))
+        if use_vllm and (self.model_args.load_in_4bit or self.model_args.load_in_8bit):
+            raise ValueError(
+                "--use_vllm: vLLM would sample from the base as it is published, not from the quantized one; leave "
+                "out --load_in_4bit and --load_in_8bit, or sample without --use_vllm"
+            )
+
+    def _resolve(self, num_tokens: int | None) -> None:
+        """Settle name and folder, from --run_config or composed of what tells runs apart."""
+        args, training_args = self.args, self.training_args
+        batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+        name = args.run_config or (
+            f"{self.method}_{Path(self.model_args.model_name_or_path).name}_lr{training_args.learning_rate:g}"
+            f"_bs{batch * training_args.world_size}_tok{num_tokens}"
+        )
+        training_args.run_name = training_args.run_name or name
+        if args.run_config or os.path.normpath(training_args.output_dir) == OUTPUT_DIR:
+            training_args.output_dir = os.path.join(training_args.output_dir, name)
+        for variable, value in (("WANDB_PROJECT", args.wandb_project), ("WANDB_ENTITY", args.wandb_entity)):
+            if value is not None:
+                os.environ[variable] = value
+
+    def settings(self) -> dict[str, Any]:
+        """All settings, and the versions of the packages."""
+        return {
+            "script": dataclasses.asdict(self.args),
+            "training": self.training_args.to_dict(),
+            "model": dataclasses.asdict(self.model_args),
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+
+    def print_settings(self) -> None:
+        """Print `settings` as JSON: the dry run."""
+        print(json.dumps(self.settings(), indent=2, default=str))  # noqa: T201
+
+    # Data and model
+
+    def load_data(
+        self, columns: dict[str, str], optional_columns: dict[str, str | None] | None = None
+    ) -> tuple[Dataset, Dataset | None]:
+        """
+        Load the data to train on and to evaluate on (`None` without): rows of texts.
+
+        Args:
+            columns: flag -> column name, as in `{"problem_column": "Question"}`: the rows will have it as `problem`.
+                Rows without one of these texts are left out. Answers may also be numbers.
+            optional_columns: likewise, of columns that may be empty in a row; `None` for those that nobody asked for.
+
+        Raises:
+            FileNotFoundError, ValueError: for data that cannot be used, naming the flag and the way out.
+        """
+        optional = {flag: column for flag, column in (optional_columns or {}).items() if column is not None}
+
+        def load(name: str, split: str) -> Dataset:
+            dataset = load_problems(name, split, self.args.dataset_config, self.args.dataset_revision)
+            check_columns(dataset, **columns, **optional)
+            dataset = drop_incomplete_rows(dataset, **columns)
+            named = {flag.removesuffix("_column"): column for flag, column in (columns | optional).items()}
+            return Dataset.from_dict({name: dataset[column][:] for name, column in named.items()})
+
+        train_dataset = load(self.args.dataset_name, self.args.dataset_split)
+        if self.args.eval_dataset_name is None:
+            return train_dataset, None
+        return train_dataset, load(self.args.eval_dataset_name, self.args.eval_dataset_split)
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the model's tokenizer; raise `ValueError` if it has no chat template, which all prompts need."""
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.model_args.model_name_or_path,
+            revision=self.model_args.model_revision,
+            trust_remote_code=self.training_args.trust_remote_code,
+        )
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"--model_name_or_path {self.model_args.model_name_or_path}: its tokenizer has no chat template, "
+                "which the prompts need; use an instruction-tuned model"
+            )
+        return tokenizer
+
+    def model_options(self) -> dict[str, Any]:
+        """`model_init_kwargs` of TRL's trainers: revision, dtype, attention and, where asked for, quantization."""
+        args, training_args = self.model_args, self.training_args
+        options = {
+            "revision": args.model_revision,
+            "dtype": args.dtype,
+            "attn_implementation": choose_attention(args.attn_implementation, args.dtype, training_args),
+            "trust_remote_code": training_args.trust_remote_code,
+            "device_map": None,  # where TRL says "auto", one process would spread the model over all GPUs that it sees
+        }
+        if (quantization_config := get_quantization_config(args)) is not None:
+            options["quantization_config"] = quantization_config
+        return options
+
+    # Training
+
+    def train(self, trainer: Trainer, sampler: Any = None) -> None:
+        """
+        Train from the beginning or from a checkpoint, save the model, and leave the process group.
+
+        On SIGTERM there is a checkpoint and no final model, and the process leaves with status 143.
+
+        Args:
+            trainer: with `CompleteCheckpoints` among its bases.
+            sampler: a vLLM sampler to close at the end.
+        """
+        trainer.max_nonfinite_steps = self.args.max_nonfinite_steps
+        starts_anew = self.checkpoint is None and self.args.overwrite_output_dir
+        output_dir = Path(self.training_args.output_dir)
+        trainer.add_callback(RecordSettingsCallback(output_dir, self.settings(), starts_anew))
+        if self.checkpoint is not None:
+            logger.info("going on from %s", self.checkpoint)
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        if trainer.stopped_by_signal:
+            trainer.accelerator.print("stopped by SIGTERM before the end; go on with --resume_from_checkpoint true")
+        else:
+            trainer.save_model()  # the adapter, or the whole model without --use_peft; and the tokenizer
+            trainer.accelerator.print(f"saved to {output_dir}")
+        shutdown(trainer, sampler)
+        if trainer.stopped_by_signal:
+            sys.exit(128 + signal.SIGTERM)
+
+
+def choose_attention(requested: str | None, dtype: str, training_args: TrainingArguments) -> str:
+    """Choose FlashAttention 2 where it can run, else PyTorch's attention, and log it; another one only on request."""
+    if requested not in (None, "flash_attention_2"):
+        return requested
+    half_precision = training_args.bf16 or training_args.fp16 or dtype in ("bfloat16", "float16")
+    if is_flash_attn_2_available() and half_precision and not training_args.use_cpu:
+        return "flash_attention_2"
+    logger.info("attention: sdpa; flash_attention_2 needs flash-attn, a GPU and half precision")
+    return "sdpa"
+
+
+class RecordSettingsCallback(TrainerCallback):
+    """When training begins, and so after all checks: delete old files, record the settings in run_config.json."""
+
+    def __init__(self, output_dir: Path, settings: dict[str, Any], starts_anew: bool):
+        self.output_dir, self.settings, self.starts_anew = output_dir, settings, starts_anew
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        if self.starts_anew:
+            folders = [self.output_dir / name for name in ("completions", "nonfinite")]
+            for old in (*sort_checkpoints(self.output_dir), *filter(Path.exists, folders)):
+                shutil.rmtree(old)
+                logger.info("--overwrite_output_dir: deleted %s", old)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.settings, indent=2, default=str)
+        (self.output_dir / "run_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def shutdown(trainer: Trainer, sampler: Any = None) -> None:
+    """Leave the process group once all processes are done; close the engine first, which shares the group."""
+    trainer.accelerator.wait_for_everyone()
+    if sampler is not None:
+        sampler.close()
+    trainer.accelerator.end_training()
