@@ -8,7 +8,7 @@ from trl.import_utils import is_vllm_available
 
 from curriculum import CURRICULA
 from data_collator import REASONING_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT, TRANSITION_PROMPT, check_template
-from opsd_loss import CLIP_MODES, TOP_K_OF
+from opsd.losses import CLIP_MODES, TOP_K_SUPPORTS
 
 LOSS_IMPLEMENTATIONS = ("fused", "dense")
 TEACHER_REFERENCES = ("solution", "rollout")
@@ -217,7 +217,10 @@ class OPSDConfig(GOLDConfig):
     )
     top_k_loss_of: str = field(
         default="teacher",
-        metadata={"help": "With --top_k_loss: whose most probable entries; both: the union.", "choices": TOP_K_OF},
+        metadata={
+            "help": "With --top_k_loss: whose most probable entries; both: the union.",
+            "choices": TOP_K_SUPPORTS,
+        },
     )
     top_k_loss_tail: bool = field(
         default=False,
@@ -397,7 +400,7 @@ class OPSDConfig(GOLDConfig):
             ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
             ("top_k_loss", self.top_k_loss >= 0, "not be negative; 0 takes the full vocabulary"),
-            ("top_k_loss_of", self.top_k_loss_of in TOP_K_OF, f"be one of {', '.join(TOP_K_OF)}"),
+            ("top_k_loss_of", self.top_k_loss_of in TOP_K_SUPPORTS, f"be one of {', '.join(TOP_K_SUPPORTS)}"),
             ("top_k_loss_tail", self.top_k_loss > 0 or not self.top_k_loss_tail, "go with --top_k_loss"),
             ("sampled_token_clip", self.sampled_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             (

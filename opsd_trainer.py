@@ -17,7 +17,6 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.experimental.gold import GOLDTrainer
 from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
@@ -33,16 +32,16 @@ from curriculum import Curriculum
 from data_collator import SelfDistillationDataCollator, unpad_prompts
 from frozen_weights import FrozenWeights
 from lessons import Lessons
-from opsd_config import OPSDConfig
-from opsd_loss import (
+from opsd.losses import (
+    HeadSettings,
+    Objective,
+    TokenLosses,
     TokenStatistics,
-    fused_linear_jsd,
-    fused_linear_logprobs,
-    fused_linear_sampled_token_loss,
-    generalized_jsd,
-    policy_gradient_loss,
-    sampled_token_loss,
+    dense_token_losses,
+    fused_token_losses,
+    read_head_settings,
 )
+from opsd_config import OPSDConfig
 from rationalization import RationalizationCache, Rationalizer
 from rollouts import OnPolicyGeneration, check_servable
 from sharded_weights import local_part
@@ -84,27 +83,6 @@ class _BetweenSteps(TrainerCallback):
 def _causal_lm(policy: nn.Module) -> PreTrainedModel:
     """The language model itself, whose modules an adapter, if there is one, has been put into."""
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
-
-
-def read_head_settings(causal_lm: PreTrainedModel) -> dict[str, float | None]:
-    """
-    What the model does to its head's output on the way to the logits, as arguments of the fused losses.
-
-    Raises:
-        ValueError: for a head that the fused losses cannot do.
-    """
-    head = causal_lm.get_output_embeddings()
-    config = causal_lm.config.get_text_config()
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise ValueError(
-            f"--loss_implementation fused needs a plain linear head without bias, not {type(head).__name__} (an adapter "
-            "on it, --lora_modules_to_save lm_head, a bias?); choose --loss_implementation dense"
-        )
-    factors = [getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")]
-    if (divisor := getattr(config, "logits_scaling", None)) is not None:
-        factors.append(divisor if config.model_type == "hyperclovax" else 1.0 / divisor)
-    scale = next((factor for factor in factors if factor is not None), 1.0)
-    return {"logit_scale": scale, "logit_softcap": getattr(config, "final_logit_softcapping", None)}
 
 
 class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
@@ -179,7 +157,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self.generation_config.eos_token_id = processing_class.eos_token_id
         self.generation_config.min_p = args.min_p or None
         self._forward_redirection = _ForwardRedirection()
-        self._head_settings: dict[str, float | None] = {}
+        self._head_settings = HeadSettings()
         if args.loss_implementation == "fused":
             self._head_settings = read_head_settings(_causal_lm(self.accelerator.unwrap_model(self.model)))
         # Of the running optimizer step, over all processes: its tokens, each times its weight
@@ -750,48 +728,17 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             hidden_states = backbone(**self._model_inputs(inputs, role), use_cache=False).last_hidden_state
         return hidden_states[:, -inputs["completion_ids"].shape[1] - 1 : -1][inputs["loss_mask"]]
 
-    def _dense_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor]
-    ) -> tuple[Tensor, TokenStatistics, Tensor | None]:
-        """
-        The reference, from the full logits of both roles.
-
-        Returns:
-            Loss of each token (N,), its statistics and, where the sampler says what it gave it, the student's
-            log-probability of it at temperature 1 (N,).
-        """
+    def _dense_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> TokenLosses:
+        """The reference, from the full logits of both roles."""
         with self._as_teacher(model):
             teacher_logits = self._completion_logits(model, inputs, "teacher_")  # (N, V)
         student_logits = self._completion_logits(model, inputs, "")  # (N, V)
-        per_token, statistics = generalized_jsd(
-            student_logits, teacher_logits, **self._objective, return_statistics=True
-        )
         token_ids = inputs["completion_ids"][inputs["loss_mask"]]
-        logprobs, temperature = None, self.args.loss_temperature
-        if "rollout_logprobs" in inputs:
-            scaled = student_logits.detach().float() / self._logprob_temperature
-            logprobs = -cross_entropy(scaled, token_ids, reduction="none")
-        weights, advantages, importance_weights = self._token_weights(inputs, logprobs)
-        if self.args.use_tinker_loss:
-            per_token = sampled_token_loss(
-                student_logits,
-                teacher_logits,
-                token_ids,
-                temperature=temperature,
-                clip=self.args.sampled_token_clip or None,
-                importance_weights=importance_weights,
-            )
-        if weights is not None:
-            per_token = per_token * weights
-        if advantages is not None:
-            per_token = per_token + policy_gradient_loss(
-                student_logits, token_ids, advantages, temperature=temperature
-            )
-        return per_token, statistics, logprobs
+        return dense_token_losses(
+            student_logits, teacher_logits, token_ids, self._objective, **self._token_weights(inputs)
+        )
 
-    def _fused_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor]
-    ) -> tuple[Tensor, TokenStatistics, Tensor | None]:
+    def _fused_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> TokenLosses:
         """
         The same from the hidden states of both roles.
 
@@ -813,77 +760,47 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     def _fused_student_loss(
         self, policy: nn.Module, inputs: dict[str, Tensor], teacher_hidden: Tensor, teacher_weight: Tensor | None
-    ) -> tuple[Tensor, TokenStatistics, Tensor | None]:
+    ) -> TokenLosses:
         student_hidden = self._completion_hidden_states(policy, inputs, "")  # (N, H)
         token_ids = inputs["completion_ids"][inputs["loss_mask"]]  # (N,)
         weight = _causal_lm(policy).get_output_embeddings().weight  # (V, H)
         with maybe_gather_lm_head_ctx(weight):
-            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-            settings = self._head_settings | {"chunk_size": self.args.loss_chunk_size}
-            logprobs = None
-            if "rollout_logprobs" in inputs:
-                logprobs = fused_linear_logprobs(
-                    student_hidden, weight, token_ids, temperature=self._logprob_temperature, **settings
-                )
-            weights, advantages, importance_weights = self._token_weights(inputs, logprobs)
-            settings |= {"teacher_lm_head_weight": teacher_weight, "return_statistics": True}
-            settings |= {"token_weights": weights, "advantages": advantages}
-            if self.args.use_tinker_loss:
-                per_token, statistics = fused_linear_sampled_token_loss(
-                    student_hidden, teacher_hidden, weight, token_ids,
-                    beta=self.beta, temperature=self.args.loss_temperature, clip=self.args.sampled_token_clip or None,
-                    importance_weights=importance_weights, **settings,
-                )  # fmt: skip
-            else:
-                per_token, statistics = fused_linear_jsd(
-                    student_hidden, teacher_hidden, weight, token_ids=token_ids, **self._objective, **settings
-                )
-        return per_token, statistics, logprobs
+            return fused_token_losses(
+                student_hidden,
+                teacher_hidden,
+                weight.full_tensor() if isinstance(weight, DTensor) else weight,
+                token_ids,
+                self._objective,
+                teacher_lm_head_weight=teacher_weight,
+                head=self._head_settings,
+                chunk_size=self.args.loss_chunk_size,
+                **self._token_weights(inputs),
+            )
 
-    @property
-    def _logprob_temperature(self) -> float:
-        """At which the sampler says what it gave the tokens."""
-        return self.args.loss_temperature if self.args.importance_correction else 1.0
-
-    def _token_weights(
-        self, inputs: dict[str, Tensor], logprobs: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """
-        Of the tokens that count, (N,) each, `None` for what there is not: the weight of the divergence; the advantage of the
-        reward, importance weight included; the importance weight p_student / p_sampler of the sampled-token loss.
-        """
+    def _token_weights(self, inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
         mask = inputs["loss_mask"]
         weights, advantages = (
             inputs[name].unsqueeze(1).expand_as(mask)[mask] if name in inputs else None
             for name in ("weights", "advantages")
         )
-        if not self.args.importance_correction:
-            return weights, advantages, None
-        importance_weights = (logprobs - inputs["rollout_logprobs"][mask]).exp()
-        return weights, None if advantages is None else advantages * importance_weights, importance_weights
+        sampler_logprobs = inputs["rollout_logprobs"][mask] if "rollout_logprobs" in inputs else None
+        return {"weights": weights, "advantages": advantages, "sampler_logprobs": sampler_logprobs}
 
     @property
-    def _objective(self) -> dict[str, Any]:
-        """Settings of the divergence. With `use_tinker_loss` it is only logged, and has no cap."""
-        return {
-            "beta": self.beta,
-            "temperature": self.args.loss_temperature,
-            "clip": None if self.args.use_tinker_loss else self.args.jsd_token_clip or None,
-            "clip_mode": self.args.jsd_clip_mode,
-            "top_k": None if self.args.use_tinker_loss else self.args.top_k_loss or None,
-            "top_k_of": self.args.top_k_loss_of,
-            "tail": self.args.top_k_loss_tail,
-        }
-
-    @property
-    def _num_summands(self) -> int:
-        """How many summands of a token's divergence the cap applies to; where two sets are united, at most."""
-        if self.args.jsd_clip_mode != "pointwise":
-            return 1
-        top_k, is_union = self._objective["top_k"], self.args.top_k_loss_of == "both"
-        if top_k is None:
-            return self.model.config.get_text_config().vocab_size
-        return top_k * (2 if is_union else 1) + self.args.top_k_loss_tail
+    def _objective(self) -> Objective:
+        return Objective(
+            beta=self.beta,
+            temperature=self.args.loss_temperature,
+            clip=self.args.jsd_token_clip or None,
+            clip_mode=self.args.jsd_clip_mode,
+            top_k=self.args.top_k_loss or None,
+            top_k_support=self.args.top_k_loss_of,
+            top_k_add_tail=self.args.top_k_loss_tail,
+            sampled_token=self.args.use_tinker_loss,
+            sampled_token_clip=self.args.sampled_token_clip or None,
+            policy_gradient_weight=self.args.reward_weight,
+            importance_sampling_correction=self.args.importance_correction,
+        )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch=None
@@ -911,7 +828,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         is_first = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask] < NUM_FIRST_TOKENS
         is_first &= counts
         sums = {name: value[counts].sum(dtype=torch.float64) for name, value in statistics._asdict().items()}
-        sums |= {"num_tokens": counts.sum(), "num_summands": counts.sum() * self._num_summands}
+        vocab_size = self.model.config.get_text_config().vocab_size
+        sums |= {"num_tokens": counts.sum(), "num_summands": counts.sum() * self._objective.num_summands(vocab_size)}
         sums["num_first"] = is_first.sum()
         sums["first_divergence"] = statistics.divergence[is_first].sum(dtype=torch.float64)
         if logprobs is not None and len(logprobs) > 0:
@@ -1020,7 +938,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 "divergence": sums["divergence"] / num_tokens,
                 "clip/entries_ratio": sums["clipped_entries"] / max(sums["num_summands"], 1.0),
                 "clip/mass_ratio": sums["clipped_mass"] / sums["positive_mass"] if sums["positive_mass"] else 0.0,
-                "clip/reversed_ratio": sums["reversed"] / num_tokens,
+                "clip/reversed_ratio": sums["wrong_way"] / num_tokens,
                 "entropy/student": sums["student_entropy"] / num_tokens,
                 "entropy/teacher": sums["teacher_entropy"] / num_tokens,
                 "completions/mean_length": sum(lengths) / len(lengths),

@@ -14,7 +14,7 @@ from test_teacher_weights import EMA, copies
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from opsd_loss import generalized_jsd
+from opsd.losses import generalized_jsd
 from rollouts import OnPolicyGeneration
 from verification import Verifier
 

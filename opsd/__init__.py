@@ -1,0 +1,1 @@
+"""On-policy self-distillation: the rooms behind the programs at the root."""
