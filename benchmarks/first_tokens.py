@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_collator import SelfDistillationDataCollator
-from opsd_loss import generalized_jsd
+from opsd.losses import generalized_jsd
 from quickstart.addition import training_problems
 from quickstart.base_model import ablation_base, build_base_model
 

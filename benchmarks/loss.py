@@ -27,7 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from opsd_loss import fused_linear_jsd, fused_linear_sampled_token_loss, generalized_jsd
+from opsd.losses import fused_linear_jsd, fused_linear_sampled_token_loss, generalized_jsd
 
 MIB = 2**20
 VOCAB_SIZE = 151_936

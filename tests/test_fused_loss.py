@@ -6,13 +6,10 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-import pytest
-import torch
-from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-
 import opsd_kernels
 import opsd_loss
+import pytest
+import torch
 from opsd_kernels import Objective
 from opsd_loss import (
     TOP_K_OF,
@@ -22,6 +19,8 @@ from opsd_loss import (
     policy_gradient_loss,
     sampled_token_loss,
 )
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NUM_TOKENS, HIDDEN_SIZE, VOCAB_SIZE = 13, 16, 211
 TOP_K = [(None, "teacher", False), *itertools.product([16], TOP_K_OF, (False, True))]

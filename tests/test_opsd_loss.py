@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from torch.testing import assert_close
-
 from opsd_loss import TOP_K_OF, generalized_jsd, policy_gradient_loss, sampled_token_loss
+from torch.testing import assert_close
 
 # p_S = (1/2, 1/4, 1/4), p_T = (1/4, 1/4, 1/2)
 STUDENT = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()

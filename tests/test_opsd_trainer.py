@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer, TrainerCallback
 
-from opsd_loss import generalized_jsd
-from opsd_trainer import OPSDConfig, read_head_settings
+from opsd.losses import generalized_jsd, read_head_settings
+from opsd_trainer import OPSDConfig
 
 
 class Recorder(TrainerCallback):
@@ -216,9 +216,9 @@ def test_head_settings_give_the_models_own_logits(family, settings):
         logits = model(input_ids).logits[0]
         hidden_states = model.base_model(input_ids).last_hidden_state[0]
     head = read_head_settings(model)
-    expected = head["logit_scale"] * hidden_states @ model.get_output_embeddings().weight.T
-    if head["logit_softcap"] is not None:
-        expected = head["logit_softcap"] * torch.tanh(expected / head["logit_softcap"])
+    expected = head.logit_scale * hidden_states @ model.get_output_embeddings().weight.T
+    if head.logit_softcap is not None:
+        expected = head.logit_softcap * torch.tanh(expected / head.logit_softcap)
     assert_close(logits, expected)
 
 

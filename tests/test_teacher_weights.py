@@ -213,5 +213,5 @@ def test_text_can_be_put_behind_the_header_of_the_teacher_alone(make_trainer):
 
 def test_loss_temperature_is_not_that_of_the_rollouts(make_trainer):
     trainer = make_trainer(temperature=1.3, loss_temperature=0.7)
-    assert trainer.generation_config.temperature == 1.3 and trainer._objective["temperature"] == 0.7
-    assert make_trainer(temperature=1.3)._objective["temperature"] == 1.3
+    assert trainer.generation_config.temperature == 1.3 and trainer._objective.temperature == 0.7
+    assert make_trainer(temperature=1.3)._objective.temperature == 1.3

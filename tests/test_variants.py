@@ -14,8 +14,8 @@ from test_teacher_weights import EMA, copies
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from opsd.losses import generalized_jsd
 from opsd.rewards import Verifier
-from opsd_loss import generalized_jsd
 from rollouts import OnPolicyGeneration
 
 GROUPS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
