@@ -352,9 +352,7 @@ class SelfDistillationDataCollator:
             num_proc: number of processes.
         """
         with global_then_local_main_first():
-            encoded = dataset.map(
-                self.encode, num_proc=num_proc, desc=f"Encoding the prompts of the {name} dataset"
-            )
+            encoded = dataset.map(self.encode, num_proc=num_proc, desc=f"Encoding the prompts of the {name} dataset")
             fitting = encoded.filter(lambda status: status != "dropped", input_columns="length_status")
         num_dropped, num_shortened = (encoded["length_status"][:].count(status) for status in ("dropped", "shortened"))
         if num_dropped or num_shortened:

@@ -19,11 +19,11 @@ from trl import GRPOConfig, GRPOTrainer, get_peft_config
 
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
 from opsd.rewards import REWARDS, make_reward
+from opsd.rollouts import VLLMSampler
 from opsd.run.arguments import RunArguments, parse_arguments
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.problem_data import drop_long_rows
 from opsd.run.run import Run, exit_on_invalid_input
-from rollouts import OnPolicyGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +74,12 @@ class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         use_vllm, args.use_vllm = args.use_vllm, False  # TRL would start an engine that gets its weights by merging
         super().__init__(model=model, args=args, **kwargs)
         self.use_vllm = args.use_vllm = use_vllm
-        self.rollouts = self.vllm_generation = self._start_sampler(vllm_adapter_dir) if use_vllm else None
+        self.sampler = self.vllm_generation = self._start_sampler(vllm_adapter_dir) if use_vllm else None
 
-    def _start_sampler(self, adapter_dir: str | None) -> OnPolicyGeneration:
+    def _start_sampler(self, adapter_dir: str | None) -> VLLMSampler:
         """Start the sampler with the settings that `GRPOTrainer.__init__` gives its own one."""
         args = self.args
-        sampler = OnPolicyGeneration(
+        sampler = VLLMSampler(
             model=self.model,
             accelerator=self.accelerator,
             processing_class=self.processing_class,
@@ -102,8 +102,8 @@ class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         return sampler
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
-        if self.rollouts is not None:
-            self.rollouts.step = self.state.global_step
+        if self.sampler is not None:
+            self.sampler.step = self.state.global_step
         completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         if self.model.training:
             self._count("num_generated_tokens", sum(gather_object([sum(map(len, completion_ids))])))
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=get_peft_config(model_args),
         vllm_adapter_dir=script_args.vllm_adapter_dir,
     )
-    run.train(trainer, trainer.rollouts)
+    run.train(trainer, trainer.sampler)
 
 
 if __name__ == "__main__":

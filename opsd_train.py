@@ -16,10 +16,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from trl import get_peft_config
 from trl.trainer.utils import create_model_from_path
 
+from opsd.preflight import Preflight
 from opsd.run.arguments import ModelArguments, RunArguments, parse_arguments
 from opsd.run.run import Run, exit_on_invalid_input
 from opsd_trainer import OPSDConfig, OPSDTrainer
-from preflight import Preflight
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     if script_args.preflight:
         trainer.add_callback(Preflight(trainer))
-    run.train(trainer, trainer.rollouts)
+    run.train(trainer, trainer.sampler)
 
 
 if __name__ == "__main__":

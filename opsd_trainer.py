@@ -32,7 +32,9 @@ __all__ = ["OPSDConfig", "OPSDTrainer"]
 
 logger = logging.getLogger(__name__)
 
-NUM_FIRST_TOKENS = 4  # of a completion: their divergence is logged by itself, since thinking modes differ there in form
+NUM_FIRST_TOKENS = (
+    4  # of a completion: their divergence is logged by itself, since thinking modes differ there in form
+)
 
 
 class _NoTeacherModel(nn.Module):
@@ -279,7 +281,9 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         weighted = [count * rollout.weight for count, rollout in zip(counts, rollouts, strict=True)]
         num_generated = sum(len(rollout.completion_ids) for rollout in rollouts)
         num_rationale = self.teacher_context.num_rationale_tokens
-        totals = torch.tensor([sum(counts), sum(weighted), num_generated, num_rationale], device=self.accelerator.device)
+        totals = torch.tensor(
+            [sum(counts), sum(weighted), num_generated, num_rationale], device=self.accelerator.device
+        )
         totals = self.accelerator.reduce(totals, "sum")
         if totals[1] == 0.0:
             logger.warning(
@@ -305,9 +309,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             return
         if self.args.curriculum == "pass_rate":
             self._problem_scores += [
-                (rollout.row, float(rollout.is_correct), 1.0)
-                for rollout in rollouts
-                if rollout.is_correct is not None
+                (rollout.row, float(rollout.is_correct), 1.0) for rollout in rollouts if rollout.is_correct is not None
             ]
         if not (self.log_completions or self.args.save_completions):
             return

@@ -4,7 +4,7 @@ Two ways to hand a LoRA adapter to vLLM in bfloat16: TRL's, which merges it into
     python benchmarks/weight_sync.py --output benchmarks/weight_sync.md
 
 `OPSDTrainer` trains with rollouts from vLLM. After every optimizer step the adapter goes to vLLM both ways, in turns:
-natively by `OnPolicyGeneration.sync_weights`, and, copied into a second model with an engine of its own, by the
+natively by `VLLMSampler.sync_weights`, and, copied into a second model with an engine of its own, by the
 `sync_weights` of TRL's `VLLMGeneration`. So both see the same updates. What is measured, over all adapted matrices,
 with W_0 the weights before training and D = scale * B A the adapter's float32 delta:
 
@@ -40,10 +40,10 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
+from opsd.vllm_engine import keep_linear_weights
 from opsd_trainer import OPSDConfig, OPSDTrainer
 from quickstart.addition import training_problems
 from quickstart.base_model import train_tokenizer
-from vllm_engine import keep_linear_weights
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FORMS = {"merged": "TRL, merged", "native": "here, native"}

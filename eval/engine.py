@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from eval.benchmarks import Question
-from vllm_engine import engine_options, lora_options, stop_engine
+from opsd.vllm_engine import engine_options, lora_options, stop_engine
 
 if TYPE_CHECKING:  # vLLM reads its environment when it is imported: see start_engine
     from vllm import LLM

@@ -63,7 +63,7 @@ from eval.run_files import (
     stored_settings,
 )
 from eval.scores import elect, estimate, pass_at_k, pass_sizes, vote_classes
-from vllm_engine import stop_engine
+from opsd.vllm_engine import stop_engine
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -57,7 +57,9 @@ class OPSDConfig(GOLDConfig):
     )
     presence_penalty: float = field(
         default=0.0,
-        metadata={"help": "With --use_vllm: subtracted from the logits of tokens that came before; 0 switches it off."},
+        metadata={
+            "help": "With --use_vllm: subtracted from the logits of tokens that came before; 0 switches it off."
+        },
     )
     max_length: int | None = field(
         default=20000,
@@ -358,7 +360,11 @@ class OPSDConfig(GOLDConfig):
             ),
             ("correct_weight", 0.0 <= self.correct_weight < math.inf, "be finite and not negative"),
             ("incorrect_weight", 0.0 <= self.incorrect_weight < math.inf, "be finite and not negative"),
-            ("policy_gradient_weight", 0.0 <= self.policy_gradient_weight < math.inf, "be finite and not negative; 0: no reward"),
+            (
+                "policy_gradient_weight",
+                0.0 <= self.policy_gradient_weight < math.inf,
+                "be finite and not negative; 0: no reward",
+            ),
             (
                 "incorrect_weight",
                 self.correct_weight + self.incorrect_weight + self.policy_gradient_weight > 0.0,
@@ -393,7 +399,11 @@ class OPSDConfig(GOLDConfig):
             ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
             ("top_k_loss", self.top_k_loss >= 0, "not be negative; 0 takes the full vocabulary"),
-            ("top_k_loss_support", self.top_k_loss_support in TOP_K_SUPPORTS, f"be one of {', '.join(TOP_K_SUPPORTS)}"),
+            (
+                "top_k_loss_support",
+                self.top_k_loss_support in TOP_K_SUPPORTS,
+                f"be one of {', '.join(TOP_K_SUPPORTS)}",
+            ),
             ("top_k_loss_add_tail", self.top_k_loss > 0 or not self.top_k_loss_add_tail, "go with --top_k_loss"),
             ("sampled_token_clip", self.sampled_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             (

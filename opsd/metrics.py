@@ -38,7 +38,9 @@ class Metrics:
         """Add single values to a mean."""
         self.add(name, float(sum(values)), float(len(values)))
 
-    def add_extreme(self, name: str, extreme: Callable[[list[float]], float], values: Sequence[Tensor | float]) -> None:
+    def add_extreme(
+        self, name: str, extreme: Callable[[list[float]], float], values: Sequence[Tensor | float]
+    ) -> None:
         """Add values of which only the extreme is logged: `extreme` is `min` or `max`."""
         self._extremes[self.mode].setdefault((name, extreme), []).extend(values)
 

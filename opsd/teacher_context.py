@@ -114,7 +114,9 @@ class TeacherContext:
     def _add_rationales(self, rollouts: Sequence[Rollout], model: nn.Module) -> None:
         """Let the teacher write about the reference, and put that into its prompt. An empty text leaves the prompt."""
         asked = [rollout for rollout in rollouts if rollout.weight > 0.0 and rollout.reasoning_prompt_ids]
-        prompts = dict.fromkeys(tuple(rollout.reasoning_prompt_ids) for rollout in asked)  # equal ones are written once
+        prompts = dict.fromkeys(
+            tuple(rollout.reasoning_prompt_ids) for rollout in asked
+        )  # equal ones are written once
         with self.metrics.timed("rationale"), self.teacher.active(model):
             if self.teacher.weights is not None:
                 self.sampler.sync_weights()  # the teacher's; the student's are handed over before its next rollouts

@@ -34,11 +34,11 @@ from eval.benchmarks import find_benchmark, load_questions
 from eval.engine import Sampling, start_engine
 from eval.evaluate_math import evaluate
 from eval.grading import GradingPool
+from opsd.vllm_engine import stop_engine
 from quickstart import addition
 from quickstart.base_model import BaseModelConfig, ablation_base, build_base_model
 from quickstart.methods import ABLATION_CURVES, ABLATIONS, BASELINES, CONTROLS, CURVES, OPSD, Method, choose_methods
 from quickstart.report import LABELS, ablation_table, markdown_table, plot_accuracy, plot_tokens, summary_table
-from vllm_engine import stop_engine
 
 logger = logging.getLogger(__name__)
 

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from torch.testing import assert_close
-
 from curriculum import CURRICULA, Curriculum
+from torch.testing import assert_close
 
 
 def assert_weights(curriculum, expected):

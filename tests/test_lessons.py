@@ -5,16 +5,16 @@ import threading
 import numpy as np
 import pytest
 import torch
+from lessons import Lessons
+from opsd_config import OPSDConfig
+from rationalization import Rationalization, RationalizationCache, Rationalizer
 from tiny_settings import CPU, OPSD
 from transformers import AutoTokenizer
 
 from data_collator import ELLIPSIS, SelfDistillationDataCollator
-from lessons import Lessons
 from opsd.rewards import Verifier, as_reference, group_advantages, pick_correct_peers
-from opsd_config import OPSDConfig
 from opsd_train import OPSDArguments, needed_columns
 from opsd_trainer import OPSDTrainer
-from rationalization import Rationalization, RationalizationCache, Rationalizer
 
 FIRST = {"problem": "12+34", "solution": "Ones 6, tens 4, hence \\boxed{46}.", "answer": "46"}
 SECOND = {"problem": "20+30", "solution": "Ones 0, tens 5, hence \\boxed{50}.", "answer": "50"}

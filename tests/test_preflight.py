@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
+import preflight
 import pytest
 import torch
 from conftest import make_problems, make_trainer_factory
+from preflight import Preflight, PreflightError, run_preflight
 from test_opsd_trainer import Recorder
 
 import data_collator
 import opsd_train
-import preflight
 from opsd_trainer import OPSDTrainer
-from preflight import Preflight, PreflightError, run_preflight
 
 ENGINES = {
     "float32": {"temperature": 1.1, "top_p": 0.95, "top_k": 20, "presence_penalty": 0.5},

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import make_problems, make_trainer_factory
 from peft import LoraConfig
+from rollouts import check_servable, prompt_keys, sample_seeds
 from test_opsd_trainer import Recorder, rollout
 
 from opsd_trainer import OPSDTrainer
-from rollouts import check_servable, prompt_keys, sample_seeds
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rollouts import OnPolicyGeneration
 from test_opsd_trainer import Recorder, perturb_student, rollout, teacher_logits
 from test_teacher_weights import EMA, copies
 from torch.testing import assert_close
@@ -16,7 +17,6 @@ from transformers import AutoModelForCausalLM
 
 from opsd.losses import generalized_jsd
 from opsd.rewards import Verifier
-from rollouts import OnPolicyGeneration
 
 GROUPS = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
 REASONING = {"reason_first": True, "max_reasoning_length": 16, "reasoning_top_k": 1, "temperature": 1.3}

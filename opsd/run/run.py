@@ -21,10 +21,10 @@ from transformers.utils import is_flash_attn_2_available
 from trl import get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
 
+from opsd.rollouts import check_vllm_lora_support
 from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.checkpoints import find_checkpoint
 from opsd.run.problem_data import check_columns, drop_incomplete_rows, find_local, is_path, load_problems
-from rollouts import check_servable
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Run:
                 "--use_vllm: there is no vLLM of a version that TRL supports; scripts/setup_env.sh installs one"
             )
         if use_vllm and self.model_args.use_peft:
-            check_servable(get_peft_config(self.model_args))
+            check_vllm_lora_support(get_peft_config(self.model_args))
         if use_vllm and (self.model_args.load_in_4bit or self.model_args.load_in_8bit):
             raise ValueError(
                 "--use_vllm: vLLM would sample from the base as it is published, not from the quantized one; leave "

@@ -1,8 +1,8 @@
 """
-Checks, before the first step, that the claims of the method hold in this run, on this machine: `--preflight`.
+Check before the first step that the claims of the method hold in this run, on this machine: `--preflight`.
 
-Noise on the trained weights makes the student differ from the base, so that an adapter that goes astray shows even
-where it is still zero. Afterwards the weights are what they were, bit for bit, and the run as if nothing had been.
+Noise on the trained weights makes the student differ from the base. So a lost adapter shows although it is still zero.
+After the checks the weights are what they were, bit for bit, and so are the states of all random generators.
 """
 
 import logging
@@ -10,33 +10,33 @@ import math
 import random
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import selective_log_softmax
 
-from data_collator import fill_template
+from data_collator import ELLIPSIS, MicroBatch, Rollout, fill_template, start_rollouts
+from opsd.teacher import edit_local_shards
 from opsd_trainer import OPSDTrainer
-from sharded_weights import writable_parts
 
 logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 4
-NUM_CANDIDATES = 64  # of which the shortest are taken
-NUM_TOKENS = 32  # of a completion at most
-NOISE = 0.01  # standard deviation to begin with
+NUM_CANDIDATES = 64  # the shortest of them are taken
+NUM_TOKENS = 32  # maximum length of a completion
+NOISE = 0.01  # standard deviation of the first trial
 NUM_NOISE_TRIALS = 8
 
 
 class Tolerance(NamedTuple):
-    """How far two log-probabilities of the same token may lie apart, in nats: on average, and at most."""
+    """Largest differences allowed between two log-probabilities of the same token, in nats: on average, and at most."""
 
     mean: float
     maximum: float
@@ -45,32 +45,32 @@ class Tolerance(NamedTuple):
         return f"mean {self.mean:g}, max {self.maximum:g}"
 
 
-# By the coarsest arithmetic that takes part; training and vLLM round in different places. The maximum is for faults at
-# single tokens, such as the first one behind padding.
+# By the coarsest arithmetic that takes part: training and vLLM round in different places. The maximum is for faults at
+# single tokens, such as the first one after padding.
 TOLERANCES = {
     "float32": Tolerance(1e-4, 1e-3),  # 24 significant bits; measured on CPU: mean to 1e-6, max to 2e-5
     "tf32": Tolerance(1e-2, 0.25),  # float32 on a GPU, where kernels of vLLM may multiply with 11 bits; not measured
     "float16": Tolerance(1e-2, 0.25),  # 11 bits; not measured
     "bfloat16": Tolerance(5e-2, 1.0),  # 8 bits; measured on CPU: mean to 0.026, max to 0.4
 }
-SENSITIVITY = 10  # how many times the mean tolerance the noise moves the student: what a lost adapter would show as
+SENSITIVITY = 10  # the noise moves the student by so many mean tolerances, and so would a lost adapter
 
-# What it means that a claim does not hold, and the way out.
+# Meaning of a check that fails, and the way out
 MEANINGS = {
-    "prompts": "the model is not asked in the form of its chat template, for instance because special tokens were lost. Use "
-    "the model's own tokenizer and chat template, and delete the cache of the data set",
-    "sensitivity": "noise on the trained weights does not change the student, so that the other checks are blind. Is the adapter "
-    "switched off, or on modules that the forward pass does not use (--lora_target_modules)?",
-    "on-policy": "vLLM does not sample from the student: it did not get the adapter, or its base is not the one in training. "
-    "Look at --model_revision, --dtype and, with --vllm_mode server, at the model and flags of the server; or sample without "
-    "--use_vllm",
+    "prompts": "the model is not asked in the form of its chat template, for instance because special tokens were lost. "
+    "Use the model's own tokenizer and chat template, and delete the cache of the data set",
+    "sensitivity": "noise on the trained weights does not change the student, so that the other checks are blind. Is "
+    "the adapter switched off, or on modules that the forward pass does not use (--lora_target_modules)?",
+    "on-policy": "vLLM does not sample from the student: it did not get the adapter, or its base is not the one in "
+    "training. Look at --model_revision, --dtype and, with --vllm_mode server, at the model and flags of the server; or "
+    "sample without --use_vllm",
     "fixed teacher": "the teacher is not the initial policy: its base weights are not those on disk (an adapter merged into "
     "them?), or it follows the adapter. Load the model anew and merge nothing into it",
-    "teacher's weights": "the weights that the teacher has of its own are not put in place for its forward pass, or follow the "
-    "student between two steps",
-    "current teacher": "the teacher is not the current policy: both score the same tokens differently behind the same prompt",
-    "padding": "log-probabilities depend on the padding. Prompts have to be padded on the left (SelfDistillationDataCollator), "
-    "and the attention has to honour the mask: try --attn_implementation sdpa",
+    "teacher's weights": "the teacher's own weights are not put in place for its forward pass, or follow the student "
+    "between two steps",
+    "current teacher": "the teacher is not the current policy: both score the same tokens differently after the same prompt",
+    "padding": "log-probabilities depend on the padding. Prompts must be padded on the left "
+    "(SelfDistillationDataCollator), and the attention must honour the mask: try --attn_implementation sdpa",
     "loss": "the loss is not the divergence of student and teacher. Try --loss_implementation dense",
 }
 
@@ -78,7 +78,7 @@ MEANINGS = {
 class Check(NamedTuple):
     """One line of the table."""
 
-    claim: str  # a key of MEANINGS
+    name: str  # a key of MEANINGS
     compared: str
     measured: str
     tolerance: str
@@ -86,15 +86,15 @@ class Check(NamedTuple):
 
 
 class PreflightError(RuntimeError):
-    """A claim of the method does not hold in this run. `checks` are all of them."""
+    """Raised when a check fails. `checks` are all of them."""
 
     def __init__(self, checks: list[Check]):
         self.checks = checks
         failed = [check for check in checks if check.passed is False]
         lines = [
-            f"- {check.claim}: {check.compared}: {check.measured} (tolerance: {check.tolerance})" for check in failed
+            f"- {check.name}: {check.compared}: {check.measured} (tolerance: {check.tolerance})" for check in failed
         ]
-        lines += [f"{claim}: {MEANINGS[claim]}." for claim in dict.fromkeys(check.claim for check in failed)]
+        lines += [f"{name}: {MEANINGS[name]}." for name in dict.fromkeys(check.name for check in failed)]
         super().__init__(
             "preflight: a claim of the method does not hold, so there is no training\n"
             + "\n".join(lines)
@@ -117,9 +117,9 @@ class Preflight(TrainerCallback):
 
 
 def format_table(checks: list[Check]) -> str:
-    """The checks as text in columns."""
+    """Write the checks in columns."""
     verdicts = {True: "holds", False: "DOES NOT HOLD", None: "not checked"}
-    rows = [("claim", "compared", "measured", "tolerance", "verdict")]
+    rows = [("check", "compared", "measured", "tolerance", "verdict")]
     rows += [(*check[:-1], verdicts[check.passed]) for check in checks]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -135,50 +135,50 @@ def run_preflight(trainer: OPSDTrainer) -> list[Check]:
     Returns:
         The same checks on all processes: for each, that of a process where it failed, or of the main process.
     """
-    examples = pick_examples(trainer)
-    checks = [_check_prompts(trainer, examples)]
-    with _as_if_nothing_had_been(trainer), _noise(trainer) as add_noise:
-        checks += _check_model(trainer, examples, add_noise)
+    rollouts = pick_rollouts(trainer)
+    checks = [_check_prompts(trainer, rollouts)]
+    with _restore_rng_and_mode(trainer), _noise(trainer) as add_noise:
+        checks += _check_model(trainer, rollouts, add_noise)
     checks_of_processes = zip(*gather_object([checks]), strict=True)
     return [min(same_check, key=lambda check: check.passed is not False) for same_check in checks_of_processes]
 
 
-def pick_examples(trainer: OPSDTrainer) -> list[dict]:
-    """The shortest of the first examples, with whole solutions where there are any; and half of one, to be padded."""
-    dataset = trainer.train_dataset
-    candidates = dataset.select(range(min(len(dataset), NUM_CANDIDATES)))
+def pick_rollouts(trainer: OPSDTrainer) -> list[Rollout]:
+    """Pick the shortest of the first examples, with whole solutions if possible, and half of one, which gets padding."""
+    dataset, collator = trainer.train_dataset, trainer.collator
+    candidates = list(dataset.select(range(min(len(dataset), NUM_CANDIDATES))))
     if "solution" not in dataset.column_names:  # any text will do
-        encode = trainer.data_collator.encode
         candidates = [row | {"solution": row["problem"]} for row in candidates]
-        candidates = [row | encode(row) for row in candidates]
+        candidates = [row | collator.encode(row) for row in candidates]
     examples = sorted(candidates, key=lambda row: (row["length_status"] != "kept", len(row["teacher_prompt_ids"])))
     half = {name: examples[0][name][: len(examples[0][name]) // 2] for name in ("problem", "solution")}
-    return examples[: NUM_PROMPTS - 1] + [examples[0] | half | trainer.data_collator.encode(half)]
+    return start_rollouts([*examples[: NUM_PROMPTS - 1], examples[0] | half | collator.encode(half)])
 
 
 # Prompts
 
 
-def _check_prompts(trainer: OPSDTrainer, examples: list[dict]) -> Check:
-    collator = trainer.data_collator
-    batch = collator(examples)
+def _check_prompts(trainer: OPSDTrainer, rollouts: Sequence[Rollout]) -> Check:
+    """Check the prompts in the padded batch."""
+    collator, batch = trainer.collator, trainer.collator(rollouts)
+    roles = [("student", collator.student_prompt, collator.student_thinking, batch.prompt_ids, batch.prompt_mask)]
+    template, thinking, prefill = collator.student_prompt, collator.student_thinking, []
+    if collator.teacher_sees_solution:
+        template, thinking = collator.teacher_prompt, collator.teacher_thinking
+        prefill = collator.teacher_prefill_ids
+    roles.append(("teacher", template, thinking, batch.teacher_prompt_ids, batch.teacher_prompt_mask))
     num_prompts, faults = 0, []
-    for role in ("", "teacher_"):
-        template, thinking = collator.student_prompt, collator.student_thinking
-        if role and collator.teacher_sees_solution:
-            template, thinking = collator.teacher_prompt, collator.teacher_thinking
-        for example, ids, mask in zip(
-            examples, batch[f"{role}prompts"], batch[f"{role}prompt_attention_mask"], strict=True
-        ):
-            if role and example["length_status"] == "shortened":
-                continue  # its text is not known
-            content = fill_template(template, problem=example["problem"], solution=example["solution"])
+    for role, template, thinking, prompts, masks in roles:
+        for rollout, ids, mask in zip(rollouts, prompts, masks, strict=True):
+            content = fill_template(template, problem=rollout.problem, solution=rollout.solution)
             prompt_ids = ids[mask.bool()].tolist()
-            if role and collator.teacher_sees_solution:
-                prompt_ids = prompt_ids[: len(prompt_ids) - len(collator.teacher_prefill_ids)]
+            if role == "teacher":
+                if ELLIPSIS in collator.tokenizer.decode(prompt_ids):
+                    continue  # a shortened solution
+                prompt_ids = prompt_ids[: len(prompt_ids) - len(prefill)]
             fault = prompt_fault(collator.tokenizer, prompt_ids, content, thinking)
             num_prompts += 1
-            faults += [] if fault is None else [f"{role or 'student_'}prompt: {fault}"]
+            faults += [] if fault is None else [f"{role}_prompt: {fault}"]
     measured = f"{num_prompts - len(faults)} of {num_prompts}"
     if faults:
         measured += f"; {faults[0]}"
@@ -186,7 +186,7 @@ def _check_prompts(trainer: OPSDTrainer, examples: list[dict]) -> Check:
 
 
 def prompt_fault(tokenizer: PreTrainedTokenizerBase, ids: list[int], content: str, thinking: bool) -> str | None:
-    """What is wrong with the token ids of one user turn and the header of the assistant's turn, or `None`."""
+    """Say what is wrong with the token ids of one user turn and the header of the assistant's turn; `None`: nothing."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, enable_thinking=thinking
     )
@@ -199,26 +199,26 @@ def prompt_fault(tokenizer: PreTrainedTokenizerBase, ids: list[int], content: st
             return f"{token} is in the text {count} times, among the ids {ids.count(special[token])} times"
     if ids != tokenizer(text, add_special_tokens=False).input_ids:
         return f"the ids are not those of the text, which ends with {text[-40:]!r}"
-    if _essence(decoded := tokenizer.decode(ids)) != _essence(text):
+    if _normalize(decoded := tokenizer.decode(ids)) != _normalize(text):
         return f"the ids spell another text, which ends with {decoded[-40:]!r}"
     return None
 
 
-def _essence(text: str) -> str:
-    """Without what tokenizers may normalize: white space and the form of Unicode."""
+def _normalize(text: str) -> str:
+    """Take off what tokenizers may change: white space and the form of Unicode."""
     return "".join(unicodedata.normalize("NFKC", text).split())
 
 
 # Model
 
 
-def _check_model(trainer: OPSDTrainer, examples: list[dict], add_noise: Callable[[float], None]) -> list[Check]:
-    rollouts, tolerance, device = trainer.rollouts, choose_tolerance(trainer), trainer.accelerator.device
-    prompts = [example["student_prompt_ids"] for example in examples]
-    teacher_prompts = [example["teacher_prompt_ids"] for example in examples]
+def _check_model(trainer: OPSDTrainer, rollouts: list[Rollout], add_noise: Callable[[float], None]) -> list[Check]:
+    tolerance, uses_vllm = choose_tolerance(trainer), trainer.args.use_vllm
+    prompts = [rollout.prompt_ids for rollout in rollouts]
+    teacher_prompts = [rollout.teacher_prompt_ids for rollout in rollouts]
     solutions = [
-        trainer.processing_class(example["solution"], add_special_tokens=False).input_ids[:NUM_TOKENS]
-        for example in examples
+        trainer.processing_class(rollout.solution, add_special_tokens=False).input_ids[:NUM_TOKENS]
+        for rollout in rollouts
     ]
     teacher_before = _logprobs(trainer, teacher_prompts, solutions, as_teacher=True)
 
@@ -227,8 +227,8 @@ def _check_model(trainer: OPSDTrainer, examples: list[dict], add_noise: Callable
     for _ in range(NUM_NOISE_TRIALS):
         add_noise(scale)
         completions, sampled_logprobs = solutions, None
-        if rollouts is not None:
-            rollouts.sync_weights()
+        if uses_vllm:
+            trainer.sampler.sync_weights()
             completions, sampled_logprobs = _sample(trainer, prompts)
         student = _logprobs(trainer, prompts, completions)
         add_noise(0.0)
@@ -246,39 +246,37 @@ def _check_model(trainer: OPSDTrainer, examples: list[dict], add_noise: Callable
             effect >= least_effect,
         )
     ]
-    if rollouts is None:
-        checks.append(Check("on-policy", "vLLM against the student", "no vLLM here", "", None))
-    else:
+    if uses_vllm:
         checks.append(_compare("on-policy", "vLLM against the student", sampled_logprobs, student, tolerance))
+    else:
+        checks.append(Check("on-policy", "vLLM against the student", "no vLLM here", "", None))
     checks += _check_teacher(trainer, teacher_prompts, solutions, teacher_before, tolerance)
 
-    batch = send_to_device(trainer.data_collator(examples), device)
-    inputs = trainer._pair_completions(
-        batch,
-        [torch.tensor(ids, device=device) for ids in completions],
-        None if sampled_logprobs is None else sampled_logprobs.to(device).split(list(map(len, completions))),
-    )
-    inputs["loss_mask"] = inputs["completion_mask"]  # all tokens, whatever --num_loss_tokens_to_skip says
-    checks += _check_padding(trainer, inputs, prompts, teacher_prompts, completions, tolerance)
-    return checks + _check_loss(trainer, inputs, tolerance)
+    for rollout, ids in zip(rollouts, completions, strict=True):
+        rollout.completion_ids = ids
+    batch = trainer.collator(rollouts).to(trainer.accelerator.device)
+    batch.loss_mask = batch.completion_mask  # all tokens, whatever --num_loss_tokens_to_skip says
+    batch.sampler_logprobs = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
+    checks += _check_padding(trainer, batch, prompts, teacher_prompts, completions, tolerance)
+    return checks + _check_loss(trainer, batch, tolerance)
 
 
 def _check_teacher(
     trainer: OPSDTrainer, prompts: list[list[int]], completions: list[list[int]], before: Tensor, tolerance: Tolerance
 ) -> list[Check]:
     now = _logprobs(trainer, prompts, completions, as_teacher=True)
-    if not (trainer.args.fixed_teacher or trainer.args.use_ema_teacher):
+    if trainer.teacher.kind == "student":
         deviation = (now - _logprobs(trainer, prompts, completions)).abs().max().item()
         return [
             Check("current teacher", "against the student, same prompt", f"max {deviation:.1e}", "0", deviation == 0.0)
         ]
     deviation = (now - before).abs().max().item()
     measured = ("before and after noise and sync", f"max {deviation:.1e}", "0", deviation == 0.0)
-    if not trainer.teacher_is_base:
+    if not trainer.teacher.is_base:
         return [Check("teacher's weights", *measured)]
     checks = [Check("fixed teacher", "vLLM without adapter against it", "no vLLM here", "", None)]
-    if trainer.rollouts is not None:
-        room = trainer.rollouts.max_model_length - NUM_TOKENS  # vLLM need not take prompts as long as the teacher's
+    if trainer.args.use_vllm:
+        room = trainer.sampler.max_model_length - NUM_TOKENS  # vLLM need not take prompts as long as the teacher's
         contexts = [prompt[-room:] for prompt in prompts]
         base_completions, base_logprobs = _sample(trainer, contexts, base=True)
         teacher = _logprobs(trainer, contexts, base_completions, as_teacher=True)
@@ -288,42 +286,42 @@ def _check_teacher(
 
 def _check_padding(
     trainer: OPSDTrainer,
-    inputs: dict[str, Tensor],
+    batch: MicroBatch,
     prompts: list[list[int]],
     teacher_prompts: list[list[int]],
     completions: list[list[int]],
     tolerance: Tolerance,
 ) -> list[Check]:
-    token_ids = inputs["completion_ids"][inputs["completion_mask"]]
+    token_ids = batch.of_tokens(batch.completion_ids)
     model, checks = trainer.model_wrapped, []
     for role, role_prompts in (("student", prompts), ("teacher", teacher_prompts)):
-        with trainer._as_teacher(model) if role == "teacher" else nullcontext():
-            logits = trainer._completion_logits(model, inputs, "teacher_" if role == "teacher" else "")
+        with trainer.teacher.active(model) if role == "teacher" else nullcontext():
+            logits = trainer.completion_logits(model, batch, role)
         padded = selective_log_softmax(logits.float(), token_ids)
         alone = _logprobs(trainer, role_prompts, completions, as_teacher=role == "teacher")
         checks.append(_compare("padding", f"{role} in a batch against each prompt alone", padded, alone, tolerance))
     return checks
 
 
-def _check_loss(trainer: OPSDTrainer, inputs: dict[str, Tensor], tolerance: Tolerance) -> list[Check]:
-    dense, statistics, _ = trainer._dense_loss(trainer.model_wrapped, inputs)  # (N,)
+def _check_loss(trainer: OPSDTrainer, batch: MicroBatch, tolerance: Tolerance) -> list[Check]:
+    dense, statistics, _ = trainer.token_losses(trainer.model_wrapped, batch, "dense")  # (N,)
     divergence = statistics.divergence.mean().item()
-    # A teacher that is the student, also in its prompt, has nothing to teach.
-    # The noise makes the student another policy than a teacher with weights of its own.
-    has_lesson = trainer.args.fixed_teacher or trainer.args.use_ema_teacher or trainer.args.teacher_sees_solution
+    # A teacher that is the student, also in its prompt, has nothing to teach. The noise makes the student another policy
+    # than a teacher with weights of its own.
+    has_lesson = trainer.teacher.kind != "student" or trainer.args.teacher_sees_solution
     is_sound = bool(dense.isfinite().all()) and (divergence > 0.0 if has_lesson else divergence == 0.0)
     checks = [
         Check("loss", "divergence of the micro-batch", f"{divergence:.1e}", "> 0" if has_lesson else "0", is_sound)
     ]
     if trainer.args.loss_implementation == "fused":
-        fused, *_ = trainer._fused_loss(trainer.model_wrapped, inputs)
+        fused, *_ = trainer.token_losses(trainer.model_wrapped, batch, "fused")
         scale = dense.abs().mean().clamp(min=1.0)
         checks.append(_compare("loss", "fused against dense", fused / scale, dense / scale, tolerance))
     return checks
 
 
 def choose_tolerance(trainer: OPSDTrainer) -> Tolerance:
-    """The tolerance of the dtype that student and vLLM compute in."""
+    """Choose the tolerance of the dtype that student and vLLM compute in."""
     mixed_precision = {"bf16": "bfloat16", "fp16": "float16"}.get(trainer.accelerator.mixed_precision)
     dtype = mixed_precision or str(trainer.model.dtype).removeprefix("torch.")
     if dtype == "float32" and trainer.accelerator.device.type == "cuda":
@@ -331,19 +329,19 @@ def choose_tolerance(trainer: OPSDTrainer) -> Tolerance:
     return TOLERANCES[dtype]
 
 
-def _compare(claim: str, compared: str, values: Tensor, others: Tensor, tolerance: Tolerance) -> Check:
+def _compare(name: str, compared: str, values: Tensor, others: Tensor, tolerance: Tolerance) -> Check:
     gap = (values.float().cpu() - others.float().cpu()).abs()
     mean, maximum = gap.mean().item(), gap.max().item()
     passed = mean <= tolerance.mean and maximum <= tolerance.maximum  # NaN is not
-    return Check(claim, compared, f"mean {mean:.1e}, max {maximum:.1e}", str(tolerance), passed)
+    return Check(name, compared, f"mean {mean:.1e}, max {maximum:.1e}", str(tolerance), passed)
 
 
 def _logprobs(
     trainer: OPSDTrainer, prompts: list[list[int]], completions: list[list[int]], as_teacher: bool = False
 ) -> Tensor:
-    """Log-probabilities of the completions' tokens, (N,), float32 on the CPU: plain forwards, one by one, unpadded."""
+    """Score the completions' tokens, (N,), float32 on the CPU, by plain forward passes, one by one, without padding."""
     model, logprobs = trainer.model_wrapped, []
-    with trainer._as_teacher(model) if as_teacher else nullcontext():
+    with trainer.teacher.active(model) if as_teacher else nullcontext():
         for prompt, completion in zip(prompts, completions, strict=True):
             if not completion:
                 continue
@@ -356,7 +354,7 @@ def _logprobs(
 def _least_distance(
     trainer: OPSDTrainer, logprobs: Tensor, prompts: list[list[int]], completions: list[list[int]]
 ) -> float:
-    """How far, on average, `logprobs` are from those of the model as it stands, and with its adapter off; the lesser."""
+    """Measure the mean distance of `logprobs` from those of the model as it is, and with its adapter off; the smaller."""
     others = [_logprobs(trainer, prompts, completions)]
     policy = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if isinstance(policy, PeftModel):
@@ -369,23 +367,27 @@ def _least_distance(
 
 def _sample(trainer: OPSDTrainer, prompts: list[list[int]], base: bool = False) -> tuple[list[list[int]], Tensor]:
     """
-    Short rollouts from vLLM, with the adapter or without: token ids, and what it says that it gave them, (N,). From the
-    full distribution at temperature 1, of which it says the same in all its modes.
+    Sample short rollouts from vLLM, with the adapter or without.
+
+    They come from the full distribution at temperature 1, for which vLLM reports the same log-probabilities in all modes.
+
+    Returns:
+        Token ids, and the log-probabilities (N,) that vLLM reports of them.
     """
-    rollouts = trainer.rollouts
-    rollouts.step = trainer.state.global_step
-    _, completions, logprobs, _ = rollouts.generate(
+    sampler = trainer.sampler
+    sampler.step = trainer.state.global_step
+    completions = sampler.sample(
         prompts,
         base=base,
-        max_tokens=min(NUM_TOKENS, rollouts.max_completion_length),
+        max_tokens=min(NUM_TOKENS, sampler.max_completion_length),
         temperature=1.0,
         top_p=1.0,
         top_k=0,
         min_p=0.0,
         presence_penalty=0.0,
     )
-    # vLLM's NaN arrives as None
-    return completions, torch.tensor([math.nan if value is None else value for row in logprobs for (value,) in row])
+    logprobs = torch.tensor([value for completion in completions for value in completion.logprobs])
+    return [completion.ids for completion in completions], logprobs
 
 
 # Noise that leaves no trace
@@ -405,25 +407,25 @@ def _noise(trainer: OPSDTrainer) -> Iterator[Callable[[float], None]]:
         for weight in trainer.model.parameters()
         if weight.requires_grad and (has_adapter or len(getattr(weight, "ds_shape", weight.shape)) == 1)
     ]
-    with writable_parts(trainer.model_wrapped, weights) as parts:
-        before = [part.to("cpu", copy=True) for part in parts]
+    with edit_local_shards(trainer.model_wrapped, weights) as shards:
+        before = [shard.to("cpu", copy=True) for shard in shards]
     generator = torch.Generator().manual_seed(trainer.args.seed)
-    noise = [torch.randn(part.shape, generator=generator) for part in before]
+    noise = [torch.randn(shard.shape, generator=generator) for shard in before]
 
     def write(values: list[Tensor]) -> None:
-        with writable_parts(trainer.model_wrapped, weights) as parts:
-            for part, value in zip(parts, values, strict=True):
-                part.copy_(value)
+        with edit_local_shards(trainer.model_wrapped, weights) as shards:
+            for shard, value in zip(shards, values, strict=True):
+                shard.copy_(value)
 
     try:
-        yield lambda scale: write([part + scale * noise_ for part, noise_ in zip(before, noise, strict=True)])
+        yield lambda scale: write([shard + scale * noise_ for shard, noise_ in zip(before, noise, strict=True)])
     finally:
         write(before)
 
 
 @contextmanager
-def _as_if_nothing_had_been(trainer: OPSDTrainer) -> Iterator[None]:
-    """Without dropout in the block; after it, random state and mode of the model are as before."""
+def _restore_rng_and_mode(trainer: OPSDTrainer) -> Iterator[None]:
+    """Switch dropout off in the block; after it, restore the random state and the mode of the model."""
     device = trainer.accelerator.device
     python_state, numpy_state, is_training = random.getstate(), np.random.get_state(), trainer.model.training
     trainer.model_wrapped.eval()
@@ -432,6 +434,5 @@ def _as_if_nothing_had_been(trainer: OPSDTrainer) -> Iterator[None]:
             yield
         finally:
             trainer.model_wrapped.train(is_training)
-            trainer._synced_step = None  # vLLM holds the noise: no rollout before the next sync
             np.random.set_state(numpy_state)
             random.setstate(python_state)
