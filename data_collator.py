@@ -70,6 +70,15 @@ def fill_template(template: str, **fields: str) -> str:
     return PLACEHOLDER.sub(lambda match: fields[match.group(1)], template)
 
 
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, flag: str = "model_name_or_path") -> None:
+    """Raise `ValueError`, naming `flag`, for a tokenizer without chat template, which all prompts need."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"--{flag} {tokenizer.name_or_path}: its tokenizer has no chat template, which the prompts need; use an "
+            "instruction-tuned model"
+        )
+
+
 def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool) -> list[int]:
     """Encode one user turn, up to and including the header of the assistant's turn."""
     return tokenizer.apply_chat_template(
@@ -231,11 +240,7 @@ class SelfDistillationDataCollator:
         max_reasoning_length: int = 1024,
     ):
         check_templates(student_prompt, teacher_prompt, reasoning_prompt)
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which both prompts need; use an "
-                "instruction-tuned model or set `tokenizer.chat_template`"
-            )
+        check_chat_template(tokenizer)
         self.tokenizer = tokenizer
         self.student_prompt = student_prompt
         self.teacher_prompt = teacher_prompt

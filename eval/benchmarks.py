@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, encode_chat_prompt, fill_template
+from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, check_chat_template, encode_chat_prompt, fill_template
 from opsd.run.problem_data import LOADERS, drop_incomplete_rows, find_local, load_problems
 
 
@@ -107,8 +107,7 @@ def load_questions(
         FileNotFoundError, ValueError: for data that cannot be used, and a tokenizer whose chat template is missing or
             has no thinking mode where one is asked for.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(f"--base_model {tokenizer.name_or_path}: its tokenizer has no chat template for the prompts")
+    check_chat_template(tokenizer, "base_model")
     if thinking and "think" not in tokenizer.get_chat_template():
         raise ValueError(
             f"--enable_thinking: the chat template of {tokenizer.name_or_path} has no thinking mode, so that every "

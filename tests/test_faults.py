@@ -2,11 +2,13 @@
 
 import io
 import json
+import math
 import multiprocessing
 import os
 import resource
 import signal
 import socket
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -15,11 +17,15 @@ import torch
 from conftest import ROOT, make_problems, make_trainer_factory
 from launch_worker import let_fsdp_run_on_cpu
 from safetensors.torch import load_file
+from tiny_settings import ADAPTER, CPU
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from transformers import TrainerCallback
+from trl import GRPOTrainer, SFTTrainer
 
+import grpo_train
 import opsd_train
+import sft_train
 from opsd.run import checkpoints
 from opsd.run.checkpoints import find_fault, find_last_complete
 from opsd_trainer import OPSDTrainer
@@ -430,6 +436,60 @@ def test_run_without_finite_steps_ends(make_trainer):
     with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row, up to step 7; their batches are in"):
         trainer.train()
     assert_skipped(states.of_steps, {1, 2, 4, 5})
+
+
+BASELINES = {
+    "sft": (sft_train, "CompleteSFTTrainer", SFTTrainer, {}),
+    "grpo": (grpo_train, "OnPolicyGRPOTrainer", GRPOTrainer, {"num_generations": 2, "max_completion_length": 4}),
+}
+
+
+@pytest.fixture(params=BASELINES)
+def run_baseline(request, tiny_model_dir, train_file, tmp_path, monkeypatch):
+    """
+    A function that runs SFT or GRPO with a loss that is not finite in the given steps; further arguments are flags.
+
+    With weight decay each step changes the weights, also one in which all completions earn the same reward.
+    """
+    program, name, trl_trainer, settings = BASELINES[request.param]
+    settings = CPU | ADAPTER | settings | {"model_name_or_path": tiny_model_dir, "dataset_name": train_file}
+    settings |= {"output_dir": tmp_path, "max_steps": 4, "save_steps": 2, "weight_decay": 0.1}
+    settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    states, compute_loss = States(), trl_trainer.compute_loss
+    monkeypatch.setattr(program, name, partial(getattr(program, name), callbacks=[states]))
+
+    def run(steps, **further):
+        def infinite_loss(self, *args, **kwargs):  # whose gradient is finite
+            return compute_loss(self, *args, **kwargs) + (math.inf if self.state.global_step in steps else 0.0)
+
+        monkeypatch.setattr(trl_trainer, "compute_loss", infinite_loss)
+        flags = settings | further
+        program.main([text for flag, value in flags.items() for text in (f"--{flag}", str(value))])
+
+    return run, states
+
+
+def test_baselines_skip_steps_that_are_not_finite(run_baseline, tmp_path):
+    run, states = run_baseline
+    run({1})
+    assert_skipped(states.of_steps, {1})
+    assert [logs["num_nonfinite_steps"] for logs in states.logs if "loss" in logs] == [0, 1, 1, 1]
+    (file,) = (tmp_path / "nonfinite").iterdir()
+    kept = torch.load(file)
+    assert file.name == "step_00002_process_0.pt" and kept["step"] == 2
+    names = {"input_ids", "completion_ids"}  # of SFT, of GRPO
+    assert [len(inputs[name]) for inputs in kept["inputs"] for name in names & inputs.keys()] == [2, 2]
+    assert kept["losses"] == {0: math.inf, 1: math.inf}
+
+    run({2}, resume_from_checkpoint=tmp_path / "checkpoint-2")
+    assert [logs["num_nonfinite_steps"] for logs in states.logs if "loss" in logs][4:] == [2, 2]
+
+
+def test_baselines_without_finite_steps_end(run_baseline):
+    run, states = run_baseline
+    with pytest.raises(FloatingPointError, match="not finite in 2 steps in a row, up to step 3; their batches are in"):
+        run({1, 2, 3}, max_nonfinite_steps=2)
+    assert_skipped(states.of_steps, {1})
 
 
 # A vLLM engine that dies

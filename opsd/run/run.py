@@ -21,6 +21,7 @@ from transformers.utils import is_flash_attn_2_available
 from trl import get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
 
+from data_collator import check_chat_template
 from opsd.rollouts import check_vllm_lora_support
 from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.checkpoints import find_checkpoint
@@ -160,11 +161,7 @@ class Run:
             revision=self.model_args.model_revision,
             trust_remote_code=self.training_args.trust_remote_code,
         )
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"--model_name_or_path {self.model_args.model_name_or_path}: its tokenizer has no chat template, "
-                "which the prompts need; use an instruction-tuned model"
-            )
+        check_chat_template(tokenizer)
         return tokenizer
 
     def model_options(self) -> dict[str, Any]:
