@@ -1,12 +1,12 @@
 """
-Where student and teacher disagree when their thinking modes differ: divergence at a completion's first tokens and after.
+Measure the divergence at a completion's first tokens and after them, for all pairs of thinking modes of the roles.
 
     python benchmarks/first_tokens.py --output benchmarks/first_tokens.md
 
-On the quickstart's base model for ablations, which knows both modes (built once, in minutes). For each pair of modes the
-student samples completions for training problems, at temperature 1, and both roles score them, as at the first step of a
-training. Without thinking the header of the assistant's turn closes an empty think block; in thinking mode the completion
-opens one. So where the modes differ, the first tokens tell of form and not of the problem.
+The model is the quickstart's base model for ablations, which knows both modes (built once, in minutes). For each pair
+of modes the student samples completions for training problems, at temperature 1, and both roles score them, as in the
+first step of a training. Without thinking the header of the assistant's turn closes an empty think block; in thinking
+mode the completion opens one. So where the modes differ, the first tokens tell of form and not of the problem.
 """
 
 import argparse
@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_collator import SelfDistillationDataCollator
 from opsd.losses import generalized_jsd
@@ -60,15 +58,15 @@ def sample(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def completion_logits(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tensor, completions: Tensor) -> Tensor:
-    """Logits of one role at each token of the completions, behind its own prompts, which are padded left: (B, C, V)."""
-    mask = torch.cat([prompt_mask, torch.ones_like(completions)], dim=1)  # the padding behind a completion is not read
+    """Return (B, C, V): the logits of one role at each token of the completions, after its own left-padded prompts."""
+    mask = torch.cat([prompt_mask, torch.ones_like(completions)], dim=1)  # the padding after a completion is not read
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(torch.cat([prompts, completions], dim=1), attention_mask=mask, position_ids=position_ids).logits
     return logits[:, prompts.shape[1] - 1 : -1]
 
 
 def by_position(divergence: Tensor, mask: Tensor) -> list[float]:
-    """Mean over the completions at each of the first tokens, then over all tokens behind them, and the share of the first."""
+    """Return the mean over the completions at each first token, that of all later tokens, and the first ones' share."""
     divergence = divergence * mask  # (B, C)
     sums, counts = divergence.sum(0), mask.sum(0)  # (C,)
     first, rest = slice(None, NUM_FIRST_TOKENS), slice(NUM_FIRST_TOKENS, None)
@@ -106,7 +104,8 @@ def table(measured: Sequence[dict[str, list[float]]]) -> str:
         lines += [
             f"{name}, nats per token:",
             "",
-            f"| student thinks | teacher thinks | `--teacher_prefill` | {positions} | others | share of the first {NUM_FIRST_TOKENS} |",
+            f"| student thinks | teacher thinks | `--teacher_prefill` | {positions} | others "
+            f"| share of the first {NUM_FIRST_TOKENS} |",
             "|---|---|---|" + "--:|" * (NUM_FIRST_TOKENS + 2),
         ]
         for (student, teacher, prefill), results in zip(CASES, measured, strict=True):
@@ -142,9 +141,9 @@ def main() -> None:
     command = " ".join(["python benchmarks/first_tokens.py", *sys.argv[1:]])
     text = (
         f"# Divergence at the first tokens of a completion\n\n`{command}`\n\n"
-        f"The quickstart's base model for ablations, seed {arguments.seed}; {arguments.num_problems} completions of the student for "
-        "each pair of modes, temperature 1. Means over the completions that have the token; of `others`, over their tokens. The "
-        "share is that of the sum over all tokens.\n\n"
+        f"The quickstart's base model for ablations, seed {arguments.seed}; {arguments.num_problems} completions of "
+        "the student for each pair of modes, temperature 1. Means over the completions that have the token; of `others`, "
+        "over their tokens. The share is that of the sum over all tokens.\n\n"
         f"{table(measured)}"
     )
     sys.stdout.write(text)

@@ -1,5 +1,5 @@
 """
-Time and memory of the full-vocabulary loss and its gradient: fused, dense, TRL's, Liger's, and the bare matrix products.
+Measure time and memory of the full-vocabulary loss and its gradient: fused, dense, TRL's, Liger's, bare products.
 
     python benchmarks/loss.py                  # CPU, float32
     python benchmarks/loss.py --gpu            # Qwen3-1.7B, 4B and 8B shapes, bfloat16
@@ -24,8 +24,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from opsd.losses import fused_linear_jsd, fused_linear_sampled_token_loss, generalized_jsd
 
@@ -253,9 +251,9 @@ def benchmark_cpu(arguments: argparse.Namespace) -> str:
 
     lines = [
         f"CPU ({torch.get_num_threads()} threads, {platform.machine()}), PyTorch {torch.__version__}, float32, "
-        f"V = {arguments.vocab_size:,}, H = {arguments.hidden_size:,}, chunks of {chunk_size} tokens. Times of {all_tokens:,} "
-        f"tokens, of the dense form of {few_tokens:,}, each as the fastest of {arguments.repeats} rounds and as the median "
-        "ratio to the bare products in the same round.",
+        f"V = {arguments.vocab_size:,}, H = {arguments.hidden_size:,}, chunks of {chunk_size} tokens. "
+        f"Times of {all_tokens:,} tokens, of the dense form of {few_tokens:,}, each as the fastest of "
+        f"{arguments.repeats} rounds and as the median ratio to the bare products in the same round.",
         "",
         f"| | beta | ms | x products | extra MiB, N = {few_tokens:,} | extra MiB, N = {all_tokens:,} | of dense |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -281,9 +279,9 @@ def benchmark_cpu(arguments: argparse.Namespace) -> str:
 def benchmark_gpu(arguments: argparse.Namespace) -> str:
     """Table of a GPU, with the chunk size that the fused form chooses, which the others are given too."""
     lines = [
-        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, bfloat16, V = {arguments.vocab_size:,}. Fastest of "
-        f"{arguments.repeats} rounds, median ratio to the bare products in the same round, peak memory above the inputs, "
-        "relative error of the gradient against float64.",
+        f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, bfloat16, V = {arguments.vocab_size:,}. "
+        f"Fastest of {arguments.repeats} rounds, median ratio to the bare products in the same round, peak memory "
+        "above the inputs, relative error of the gradient against float64.",
         "",
         "| shape | N | | beta | ms | x products | extra MiB | gradient error |",
         "|---|---:|---|---|---:|---:|---:|---:|",
@@ -299,7 +297,8 @@ def benchmark_gpu(arguments: argparse.Namespace) -> str:
                     extra = f"{allocated_growth(case[0], inputs, case[1], arguments.gpu_chunk_size):,.0f}"
                 error = f"{gradient_error(inputs, case[1]):.1e}" if case[0] == "fused" else ""
                 lines.append(
-                    f"| {shape} | {num_tokens:,} | {case_columns(*case)} | {time_columns(case, seconds)} | {extra} | {error} |"
+                    f"| {shape} | {num_tokens:,} | {case_columns(*case)} | {time_columns(case, seconds)} "
+                    f"| {extra} | {error} |"
                 )
             del inputs
             torch.cuda.empty_cache()

@@ -22,8 +22,6 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-
 from opsd_trainer import OPSDConfig, OPSDTrainer
 from quickstart.addition import training_problems
 from quickstart.base_model import train_tokenizer
@@ -124,9 +122,9 @@ def main() -> None:
         "",
         f"`python benchmarks/optimizer_step.py {' '.join(sys.argv[1:])}`",
         "",
-        f"{device}, PyTorch {torch.__version__}, Qwen3 with V = {arguments.vocab_size:,}, H = {arguments.hidden_size}, "
-        f"{arguments.num_layers} layers, beta {arguments.beta}; {arguments.batch_size} rollouts of up to "
-        f"{arguments.completion_length} tokens; above what the process held before the step.",
+        f"{device}, PyTorch {torch.__version__}, Qwen3 with V = {arguments.vocab_size:,}, "
+        f"H = {arguments.hidden_size}, {arguments.num_layers} layers, beta {arguments.beta}; {arguments.batch_size} "
+        f"rollouts of up to {arguments.completion_length} tokens; above what the process held before the step.",
         "",
         "| objective and loss implementation | completion tokens | peak, MiB |",
         "|---|--:|--:|",

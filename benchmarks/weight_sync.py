@@ -38,8 +38,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback, set_seed
 from trl.generation.vllm_generation import VLLMGeneration
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
-
 from opsd.vllm_engine import keep_linear_weights
 from opsd_trainer import OPSDConfig, OPSDTrainer
 from quickstart.addition import training_problems
@@ -283,8 +281,8 @@ def report(description: str, measurements: list[Measurement], arguments: argpars
         f"float32; AdamW, constant learning rate, {arguments.batch_size} rollouts of {arguments.completion_length} "
         "tokens a step. One run for each learning rate, both syncs after each of its steps, with the same adapter. "
         "The base weights are those of the adapted matrices, and 0 is none at all; drift and error are relative to "
-        "the adapter's delta; seconds are medians over the syncs so far, and of the ratios of the two syncs of a step. "
-        "`weight_sync.py` has the formulas.",
+        "the adapter's delta; seconds are medians over the syncs so far, and of the ratios of the two syncs of a "
+        "step. `weight_sync.py` has the formulas.",
         "",
         "| learning rate | steps | sync | base weights changed | drift | error of the delta in vLLM "
         "| entries equal to the base's | bytes per sync | seconds per sync | x merged |",

@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script, only this file's folder is on the path
-
 from eval.benchmarks import (
     BENCHMARKS,
     Benchmark,
@@ -111,7 +109,7 @@ def grade(batches: Iterable[Sequence[Sample]], pool: GradingPool, *, thinking: b
 
 
 def majority(drawn: Sequence[Sample], pool: GradingPool) -> Sample | None:
-    """The first sample of the class of equal answers that has most votes, see `eval.scores`; `None` without answers."""
+    """Return the first sample of the largest class of equal answers (see `eval.scores`); `None` without answers."""
 
     def equal(known: str, answer: str) -> bool:
         return pool.submit(answer, known, drawn[0].answer_type).result().equal is True
@@ -124,8 +122,8 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
     """
     Statistics of a model's graded samples on a benchmark.
 
-    A problem with a sample that no grader can judge is left out of all accuracies as a whole: leaving out the one sample
-    would favour those that happen to match the reference word for word.
+    A problem with a sample that no grader can judge is left out of all accuracies as a whole: leaving out the one
+    sample would favour those that happen to match the reference word for word.
 
     Returns:
         Shares in [0, 1], over the problems that are graded, `None` if there are none: `avg_at_k` with `standard_error`
@@ -283,8 +281,9 @@ def sequence_length(base_model: str, questions: Sequence[Question], max_new_toke
     positions = AutoConfig.from_pretrained(base_model).get_text_config().max_position_embeddings
     if longest + max_new_tokens > positions:
         raise ValueError(
-            f"--max_new_tokens {max_new_tokens}: with the longest prompt of {longest} tokens more than the {positions} "
-            f"positions of {base_model}; give at most {positions - longest}, or cut long samples with --max_model_len"
+            f"--max_new_tokens {max_new_tokens}: with the longest prompt of {longest} tokens more than the "
+            f"{positions} positions of {base_model}; give at most {positions - longest}, or cut long samples with "
+            "--max_model_len"
         )
     return longest + max_new_tokens
 
@@ -416,8 +415,8 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
     gpus, needed = len(visible_devices()), args.data_parallel * args.tensor_parallel_size
     if 0 < gpus < needed:
         raise ValueError(
-            f"--data_parallel {args.data_parallel}: with --tensor_parallel_size {args.tensor_parallel_size} this takes "
-            f"{needed} GPUs, of which {gpus} are visible"
+            f"--data_parallel {args.data_parallel}: with --tensor_parallel_size {args.tensor_parallel_size} this "
+            f"takes {needed} GPUs, of which {gpus} are visible"
         )
     if args.output_file is None:
         args.output_file = Path("outputs", "eval", Path(args.base_model).name + ".json")
@@ -437,9 +436,9 @@ def run_settings(
     args: argparse.Namespace, sampling: Sampling, questions: Mapping[str, Sequence[Question]]
 ) -> dict[str, Any]:
     """
-    What samples and their verdicts depend on, apart from the key of the sample.
+    Return the settings that samples and their verdicts depend on, apart from the key of the sample.
 
-    How many samples, problems, data sets and models there are is not part of it, nor on how many GPUs they are sampled.
+    The numbers of samples, problems, data sets, models and GPUs are not among them.
     """
     settings = {"base_model": args.base_model, "base_model_version": model_version(args.base_model)}
     settings |= {knob.name: getattr(sampling, knob.name) for knob in fields(Sampling)}

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The release's evaluation of OPSD on Qwen3-1.7B, in thinking mode: Avg@12 on AIME 2024, AIME 2025 and HMMT February 2025.
+# The release's evaluation of OPSD on Qwen3-1.7B, in thinking mode: Avg@12 on AIME 2024, AIME 2025 and HMMT February
+# 2025.
 #
 #   CHECKPOINTS="outputs/opsd_1b/checkpoint-*" NUM_PROCESSES=4 bash eval/run_eval.sh
 #
-# Expected (release's results, March 18, 2026; its 30 to 50 minutes for each checkpoint on 4 x H100 are not measured here):
+# Expected (release, March 18, 2026; its 30 to 50 minutes for each checkpoint on 4 x H100 are not measured here; for 4B
+# and 8B see scripts/run_opsd_4b.sh and run_opsd_8b.sh):
 #              AIME24  AIME25  HMMT25
 #   base         51.5    36.7    23.1
 #   step  25     51.4    42.5    24.7
@@ -11,11 +13,13 @@
 #   step  75     54.4    40.6    26.9
 #   step 100     57.2    41.1    29.2
 #
-# MODEL, CHECKPOINTS (adapter folders or a pattern; none: the base model alone), OUTPUT_DIR, NUM_PROCESSES (engines, one for
-# each GPU). DRY_RUN=1 checks all arguments, prints the command and exits. Further arguments go through, the last one wins.
+# MODEL, CHECKPOINTS (adapter folders or a pattern; none: the base model alone), OUTPUT_DIR, NUM_PROCESSES (engines,
+# one for each GPU). DRY_RUN=1 checks all arguments, prints the command and exits. Further arguments go through, the
+# last one wins.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ ! -e .venv/bin/activate ] || source .venv/bin/activate
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # of this folder also where .venv is another clone's
 
 model=${MODEL:-Qwen/Qwen3-1.7B}
 checkpoints=(${CHECKPOINTS:-}) # unquoted, so that patterns are expanded

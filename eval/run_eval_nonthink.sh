@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The release's evaluation of OPSD without thinking, on Qwen3-8B: Avg@12 on AIME 2024, AIME 2025 and HMMT February 2025.
+# The release's evaluation of OPSD without thinking, on Qwen3-8B: Avg@12 on AIME 2024, AIME 2025 and HMMT February
+# 2025.
 #
 #   CHECKPOINTS="outputs/opsd_8b_nonthink/checkpoint-50" NUM_PROCESSES=4 bash eval/run_eval_nonthink.sh
 #
@@ -10,11 +11,13 @@
 #   4B  base         23.1    21.4    10.8
 #   4B  step 150     32.8    21.9    14.4
 #
-# MODEL, CHECKPOINTS (adapter folders or a pattern; none: the base model alone), OUTPUT_DIR, NUM_PROCESSES (engines, one for
-# each GPU). DRY_RUN=1 checks all arguments, prints the command and exits. Further arguments go through, the last one wins.
+# MODEL, CHECKPOINTS (adapter folders or a pattern; none: the base model alone), OUTPUT_DIR, NUM_PROCESSES (engines,
+# one for each GPU). DRY_RUN=1 checks all arguments, prints the command and exits. Further arguments go through, the
+# last one wins.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ ! -e .venv/bin/activate ] || source .venv/bin/activate
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # of this folder also where .venv is another clone's
 
 model=${MODEL:-Qwen/Qwen3-8B}
 checkpoints=(${CHECKPOINTS:-}) # unquoted, so that patterns are expanded

@@ -24,9 +24,9 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     """
     Mean over problems, with errors that take the problems as the sampled units.
 
-    The samples of one problem are not independent, the problems are: with one value for each problem (its share of right
-    samples) the deviation of these values gives the standard error clustered by problem, and the percentile
-    bootstrap resamples whole problems.
+    Problems are independent, the samples of one problem are not. With one value for each problem (its share of right
+    samples) the deviation of these values gives the standard error clustered by problem, and the percentile bootstrap
+    resamples whole problems.
 
     Args:
         values: one for each problem, (P,).

@@ -3,10 +3,11 @@ The quickstart's base model: a tiny Qwen3 with a latent skill, and its tokenizer
 
     python quickstart/base_model.py --output_dir outputs/quickstart/base --seed 0
 
-Pre-training mixes two kinds of examples. Behind the student's prompt the model adds with a systematic misconception: it
-often drops an incoming carry. Behind the teacher's prompt it follows the reference solution, also where that one slips.
-So the content of a reference helps, its mere presence does not, and on-policy self-distillation has something to teach.
-`ablation_base` adds what variants of the method need: other references, a rationalization before the solution, thinking.
+Pre-training mixes two kinds of examples. After the student's prompt the model adds with a systematic misconception: it
+often drops an incoming carry. After the teacher's prompt it follows the reference solution, even where that one slips.
+So the content of a reference helps, its mere presence does not, and self-distillation has something to teach.
+`ablation_base` adds the examples that variants of the method need: other references, a rationale before the solution,
+thinking.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import json
 import logging
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,8 +28,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import trange
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from data_collator import (
     REASONING_PROMPT,
@@ -79,7 +77,7 @@ class BaseModelConfig:
 
 
 def ablation_base(seed: int) -> BaseModelConfig:
-    """The base model that has seen all kinds of examples. To build it takes about two and a half minutes of one CPU core."""
+    """The base model that has seen all kinds of examples. It takes about two and a half minutes of one CPU core."""
     return BaseModelConfig(
         seed=seed,
         problem_only_examples=10,
@@ -131,7 +129,7 @@ def train_tokenizer(config: BaseModelConfig) -> PreTrainedTokenizerFast:
 
 
 def create_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A float32 model of half a million parameters with random weights, drawn from the global random state of torch."""
+    """Return a float32 model of half a million parameters, with random weights from the global generator of torch."""
     eos_token_id, pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     model = Qwen3ForCausalLM(
         Qwen3Config(
@@ -144,7 +142,7 @@ def create_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
             intermediate_size=256,
             tie_word_embeddings=True,
             max_position_embeddings=MAX_LENGTH,
-            initializer_range=0.08,  # about hidden_size ** -0.5; the default is for wider models and learns more slowly
+            initializer_range=0.08,  # about hidden_size ** -0.5; the default suits wider models and learns more slowly
             eos_token_id=eos_token_id,
             pad_token_id=pad_token_id,
             dtype="float32",
@@ -210,7 +208,7 @@ def reference_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelConfi
 
 
 def own_style_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random) -> Example:
-    """The teacher's prompt with a reference in the style of the response that follows it. The loss is on the response."""
+    """The teacher's prompt with a reference in the style of the response after it. The loss is on the response."""
     a, b = addition.draw_operands(rng)
     own_style = addition.response_text(a, b, reference_totals(a, b, config, rng))
     content = fill_template(TEACHER_PROMPT, problem=addition.problem_text(a, b), solution=own_style)
@@ -240,7 +238,7 @@ def rationalized_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelCo
 def thinking_example(
     tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random, with_reference: bool
 ) -> Example:
-    """The prompt of either role in thinking mode, a terse thought, and the response to it. The loss is on the last two."""
+    """The prompt of either role in thinking mode, a terse thought, and the response. The loss is on the last two."""
     a, b = addition.draw_operands(rng)
     problem = addition.problem_text(a, b)
     if with_reference:

@@ -27,8 +27,8 @@ def opsd(flags: str, **fields) -> Method:
 
 def without_solutions(flags: str, **fields) -> Method:
     """
-    Group self-distillation: the reference is a right rollout of the same problem. The data has final answers alone. Group
-    size and learning rate are the best of six settings on seed 0.
+    Group self-distillation: the reference is a right rollout of the same problem. The data has final answers alone.
+    Group size and learning rate are the best of six settings on seed 0.
     """
     return opsd(
         f"--teacher_reference rollout --num_generations 2 --learning_rate 1e-3 {flags}",

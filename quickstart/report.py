@@ -135,7 +135,7 @@ def plot_accuracy(report: dict[str, Any], file: Path) -> None:
 
 
 def plot_tokens(reports: Sequence[dict[str, Any]], file: Path, names: Sequence[str]) -> None:
-    """Accuracy over generated tokens, as the paper's Figure 3: mean over the seeds, and the range of them as a band."""
+    """Plot accuracy over generated tokens, as the paper's Figure 3: the mean over the seeds, their range as a band."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     for name in names:

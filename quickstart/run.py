@@ -1,15 +1,17 @@
 """
-The quickstart: evaluate a tiny base model, let it teach itself with OPSD, evaluate it again, write a report and a plot.
+The quickstart: evaluate a tiny base model, let it teach itself with OPSD, evaluate it again, write report and plot.
 
     bash scripts/quickstart.sh [--seed 0] [--steps 100] [--controls] [--baselines]
     bash scripts/quickstart.sh --ablations [--seed 0] [--steps 100] [--only NAME ...]
 
 Everything runs through the programs that real runs use: training in a process of its own, and vLLM through
-`eval/evaluate_math.py`. All models answer the same held-out problems with the same sampling seeds, whatever `--seed` is.
+`eval/evaluate_math.py`. All models answer the same held-out problems with the same sampling seeds, whatever `--seed`
+is.
 
-`--ablations` trains a base model of its own in many ways, a minute or two each, and writes OUTPUT_DIR/seed_S for each seed.
-What is in the report.json there with the same settings is not trained again, so the same command goes on where a killed one
-stopped. Seeds may run at the same time, as commands of one seed each; one with all of them then makes the summary.
+`--ablations` trains a base model of its own in many ways, a minute or two each, and writes OUTPUT_DIR/seed_S for each
+seed. A method that is in the report.json there with the same settings is not trained again, so the same command
+resumes a killed one. Seeds may run at the same time, as commands of one seed each; a command with all of them then
+makes the summary.
 """
 
 import argparse
@@ -27,8 +29,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.trainer_utils import sort_checkpoints
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from eval.benchmarks import find_benchmark, load_questions
 from eval.engine import Sampling, start_engine

@@ -3,11 +3,11 @@
 #
 #   NUM_PROCESSES=4 bash scripts/launch.sh opsd_train.py [arguments]
 #
-# ACCELERATE_CONFIG names another launcher than accelerate.yaml. DRY_RUN=1 prints the command, checks all arguments with the
-# program's own parsers, prints the resolved configuration as JSON, and exits; it loads no model and no data.
+# ACCELERATE_CONFIG names another launcher than accelerate.yaml. DRY_RUN=1 prints the command, checks all arguments
+# with the program's own parsers, prints the resolved configuration as JSON, and exits; it loads no model and no data.
 #
-# Several machines: NUM_MACHINES, MAIN_PROCESS_IP and MAIN_PROCESS_PORT, with NUM_PROCESSES on all machines together; each runs
-# the same command with a MACHINE_RANK of its own, from 0 on. scripts/train_multi_node.sh sets them.
+# Several machines: NUM_MACHINES, MAIN_PROCESS_IP and MAIN_PROCESS_PORT, with NUM_PROCESSES on all machines together.
+# Each machine runs the same command with a MACHINE_RANK of its own, from 0 on. scripts/train_multi_node.sh sets them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ ! -e .venv/bin/activate ] || source .venv/bin/activate

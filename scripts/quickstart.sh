@@ -7,4 +7,5 @@ source .venv/bin/activate
 
 # One thread is the fastest for a tiny model
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TRL_EXPERIMENTAL_SILENCE=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # of this folder also where .venv is another clone's
 exec python quickstart/run.py "$@"

@@ -5,7 +5,8 @@
 #   CHECKPOINTS="outputs/grpo/checkpoint-*" NUM_PROCESSES=8 bash eval/run_eval.sh \
 #       --dataset aime24 aime25 hmmt25 amo-bench --val_n 16 --temperature 1.2 --top_p 0.95      # and the same MODEL
 #
-# Expected (paper v1, Table 2, average@16, temperature 1.2, top-p 0.95; on 8 x A100, time not given). This project has not run it.
+# Expected (paper v1, Table 2, average@16, temperature 1.2, top-p 0.95; on 8 x A100, time not given). This project has
+# not run it.
 #                    AIME24  AIME25  HMMT25  AMO-Bench
 #   8B    base         75.2    68.3    43.1       13.4
 #   8B    GRPO         76.7    68.7    45.0       14.8
@@ -13,6 +14,13 @@
 #   4B    GRPO         75.6    67.1    42.7       12.8
 #   1.7B  base         50.2    35.2    25.4        4.3
 #   1.7B  GRPO         52.1    38.3    26.7        4.5
+# Paper v3, Table 2 (eval/run_eval.sh as it is: Avg@12, temperature 1.0; the best checkpoint within 500 steps):
+#   8B    base         75.8    65.6    43.9
+#   8B    GRPO         76.4    68.9    46.7
+#   4B    base         74.9    66.4    42.2
+#   4B    GRPO         75.6    68.1    44.4
+#   1.7B  base         51.5    36.7    23.1
+#   1.7B  GRPO         51.1    38.3    23.7
 # The project page: within 100 steps more than half of the batches have no spread of rewards, and so no gradient.
 # The reward compares the boxed answer by value; --reward exact_match compares texts.
 #
@@ -32,7 +40,7 @@ arguments=(
     --use_peft                                         # Table 6
     --lora_r 64                                        # Table 6
     --lora_alpha 128                                   # Table 6
-    --lora_dropout 0.0                                 # ours: not published; the rollouts come from the policy without dropout
+    --lora_dropout 0.0                                 # ours: not published; rollouts have no dropout either
     --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj # Table 6
 
     # data and reward
@@ -47,7 +55,7 @@ arguments=(
     --num_generations 8                                # Table 6, section 4.1: rollouts per prompt
     --beta 0                                           # Table 6: no KL term
     --scale_rewards group                              # release
-    --loss_type dapo                                   # ours: not published; TRL's default: mean over the tokens of the step
+    --loss_type dapo                                   # ours: not published; TRL's default: mean over a step's tokens
     --num_iterations 1                                 # ours: not published; TRL's default
     --epsilon 0.2                                      # ours: not published; TRL's default
 
@@ -69,7 +77,7 @@ arguments=(
     --max_grad_norm 1.0                                # ours: not published; the default of transformers
     --effective_batch_size 32                          # Table 6; TRL counts completions: 4 prompts x 8 rollouts a step
     --per_device_train_batch_size 1                    # Table 6: 1 x 4 on each of 8 GPUs
-    --max_steps 100                                    # ours: not published; the project page compares within 100 steps
+    --max_steps 100                                    # ours: project page: within 100 steps; v3 within 500
     --bf16 true                                        # section 8.1
     --gradient_checkpointing true                      # section 8.1
     --seed 42                                          # ours: not published; the default of transformers

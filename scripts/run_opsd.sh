@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# A starting point for OPSD on your own data and model: copy this file and edit it. The values are the release's for 1.7B.
+# A starting point for OPSD on your own data and model: copy this file and edit it. The values are the release's for
+# 1.7B.
 #
 #   MODEL=Qwen/Qwen3-1.7B DATASET=data/train.jsonl OUTPUT_DIR=outputs/mine NUM_PROCESSES=4 bash scripts/run_opsd.sh
 #
-# What to look at first:
-#   DATASET              a Hub id, a json, jsonl or parquet file, or a folder of them, with a problem and a solution in each row;
-#                        --problem_column and --solution_column name the columns
+# Look at these first:
+#   DATASET              a Hub id, a json, jsonl or parquet file, or a folder of them, with a problem and a solution in
+#                        each row; --problem_column and --solution_column name the columns
 #   --lora_target_modules   all-linear for models whose projections have other names than Qwen3's
-#   --jsd_token_clip     nats; clip/entries_ratio and clip/mass_ratio in the log say what it cuts. The release takes 0.05 to
-#                        0.06 with a thinking teacher, and 1e-6 to 1e-7 without
-#   --max_completion_length   tokens that are learnt from; longer is dearer, and better in the paper's Figure 4
+#   --jsd_token_clip     nats; clip/entries_ratio and clip/mass_ratio in the log say how much it cuts. The release
+#                        takes 0.05 to 0.06 with a thinking teacher, and 1e-6 to 1e-7 without
+#   --max_completion_length   tokens to learn from. More tokens cost more; they raised pass@k in paper v1 (Figure 4),
+#                        and brought no stable gain in v3 (Figure 5)
 #   --per_device_train_batch_size   lower it when memory runs out: the batch of a step stays --effective_batch_size
-#   --vllm_gpu_memory_utilization   share of a GPU for vLLM; what is left is for training
+#   --vllm_gpu_memory_utilization   share of a GPU for vLLM; training has the rest
 #
 # Expected for the values below: see scripts/run_opsd_1b.sh. This project has not run them.
 #
@@ -64,7 +66,7 @@ arguments=(
 
     # optimization
     --learning_rate 5e-6                               # release
-    --lr_scheduler_type constant                       # ours: not published; a checkpoint then does not depend on --max_steps
+    --lr_scheduler_type constant                       # ours: not published; --max_steps then changes no checkpoint
     --warmup_steps 0                                   # ours: not published
     --max_grad_norm 0.1                                # release
     --effective_batch_size 32                          # release: prompts a step, of all GPUs together

@@ -11,6 +11,10 @@
 #   step  50     52.8    43.9    27.8
 #   step  75     54.4    40.6    26.9
 #   step 100     57.2    41.1    29.2
+# Paper v3, Table 2, gives the best step of each column: 57.2 / 43.9 / 29.2. Reproductions by others came out lower:
+# five trainings with one seed, AIME24 54.2 +- 1.5 (standard deviation of a run), 19 minutes of training on 4 x H100;
+# one training with four seeds of the evaluation, 49.9 -> 55.4 / 37.4 -> 40.4 / 23.6 -> 25.8. The author reports a high
+# variance over runs (release, issue 6), and runs that collapse after about 100 steps (issue 20).
 #
 # MODEL, NUM_PROCESSES (GPUs), OUTPUT_DIR. DRY_RUN=1 checks all arguments, prints command and configuration, and exits.
 # Further arguments go to the program, the last one wins; --report_to wandb --wandb_project P logs to W&B.
@@ -60,7 +64,7 @@ arguments=(
 
     # optimization
     --learning_rate 5e-6                               # release
-    --lr_scheduler_type constant                       # ours: not published; a checkpoint then does not depend on --max_steps
+    --lr_scheduler_type constant                       # ours: not published; --max_steps then changes no checkpoint
     --warmup_steps 0                                   # ours: not published
     --max_grad_norm 0.1                                # release
     --effective_batch_size 32                          # release: prompts a step, of all GPUs together

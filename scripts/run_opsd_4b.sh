@@ -1,77 +1,22 @@
 #!/usr/bin/env bash
-# OPSD on Qwen3-4B with the settings of the release (March 18, 2026):
+# OPSD on Qwen3-4B with the settings of the release (March 18, 2026).
 #
 #   bash scripts/run_opsd_4b.sh
 #   MODEL=Qwen/Qwen3-4B CHECKPOINTS="outputs/opsd_4b/checkpoint-*" NUM_PROCESSES=8 bash eval/run_eval.sh
 #
-# Expected: not published for these settings, neither score nor time. Paper v1, with other settings (Table 2; temperature 1.2,
-# average@16), on AIME24 / AIME25 / HMMT25 / AMO-Bench: base 74.6 / 65.8 / 40.3 / 12.4, OPSD 76.0 / 66.9 / 45.8 / 13.5.
-# This project has not run it.
+# Expected (thinking mode, Avg@12; steps: the author in the release's issue 11). This project has not run it.
+#              AIME24  AIME25  HMMT25
+#   base         74.9    66.4    42.2
+#   step  25     76.4    65.3    42.2
+#   step  50     72.5    68.3    42.2
+#   step  75     74.4    67.8    46.1
+#   step 100     73.6    66.7    43.9
+# Paper v3, Table 2, gives the best step of each column: 76.4 / 68.3 / 46.1. No time and no repeated run is published.
 #
-# MODEL, NUM_PROCESSES (GPUs), OUTPUT_DIR. DRY_RUN=1 checks all arguments, prints command and configuration, and exits.
-# Further arguments go to the program, the last one wins; --report_to wandb --wandb_project P logs to W&B.
+# MODEL, NUM_PROCESSES, OUTPUT_DIR, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export MODEL=${MODEL:-Qwen/Qwen3-4B} NUM_PROCESSES=${NUM_PROCESSES:-8} OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_4b}
 
-MODEL=${MODEL:-Qwen/Qwen3-4B}
-export NUM_PROCESSES=${NUM_PROCESSES:-8}
-OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_4b}
-
-arguments=(
-    # model and adapter
-    --model_name_or_path "$MODEL"
-    --dtype bfloat16                                   # release: bf16
-    --use_peft                                         # release, as paper Table 6
-    --lora_r 64                                        # release, as paper Table 6
-    --lora_alpha 128                                   # release, as paper Table 6
-    --lora_dropout 0.0                                 # ours: not published; the trainer switches dropout off
-    --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj # release, as paper Table 6
-
-    # data
-    --dataset_name siyanzhao/Openthoughts_math_30k_opsd # release
-    --dataset_split train                              # release
-    --problem_column problem                           # release
-    --solution_column solution                         # release
-    --max_length 20000                                 # release: prompt and completion, in tokens
-
-    # teacher and student
-    --fixed_teacher                                    # release: the initial policy
-    --student_thinking false                           # release
-    --teacher_thinking true                            # release
-
-    # loss
-    --beta 0                                           # release: KL(teacher||student)
-    --jsd_token_clip 0.05                              # release, for 1.7B and 4B
-    --jsd_clip_mode pointwise                          # release: caps each (token, vocabulary entry) summand
-
-    # rollouts
-    --temperature 1.1                                  # release; also of both softmaxes in the loss
-    --top_p 0.95                                       # release
-    --top_k 20                                         # release
-    --max_completion_length 1024                       # release
-    --use_vllm true                                    # release
-    --vllm_mode colocate                               # release
-    --vllm_gpu_memory_utilization 0.6                  # release
-    --vllm_tensor_parallel_size 1                      # release
-
-    # optimization
-    --learning_rate 5e-6                               # release
-    --lr_scheduler_type constant                       # ours: not published; a checkpoint then does not depend on --max_steps
-    --warmup_steps 0                                   # ours: not published
-    --max_grad_norm 0.1                                # release
-    --effective_batch_size 32                          # release: prompts a step, of all GPUs together
-    --per_device_train_batch_size 4                    # release: 4 on each of 8 GPUs
-    --max_steps 100                                    # ours: not published for 4B; the 1.7B results peak within 100 steps
-    --bf16 true                                        # release
-    --gradient_checkpointing true                      # release
-    --seed 42                                          # ours: the release sets none; the default of transformers
-
-    # run
-    --preflight                                        # ours: checks the claims of the method before the first step
-    --save_steps 25                                    # release
-    --logging_steps 2                                  # release
-    --report_to none                                   # release: W&B
-    --run_name opsd_4b                                 # ours: of the W&B run
-    --output_dir "$OUTPUT_DIR"
-)
-exec bash scripts/launch.sh opsd_train.py "${arguments[@]}" "$@"
+# release: 4 sequences on each of 8 GPUs, the clip of 1.7B; paper v3, Table 2: checkpoints within 100 steps
+exec bash scripts/run_opsd_1b.sh --run_name opsd_4b "$@"

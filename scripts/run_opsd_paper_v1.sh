@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# OPSD as in the paper's first version (arXiv 2601.18734v1, sections 4.1 and 8.1, Table 6): JSD with beta 0.5 over the full
-# vocabulary, no clip, 2,048 tokens.
+# OPSD as in the paper's first version (arXiv 2601.18734v1, sections 4.1 and 8.1, Table 6): JSD with beta 0.5 over the
+# full vocabulary, no clip, 2,048 tokens.
 #
 #   bash scripts/run_opsd_paper_v1.sh
 #   MODEL=Qwen/Qwen3-4B CHECKPOINTS="outputs/opsd_paper_v1/checkpoint-*" NUM_PROCESSES=8 bash eval/run_eval.sh \
 #       --dataset aime24 aime25 hmmt25 amo-bench --val_n 16 --temperature 1.2 --top_p 0.95
 #
-# Expected (paper v1, Table 2, average@16, temperature 1.2, top-p 0.95; on 8 x A100, time not given). This project has not run it.
+# Expected (paper v1, Table 2, average@16, temperature 1.2, top-p 0.95; on 8 x A100, time not given). This project has
+# not run it.
 #                    AIME24  AIME25  HMMT25  AMO-Bench
 #   8B    base         75.2    68.3    43.1       13.4
 #   8B    OPSD         77.5    69.8    47.1       14.3
@@ -15,10 +16,11 @@
 #   1.7B  base         50.2    35.2    25.4        4.3
 #   1.7B  OPSD         51.4    39.5    25.8        5.0
 # Table 3, 4B, pass@8: 84.1 on AIME25, 60.0 on HMMT25.
-# They were measured before the chat template was repaired (release notes of March 18, 2026): no exact match is to be expected.
+# They were measured before the chat template was repaired (release notes of March 18, 2026), so expect no exact match.
+# Paper v3 replaced Table 2 by one of the release's settings.
 #
-# The paper names two learning rates, 2e-5 (Table 6) and 1e-5 (section 4.1). This is Table 6's, which lists OPSD's settings one by
-# one; --learning_rate 1e-5 gives the other.
+# The paper names two learning rates, 2e-5 (Table 6) and 1e-5 (section 4.1). This is Table 6's, which lists OPSD's
+# settings one by one; --learning_rate 1e-5 gives the other.
 #
 # MODEL, NUM_PROCESSES (GPUs), OUTPUT_DIR. DRY_RUN=1 checks all arguments, prints command and configuration, and exits.
 # Further arguments go to the program, the last one wins; --report_to wandb --wandb_project P logs to W&B.
@@ -72,7 +74,7 @@ arguments=(
     --max_grad_norm 1.0                                # ours: not published; the default of transformers
     --effective_batch_size 32                          # Table 6: prompts a step, of all GPUs together
     --per_device_train_batch_size 1                    # Table 6: 1 x 4 on each of 8 GPUs
-    --max_steps 100                                    # ours: not published; the project page compares within 100 steps
+    --max_steps 100                                    # ours: not published; project page: within 100 steps
     --bf16 true                                        # section 8.1
     --gradient_checkpointing true                      # section 8.1
     --seed 42                                          # ours: the release sets none; the default of transformers

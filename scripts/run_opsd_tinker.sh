@@ -1,81 +1,22 @@
 #!/usr/bin/env bash
-# The sampled-token objective (paper eq. 9, policy gradient with the detached log-ratio as advantage) on Qwen3-4B: the second
-# row of the paper's Table 3. The rest is scripts/run_opsd_paper_v1.sh, whose full-vocabulary objective is the first row.
+# The sampled-token objective on Qwen3-4B: paper eq. 9, a policy gradient with the detached log-ratio as its advantage.
+# It is the second row of Table 3 of paper v1; the full vocabulary of scripts/run_opsd_paper_v1.sh is the first row.
 #
 #   bash scripts/run_opsd_tinker.sh
 #   MODEL=Qwen/Qwen3-4B CHECKPOINTS="outputs/opsd_tinker/checkpoint-*" NUM_PROCESSES=8 bash eval/run_eval.sh \
 #       --dataset aime25 hmmt25 --val_n 16 --temperature 1.2 --top_p 0.95
 #
-# Expected (paper v1, Table 3, pass@8; on 8 x A100, time not given). This project has not run it.
+# Expected (paper v1, Table 3, and again v3, Table 4; pass@8; no time given). This project has not run it.
 #                      AIME25  HMMT25
 #   full vocabulary      84.1    60.0
 #   sampled token        82.1    57.3
-# With the settings of the release instead: bash scripts/run_opsd_1b.sh --use_tinker_loss. It has no clip and may be unstable.
+# With the settings of the release instead: bash scripts/run_opsd_1b.sh --use_tinker_loss. It has no clip and may be
+# unstable.
 #
-# MODEL, NUM_PROCESSES (GPUs), OUTPUT_DIR. DRY_RUN=1 checks all arguments, prints command and configuration, and exits.
-# Further arguments go to the program, the last one wins; --report_to wandb --wandb_project P logs to W&B.
+# MODEL, NUM_PROCESSES, OUTPUT_DIR, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_paper_v1.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_tinker}
 
-MODEL=${MODEL:-Qwen/Qwen3-4B}
-export NUM_PROCESSES=${NUM_PROCESSES:-8}
-OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_tinker}
-
-arguments=(
-    # model and adapter
-    --model_name_or_path "$MODEL"
-    --dtype bfloat16                                   # section 8.1: bfloat16
-    --use_peft                                         # Table 6
-    --lora_r 64                                        # Table 6
-    --lora_alpha 128                                   # Table 6
-    --lora_dropout 0.0                                 # ours: not published; the trainer switches dropout off
-    --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj # Table 6
-
-    # data
-    --dataset_name siyanzhao/Openthoughts_math_30k_opsd # section 4.1: OpenThoughts, mathematics; the release's set
-    --dataset_split train                              # release
-    --problem_column problem                           # release
-    --solution_column solution                         # release
-    --max_length 20000                                 # release; the paper does not say
-
-    # teacher and student
-    --fixed_teacher                                    # section 4.1: the initial policy
-    --student_thinking false                           # release; the paper does not say
-    --teacher_thinking true                            # release; the paper does not say
-
-    # loss
-    --use_tinker_loss                                  # Table 3, section 4.3.3
-    --beta 0.5                                         # section 4.1; with this objective for the log only
-    --jsd_token_clip 0                                 # none: the release has no clip for it
-
-    # rollouts
-    --temperature 1.2                                  # Table 6; also of both softmaxes in the loss
-    --top_p 1.0                                        # off: Table 6 names none
-    --top_k 0                                          # off: Table 6 names none
-    --max_completion_length 2048                       # Table 6
-    --use_vllm true                                    # release; the paper does not say
-    --vllm_mode colocate                               # release; the paper does not say
-    --vllm_gpu_memory_utilization 0.6                  # release; the paper does not say
-    --vllm_tensor_parallel_size 1                      # release; the paper does not say
-
-    # optimization
-    --learning_rate 2e-5                               # Table 6; section 4.1 says 1e-5 (see above)
-    --lr_scheduler_type cosine                         # section 4.1
-    --warmup_steps 0.1                                 # section 4.1: share of all steps
-    --max_grad_norm 1.0                                # ours: not published; the default of transformers
-    --effective_batch_size 32                          # Table 6: prompts a step, of all GPUs together
-    --per_device_train_batch_size 1                    # Table 6: 1 x 4 on each of 8 GPUs
-    --max_steps 100                                    # ours: not published; the project page compares within 100 steps
-    --bf16 true                                        # section 8.1
-    --gradient_checkpointing true                      # section 8.1
-    --seed 42                                          # ours: the release sets none; the default of transformers
-
-    # run
-    --preflight                                        # ours: checks the claims of the method before the first step
-    --save_steps 25                                    # release; the paper does not say
-    --logging_steps 2                                  # release; the paper does not say
-    --report_to none                                   # release: W&B
-    --run_name opsd_tinker                             # ours: of the W&B run
-    --output_dir "$OUTPUT_DIR"
-)
-exec bash scripts/launch.sh opsd_train.py "${arguments[@]}" "$@"
+# paper v1, section 4.3.3; --beta 0.5 then counts for the logged divergence only
+exec bash scripts/run_opsd_paper_v1.sh --use_tinker_loss --run_name opsd_tinker "$@"

@@ -5,7 +5,8 @@
 #   CHECKPOINTS=outputs/sft NUM_PROCESSES=8 bash eval/run_eval.sh \
 #       --dataset aime24 aime25 hmmt25 amo-bench --val_n 16 --temperature 1.2 --top_p 0.95      # and the same MODEL
 #
-# Expected (paper v1, Table 2, average@16, temperature 1.2, top-p 0.95; on 8 x A100, time not given). This project has not run it.
+# Expected (paper v1, Table 2, average@16, temperature 1.2, top-p 0.95; on 8 x A100, time not given). This project has
+# not run it.
 #                    AIME24  AIME25  HMMT25  AMO-Bench
 #   8B    base         75.2    68.3    43.1       13.4
 #   8B    SFT          76.3    66.2    44.7       12.9
@@ -13,6 +14,13 @@
 #   4B    SFT          75.2    66.3    44.4       12.5
 #   1.7B  base         50.2    35.2    25.4        4.3
 #   1.7B  SFT          48.3    36.3    23.3        3.9
+# Paper v3, Table 2 (eval/run_eval.sh as it is: Avg@12, temperature 1.0; the best checkpoint within 100 steps):
+#   8B    base         75.8    65.6    43.9
+#   8B    SFT          72.3    64.2    42.9
+#   4B    base         74.9    66.4    42.2
+#   4B    SFT          70.2    62.3    43.4
+#   1.7B  base         51.5    36.7    23.1
+#   1.7B  SFT          48.4    36.3    22.7
 #
 # MODEL, NUM_PROCESSES (GPUs), OUTPUT_DIR. DRY_RUN=1 checks all arguments, prints command and configuration, and exits.
 # Further arguments go to the program, the last one wins; --report_to wandb --wandb_project P logs to W&B.
@@ -42,7 +50,7 @@ arguments=(
     --completion_only_loss true                        # ours: not published; TRL's choice for prompts with completions
     --packing false                                    # ours: not published; TRL's default
     --thinking false                                   # ours: not published; the evaluation above is in thinking mode,
-                                                       # as the paper's; eval/run_eval_nonthink.sh asks as it is trained here
+                                                       # as the paper's; eval/run_eval_nonthink.sh asks as trained here
 
     # optimization
     --learning_rate 2e-5                               # Table 4; section 4.1 says 1e-5

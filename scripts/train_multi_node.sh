@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Train on any number of SLURM nodes, with a recipe or a program. From the project's folder, on a file system that all nodes see:
+# Train on any number of SLURM nodes, with a recipe or a program. Run it in the project's folder, on a file system that
+# all nodes see:
 #
 #   OUTPUT_DIR=outputs/opsd_8b sbatch --nodes 2 scripts/train_multi_node.sh scripts/run_opsd_8b.sh [arguments]
 #   OUTPUT_DIR=outputs/mine sbatch scripts/train_multi_node.sh opsd_train.py --config my_settings.yaml
 #
-# The batch stays the recipe's: where processes x --per_device_train_batch_size is more than --effective_batch_size, the program
-# refuses, and one of the two has to be given anew (4 nodes of 8 GPUs: --per_device_train_batch_size 1).
+# The batch stays the recipe's. The program refuses if processes x --per_device_train_batch_size is more than
+# --effective_batch_size; give one of the two anew (4 nodes of 8 GPUs: --per_device_train_batch_size 1).
 #
-# Before the time limit SLURM sends SIGTERM, and the run saves and stops; the same command submitted again goes on from there.
-# MODEL is the recipe's. PORT, ACCELERATE_CONFIG; NUM_PROCESSES (on all nodes together) where not each GPU shall have one.
-# Further arguments go to the program, the last one wins. DRY_RUN=1 prints what the first node runs and checks it.
+# Before the time limit SLURM sends SIGTERM, and the run saves and stops. The same command, submitted again, resumes
+# it. Read from the environment: MODEL (by recipes), PORT, ACCELERATE_CONFIG, and NUM_PROCESSES (on all nodes together)
+# if not every GPU shall have one. Further arguments go to the program, the last one wins. DRY_RUN=1 prints the command
+# of the first node and checks it.
 #
 #SBATCH --job-name=opsd
 #SBATCH --nodes=2
@@ -45,4 +47,5 @@ elif compgen -G "$OUTPUT_DIR/checkpoint-*" >/dev/null; then # torn before the fi
     command+=(--overwrite_output_dir)
 fi
 [ "${DRY_RUN:-0}" != 1 ] || exec "${command[@]}" "$@"
-exec srun --kill-on-bad-exit=1 "${command[@]}" "$@" # on each node, whose number scripts/launch.sh reads from SLURM_NODEID
+# on each node; scripts/launch.sh reads its number from SLURM_NODEID
+exec srun --kill-on-bad-exit=1 "${command[@]}" "$@"
