@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from tiny_settings import ADAPTER, CPU
+from helpers import ADAPTER, CPU
 
 import grpo_train
 import opsd_train

@@ -6,8 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import helpers
 import psutil
-import tiny_settings
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -22,14 +22,14 @@ import opsd_train
 import run_setup
 from opsd_trainer import OPSDTrainer
 
-SETTINGS = tiny_settings.CPU | tiny_settings.OPSD
+SETTINGS = helpers.CPU | helpers.OPSD
 SETTINGS |= {
     "use_vllm": True,
     "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", "1")),
     "max_steps": 4,
     "save_steps": 2,
 }
-ADAPTER = tiny_settings.ADAPTER | {"fixed_teacher": True}
+ADAPTER = helpers.ADAPTER | {"fixed_teacher": True}
 # Between them all teachers and objectives but those of the other runs
 VARIANTS = {
     "group": {

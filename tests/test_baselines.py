@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from helpers import ADAPTER, CPU
 from safetensors.torch import load_file
-from tiny_settings import ADAPTER, CPU
 from torch.testing import assert_close
 from transformers import AutoTokenizer
 from trl import SFTConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_problems, make_trainer_factory
+from helpers import ROOT, make_problems, make_trainer_factory
 from launch_worker import let_fsdp_run_on_cpu
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import helpers
 import psutil
 import pytest
-import tiny_settings
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from launch_worker import ADAPTER, SETTINGS, VARIANTS
@@ -238,9 +238,7 @@ def test_grpo_with_a_server(tiny_model_dir, data, tmp_path):
     server = ["bash", ROOT / "scripts" / "serve_vllm.sh", "--host", "127.0.0.1", "--max-model-len", "1000"]
     server += ["--logprobs-mode", "processed_logprobs"]
     names = {"MODEL": str(tiny_model_dir), "PORT": str(port), "MAX_LORA_RANK": str(ADAPTER["lora_r"])}
-    settings = (
-        tiny_settings.CPU | tiny_settings.ADAPTER | {"max_completion_length": 40, "temperature": 1.0, "max_steps": 2}
-    )
+    settings = helpers.CPU | helpers.ADAPTER | {"max_completion_length": 40, "temperature": 1.0, "max_steps": 2}
     settings |= {"num_generations": 4, "per_device_train_batch_size": 8, "use_vllm": True, "vllm_mode": "server"}
     settings |= {"vllm_server_host": "127.0.0.1", "vllm_server_port": port, "vllm_adapter_dir": tmp_path / "adapters"}
     settings |= {"model_name_or_path": tiny_model_dir, "dataset_name": data, "output_dir": run}

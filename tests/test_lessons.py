@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from tiny_settings import CPU, OPSD
+from helpers import CPU, OPSD
 from transformers import AutoTokenizer
 
 from data_collator import ELLIPSIS, SelfDistillationDataCollator

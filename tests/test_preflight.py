@@ -8,8 +8,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from conftest import make_problems, make_trainer_factory
-from test_opsd_trainer import Recorder
+from helpers import Recorder, make_problems, make_trainer_factory
 
 import data_collator
 import opsd_train

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from transformers import AutoTokenizer
 from trl import GRPOConfig
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import make_problems, make_trainer_factory
+from helpers import Recorder, make_problems, make_trainer_factory, rollout
 from peft import LoraConfig
-from test_opsd_trainer import Recorder, rollout
 
 from opsd_trainer import OPSDTrainer
 from rollouts import check_servable, prompt_keys, sample_seeds

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from helpers import EMA, copies, rollout, teacher_logits
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_opsd_trainer import rollout, teacher_logits
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-DECAY = 0.7
-EMA = {"fixed_teacher": False, "use_ema_teacher": True, "ema_decay": DECAY, "learning_rate": 1e-2}
+DECAY = EMA["ema_decay"]
 
 
 class Students(TrainerCallback):
@@ -26,11 +25,6 @@ class Students(TrainerCallback):
 
     def on_step_end(self, *args, model, **kwargs):
         self.keep(model)
-
-
-def copies(trainer):
-    teacher = trainer._teacher_weights
-    return dict(zip(teacher._names, teacher._copies, strict=True))
 
 
 @pytest.mark.parametrize("lora", [True, False])

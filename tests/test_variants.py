@@ -9,8 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_opsd_trainer import Recorder, perturb_student, rollout, teacher_logits
-from test_teacher_weights import EMA, copies
+from helpers import EMA, SEED, Recorder, copies, perturb_student, rollout, script_rollouts, teacher_logits, work_out
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
