@@ -14,7 +14,8 @@ import run_setup
 import sft_train
 
 COMMON = CPU | ADAPTER | {"max_steps": 2, "save_steps": 1}
-ROLLOUTS = {"use_vllm": True, "max_completion_length": 40, "temperature": 1.0, "effective_batch_size": 8}
+# At this temperature no two rollouts are alike, unless they have the same seed
+ROLLOUTS = {"use_vllm": True, "max_completion_length": 40, "temperature": 3.0, "effective_batch_size": 8}
 RUNS = {
     "opsd": (
         opsd_train,

@@ -160,6 +160,7 @@ def kill_before_the_rotation(step):
     checkpoints.rotate_checkpoints = dying
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("plant", "step", "left"),
     [
@@ -200,6 +201,7 @@ def terminate_in_a_step(step):
     OPSDTrainer.compute_loss = interrupted
 
 
+@pytest.mark.multiprocess
 def test_sigterm_saves_and_leaves(forks, tiny_model_dir, train_file, whole_run, tmp_path):
     arguments = command_line(tiny_model_dir, train_file, tmp_path)
     rare = [*arguments, "--save_strategy", "no", "--save_only_model", "true"]
@@ -212,6 +214,7 @@ def test_sigterm_saves_and_leaves(forks, tiny_model_dir, train_file, whole_run, 
     assert_same_run(tmp_path, whole_run)
 
 
+@pytest.mark.multiprocess
 def test_sigterm_in_the_last_step_changes_nothing(forks, tiny_model_dir, train_file, whole_run, tmp_path):
     arguments = command_line(tiny_model_dir, train_file, tmp_path)
     assert in_a_process(forks, arguments, terminate_in_a_step, STEPS - 1) == 0
@@ -261,6 +264,7 @@ def skip_and_leave(launcher, rank, port, model_dir, folder, arguments):
     run_program(arguments, terminate_in_a_step if rank == 0 else None, 1)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("launcher", "kind"),
     [
@@ -436,6 +440,7 @@ def test_run_without_finite_steps_ends(make_trainer):
 # A vLLM engine that dies
 
 
+@pytest.mark.vllm
 def test_engine_that_dies_leaves_the_checkpoints(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(use_vllm=True, save_strategy="steps", save_steps=1, max_steps=3)
     runner = trainer.rollouts.llm.llm_engine.model_executor.driver_worker.worker.model_runner

@@ -36,8 +36,8 @@ from opsd_trainer import OPSDConfig, read_head_settings
 @pytest.mark.parametrize("loss_implementation", ["fused", "dense"])
 def test_both_roles_score_the_same_tokens_behind_their_own_prompts(make_trainer, tiny_model_dir, loss_implementation):
     trainer = make_trainer(loss_implementation=loss_implementation)
-    lengths = iter((9, 30, 14, 21))  # in characters: none has an end
-    script_rollouts(trainer, lambda problem, _: work_out(problem)[: next(lengths)])
+    lengths = iter((9, 30, 14, 21))  # in characters
+    script_rollouts(trainer, lambda problem, _: work_out(problem)[: next(lengths)] + "<|im_end|>")
     seen = []
     handle = trainer.model.get_base_model().model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
@@ -245,6 +245,7 @@ def test_gradient_does_not_depend_on_accumulation(make_trainer, clipped):
         assert other_loss == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.multiprocess
 def test_gradient_does_not_depend_on_the_number_of_processes(make_trainer, tmp_path):
     """Two processes under DDP, and in each of them accumulation 1, 2 and 4, against one process."""
     gradient, loss, num_tokens = gradient_of_one_step(make_trainer, 1)

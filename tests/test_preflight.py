@@ -68,6 +68,7 @@ def assert_same_training(recorder: Recorder, trainer: OPSDTrainer, other_recorde
 # Sound runs
 
 
+@pytest.mark.vllm
 def test_training_is_the_same_without_it(trained, make_in_module, monkeypatch, request):
     trainer, recorder = trained
     settings = ENGINES[request.node.callspec.params["trained"]]
@@ -83,6 +84,7 @@ def test_training_is_the_same_without_it(trained, make_in_module, monkeypatch, r
     assert_same_training(recorder, trainer, other_recorder, other)
 
 
+@pytest.mark.vllm
 def test_a_sound_run_passes_and_is_left_as_it_was(trained):
     trainer, _ = trained
     trainer.model.train()
@@ -283,6 +285,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("trained", ["float32"], indirect=True)
 @pytest.mark.parametrize(("fault", "claims"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_fault_is_named(trainer, fault, claims):
@@ -291,6 +294,7 @@ def test_a_fault_is_named(trainer, fault, claims):
     assert failed(checks) == claims
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("trained", ["bfloat16"], indirect=True)
 def test_faults_are_named_in_bfloat16(trainer):
     for fault, claims in FAULTS[:4]:

@@ -24,6 +24,8 @@ from quickstart.report import LABELS, ablation_table, markdown_table, summary_ta
 from run_setup import parse_arguments
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 def test_quickstart_teaches_the_model(tiny_model_dir, tmp_path):
     """The whole program, shorter than by default: real training, real vLLM, held-out problems."""
     subprocess.run(
@@ -48,6 +50,8 @@ def test_quickstart_teaches_the_model(tiny_model_dir, tmp_path):
     assert not any(problem + "\n" in rollout["prompt"] for rollout in rollouts for problem in test_problems)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_baselines_and_controls(tmp_path):
     """Two steps each, to see that all of it runs and is reported; `README.md` has what comes out of a hundred."""
