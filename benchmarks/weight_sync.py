@@ -187,14 +187,14 @@ class SyncBothWays(TrainerCallback):
             for name, parameter in self.merging.model.named_parameters():
                 if self.merging.model.prefix in name:
                     parameter.copy_(trained[name])
-        syncs = {"merged": self.merging.sync_weights, "native": self.trainer.rollouts.sync_weights}
+        syncs = {"merged": self.merging.sync_weights, "native": self.trainer.sampler.sync_weights}
         for form in FORMS if state.global_step % 2 else reversed(FORMS):
             self.seconds[form].append(seconds_of(syncs[form]))
         if state.global_step in self.steps:
             self.measurements += [self.measure(form, args.learning_rate, state.global_step) for form in FORMS]
 
     def measure(self, form: str, learning_rate: float, step: int) -> Measurement:
-        rollouts, equal = self.trainer.rollouts, None
+        rollouts, equal = self.trainer.sampler, None
         generation = rollouts if form == "native" else self.merging
         model_runner = generation.llm.llm_engine.model_executor.driver_worker.model_runner
         frozen, deltas = frozen_weights(generation.model), adapter_deltas(generation.model)
@@ -255,8 +255,8 @@ def train(folder: str, learning_rate: float, arguments: argparse.Namespace) -> l
             get_peft_model(second_model, lora).to(trainer.accelerator.device),
             trainer.accelerator,
             tokenizer,
-            gpu_memory_utilization=trainer.rollouts.gpu_memory_utilization,
-            max_model_length=trainer.rollouts.max_model_length,
+            gpu_memory_utilization=trainer.sampler.gpu_memory_utilization,
+            max_model_length=trainer.sampler.max_model_length,
             max_num_seqs=batch_size,
         )
         callback = SyncBothWays(trainer, merging, arguments.steps)

@@ -64,7 +64,7 @@ ABLATIONS = {
         "beta_0_token_clip": opsd("--beta 0 --jsd_token_clip 0.05 --jsd_clip_mode token"),
         "beta_0_scale_clip": opsd("--beta 0 --jsd_token_clip 0.05 --jsd_clip_mode scale"),
         "top_k": opsd("--top_k_loss 5"),
-        "top_k_tail": opsd("--top_k_loss 5 --top_k_loss_tail"),
+        "top_k_tail": opsd("--top_k_loss 5 --top_k_loss_add_tail"),
         "sampled_token": opsd("--use_tinker_loss"),
     },
     "Rollouts": {

@@ -105,8 +105,8 @@ def _ablation_row(label: str, results: Sequence[dict[str, Any]]) -> str:
 
     cells = [label, *(f"{accuracy:.1f}" for accuracy in accuracies), mean]
     cells += [_count(average(key)) for key in ("generated_tokens", "train_seconds")]
-    clipped = average("clip/mass_ratio")
-    for share in (average("clip/reversed_ratio"), clipped):
+    clipped = average("clip_ratio/mass")
+    for share in (average("clip_ratio/wrong_way_tokens"), clipped):
         cells.append(f"{100 * share:.1f}" if clipped and share is not None else "")
     return f"| {' | '.join(cells)} |"
 

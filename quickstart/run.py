@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = dict(os.environ)  # as it is before vLLM's engine adds to it
-LOGGED = ("clip/reversed_ratio", "clip/mass_ratio", "num_rationalization_tokens")  # kept of the last log, if there
+LOGGED = ("clip_ratio/wrong_way_tokens", "clip_ratio/mass", "num_rationale_tokens")  # kept of the last log, if there
 
 
 @contextmanager

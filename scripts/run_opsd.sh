@@ -8,7 +8,7 @@
 #   DATASET              a Hub id, a json, jsonl or parquet file, or a folder of them, with a problem and a solution in
 #                        each row; --problem_column and --solution_column name the columns
 #   --lora_target_modules   all-linear for models whose projections have other names than Qwen3's
-#   --jsd_token_clip     nats; clip/entries_ratio and clip/mass_ratio in the log say how much it cuts. The release
+#   --jsd_token_clip     nats; clip_ratio/entries and clip_ratio/mass in the log say how much it cuts. The release
 #                        takes 0.05 to 0.06 with a thinking teacher, and 1e-6 to 1e-7 without
 #   --max_completion_length   tokens to learn from. More tokens cost more; they raised pass@k in paper v1 (Figure 4),
 #                        and brought no stable gain in v3 (Figure 5)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from accelerate.utils import gather_object
-from tiny_settings import ADAPTER, CPU
+from helpers import ADAPTER, CPU
 
 import grpo_train
 import opsd_train
@@ -14,7 +14,8 @@ import sft_train
 from opsd.run import run as run_module
 
 COMMON = CPU | ADAPTER | {"max_steps": 2, "save_steps": 1}
-ROLLOUTS = {"use_vllm": True, "max_completion_length": 40, "temperature": 1.0, "effective_batch_size": 8}
+# At this temperature no two rollouts are alike, unless they have the same seed
+ROLLOUTS = {"use_vllm": True, "max_completion_length": 40, "temperature": 3.0, "effective_batch_size": 8}
 RUNS = {
     "opsd": (
         opsd_train,
@@ -51,14 +52,14 @@ def main(model: str, dataset: str, folder: str) -> None:
     trainers, shutdown = [], run_module.shutdown
     run_module.shutdown = lambda trainer, sampler: trainers.append(trainer)  # the group stays for the next run
     sampled: list[list[int]] = []
-    generate = grpo_train.OnPolicyGeneration.generate
+    generate = grpo_train.VLLMSampler.generate
 
     def keep_rollouts(self, *args, **kwargs):
         outputs = generate(self, *args, **kwargs)
         sampled.extend(prompt + completion for prompt, completion in zip(*outputs[:2], strict=True))
         return outputs
 
-    grpo_train.OnPolicyGeneration.generate = keep_rollouts
+    grpo_train.VLLMSampler.generate = keep_rollouts
     results = {}
     for name, (program, settings) in RUNS.items():
         flags = COMMON | settings | {"model_name_or_path": model, "dataset_name": dataset}

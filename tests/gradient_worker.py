@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import build_tiny_model, make_problems, make_trainer_factory
-from test_opsd_trainer import gradient_of_one_step
+from helpers import TINY_MODEL, gradient_of_one_step, make_problems, make_trainer_factory
 
 
 def main(result: str) -> None:
     runs = {"steps": {}}
     with tempfile.TemporaryDirectory() as folder:
-        make_trainer = make_trainer_factory(build_tiny_model(), make_problems(), Path(folder))
+        make_trainer = make_trainer_factory(TINY_MODEL, make_problems(), Path(folder))
         for accumulation in (1, 2, 4):
             runs["steps"][accumulation] = gradient_of_one_step(make_trainer, accumulation, prompts_per_process=4)
         trainer = make_trainer()

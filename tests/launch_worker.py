@@ -6,8 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import helpers
 import psutil
-import tiny_settings
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -22,14 +22,14 @@ import opsd_train
 from opsd.run import run as run_module
 from opsd_trainer import OPSDTrainer
 
-SETTINGS = tiny_settings.CPU | tiny_settings.OPSD
+SETTINGS = helpers.CPU | helpers.OPSD
 SETTINGS |= {
     "use_vllm": True,
     "per_device_train_batch_size": 4 // int(os.environ.get("WORLD_SIZE", "1")),
     "max_steps": 4,
     "save_steps": 2,
 }
-ADAPTER = tiny_settings.ADAPTER | {"fixed_teacher": True}
+ADAPTER = helpers.ADAPTER | {"fixed_teacher": True}
 # Between them all teachers and objectives but those of the other runs
 VARIANTS = {
     "group": {
@@ -44,8 +44,8 @@ VARIANTS = {
         "jsd_token_clip": 0.05,
         "jsd_clip_mode": "scale",
         "top_k_loss": 5,
-        "top_k_loss_of": "both",
-        "top_k_loss_tail": True,
+        "top_k_loss_support": "both",
+        "top_k_loss_add_tail": True,
     },
     "reason_first": {
         "reason_first": True,
@@ -152,7 +152,7 @@ def describe(trainer: OPSDTrainer) -> dict:
 
 def whole(trainer: OPSDTrainer, weight: Tensor) -> Tensor:
     """A copy of a weight, gathered from the processes where they share it."""
-    with trainer.rollouts._dist.gather_params([weight]):
+    with trainer.sampler._dist.gather_params([weight]):
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         return weight.detach().clone()
 
@@ -201,17 +201,17 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
             processes += gather_object([describe(trainer)])
         if trainer.accelerator.is_main_process:
             Path(folder, "results.json").write_text(json.dumps(results | {"processes": processes}))
-        shutdown(trainer, trainer.rollouts)
+        shutdown(trainer, trainer.sampler)
         return
     if "tensor_parallel" in further:
         common |= {"vllm_tensor_parallel_size": 2}
     trainer = train(common | {"output_dir": run, "preflight": True})
     results = {"run": trainer.state.log_history, "processes": gather_object([describe(trainer)])}
     if "tensor_parallel" in further:
-        results["engine_size"] = trainer.rollouts.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+        results["engine_size"] = trainer.sampler.llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
         if trainer.accelerator.is_main_process:
             Path(folder, "results.json").write_text(json.dumps(results))
-        shutdown(trainer, trainer.rollouts)
+        shutdown(trainer, trainer.sampler)
         return
     if "server" in further:
         if trainer.accelerator.is_main_process:
@@ -245,7 +245,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
 
     if trainer.accelerator.is_main_process:
         Path(folder, "results.json").write_text(json.dumps(results))
-    shutdown(trainer, trainer.rollouts)
+    shutdown(trainer, trainer.sampler)
 
 
 if __name__ == "__main__":

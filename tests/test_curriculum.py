@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from curriculum import CURRICULA, Curriculum
+from opsd.curriculum import CURRICULA, Curriculum
 from torch.testing import assert_close
 
 

@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm_engine import stop_engine
+from opsd.vllm_engine import stop_engine
 
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
 from eval import engine as sampling_engine
@@ -113,17 +113,20 @@ def base_samples(sample, questions):
     return sample(questions)
 
 
+@pytest.mark.vllm
 def test_samples_do_not_depend_on_number_or_order_of_problems(sample, questions, base_samples):
     assert sample(questions[3:1:-1]) == [*base_samples[12:16], *base_samples[8:12]]
     assert sample(questions[:1], Sampling(val_n=1, max_new_tokens=24)) == base_samples[:1]
 
 
+@pytest.mark.vllm
 def test_samples_differ_from_each_other_and_with_the_seed(sample, questions, base_samples):
     assert any(len(set(texts(base_samples[start : start + 3]))) > 1 for start in range(0, len(base_samples), 4))
     assert texts(sample(questions, replace(SAMPLING, seed=1))) != texts(base_samples)
     assert texts(sample(questions, replace(SAMPLING, presence_penalty=2.0))) != texts(base_samples)
 
 
+@pytest.mark.vllm
 def test_many_long_prompts_at_once_keep_their_seeds(engine, sample, questions):
     # More prompt tokens than fit into one step: vLLM must not split a prompt, whose sampler it cannot rewind on CPU.
     budget = engine.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
@@ -137,17 +140,20 @@ def test_many_long_prompts_at_once_keep_their_seeds(engine, sample, questions):
     assert sample(longer, sampling)[-1] == sample(longer[-1:], sampling)[0]
 
 
+@pytest.mark.vllm
 def test_more_requests_than_the_engine_takes_at_once(engine, sample, questions, monkeypatch, base_samples):
     monkeypatch.setattr(engine.llm_engine.vllm_config.scheduler_config, "max_num_seqs", 2)  # 4 requests in the engine
     assert sample(questions) == base_samples
 
 
+@pytest.mark.vllm
 def test_adapters_and_base_share_an_engine(sample, questions, adapters, base_samples):
     assert texts(sample(questions, checkpoint=adapters["random"])) != texts(base_samples)
     assert sample(questions, checkpoint=adapters["zero"]) == base_samples
     assert sample(questions) == base_samples
 
 
+@pytest.mark.vllm
 def test_base_and_adapters_do_not_mix_within_a_batch(engine, sample, questions, adapters):
     folders = [None, adapters["random"], adapters["large"]]
     alone = {folder: texts(sample(questions[:2], checkpoint=folder)) for folder in folders}
@@ -162,6 +168,7 @@ def test_base_and_adapters_do_not_mix_within_a_batch(engine, sample, questions, 
         assert [finished[request_key(request)] for request in own] == alone[folder]
 
 
+@pytest.mark.vllm
 def test_an_adapter_replaced_in_its_folder_is_loaded_anew(sample, questions, adapters, base_samples, tmp_path):
     folder = tmp_path / "adapter"
     folder.symlink_to(adapters["random"])
@@ -178,6 +185,7 @@ def completion_log_probs(model, prompt_ids, completion_ids):
     return logits.log_softmax(-1).gather(1, torch.tensor(completion_ids)[:, None])[:, 0].double()  # (T,)
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("name", ["base", "random"])
 def test_log_probs_agree_with_transformers(engine, questions, adapters, tiny_model_dir, name):
     from vllm import SamplingParams
@@ -252,6 +260,8 @@ def whole_run(tiny_model_dir, work, tmp_path_factory):
     return output_file, run_command(tiny_model_dir, output_file, *work)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 def test_command_line_end_to_end(whole_run, sample, questions, adapters, base_samples):
     output_file, printed = whole_run
     samples = read_samples(output_file)
@@ -274,6 +284,8 @@ def test_command_line_end_to_end(whole_run, sample, questions, adapters, base_sa
     assert output_file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 def test_killed_run_goes_on_where_it_was(whole_run, tiny_model_dir, work, tmp_path):
     output_file = tmp_path / "killed.json"
     samples_file = output_file.with_suffix(".jsonl")
@@ -312,6 +324,8 @@ def finished_run(whole_run, tmp_path, monkeypatch):
     return tmp_path / "whole.json"
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 def test_finished_run_needs_no_engine(whole_run, finished_run, tiny_model_dir, work, adapters, capsys):
     arguments = command(tiny_model_dir, finished_run, *work)[2:]
     main(arguments)
@@ -324,6 +338,8 @@ def test_finished_run_needs_no_engine(whole_run, finished_run, tiny_model_dir, w
     assert set(few["settings"]["adapters"]) == {adapters["random"], adapters["large"]}
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 def test_changed_settings_are_refused_with_what_changed(
     finished_run, tiny_model_dir, data_file, adapters, work, tmp_path, capsys
 ):
@@ -355,6 +371,8 @@ def test_changed_settings_are_refused_with_what_changed(
     assert finished_run.with_suffix(".jsonl").read_bytes() == b""
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 def test_files_of_unknown_origin_are_refused(finished_run, tiny_model_dir, work, capsys):
     arguments = command(tiny_model_dir, finished_run, *work)[2:]
     settings = finished_run.read_bytes()
@@ -371,6 +389,8 @@ def test_files_of_unknown_origin_are_refused(finished_run, tiny_model_dir, work,
     assert "whole.jsonl, line 121: not a sample" in capsys.readouterr().err
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 def test_regrade_gives_the_verdicts_of_the_flags(finished_run, tmp_path, capsys):
     regraded = tmp_path / "regraded.json"
     original = read_samples(finished_run)

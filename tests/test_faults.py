@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_problems, make_trainer_factory
+from helpers import ROOT, make_problems, make_trainer_factory
 from launch_worker import let_fsdp_run_on_cpu
 from safetensors.torch import load_file
 from tiny_settings import ADAPTER, CPU
@@ -166,6 +166,7 @@ def kill_before_the_rotation(step):
     checkpoints.rotate_checkpoints = dying
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("plant", "step", "left"),
     [
@@ -206,6 +207,7 @@ def terminate_in_a_step(step):
     OPSDTrainer.compute_loss = interrupted
 
 
+@pytest.mark.multiprocess
 def test_sigterm_saves_and_leaves(forks, tiny_model_dir, train_file, whole_run, tmp_path):
     arguments = command_line(tiny_model_dir, train_file, tmp_path)
     rare = [*arguments, "--save_strategy", "no", "--save_only_model", "true"]
@@ -218,6 +220,7 @@ def test_sigterm_saves_and_leaves(forks, tiny_model_dir, train_file, whole_run, 
     assert_same_run(tmp_path, whole_run)
 
 
+@pytest.mark.multiprocess
 def test_sigterm_in_the_last_step_changes_nothing(forks, tiny_model_dir, train_file, whole_run, tmp_path):
     arguments = command_line(tiny_model_dir, train_file, tmp_path)
     assert in_a_process(forks, arguments, terminate_in_a_step, STEPS - 1) == 0
@@ -258,7 +261,7 @@ def skip_and_leave(launcher, rank, port, model_dir, folder, arguments):
     trainer = make_trainer_factory(model_dir, make_problems(), folder)(
         callbacks=[states := States()], gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=3
     )
-    trainer.rollouts = Sampler(trainer, repeat(4))
+    trainer.sampler = Sampler(trainer, repeat(4))
     if rank == 1:
         spoil(trainer, {1}, "NaN loss")
     trainer.train()
@@ -267,6 +270,7 @@ def skip_and_leave(launcher, rank, port, model_dir, folder, arguments):
     run_program(arguments, terminate_in_a_step if rank == 0 else None, 1)
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("launcher", "kind"),
     [
@@ -405,7 +409,7 @@ def test_step_that_is_not_finite_is_skipped_and_its_batch_kept(make_trainer, tmp
     states = States()
     trainer = make_trainer(callbacks=[states], gradient_accumulation_steps=2, max_steps=4, weight_decay=0.1)
     trainer.max_nonfinite_steps = 2
-    trainer.rollouts = Sampler(trainer, repeat(4))
+    trainer.sampler = Sampler(trainer, repeat(4))
     spoil(trainer, {0, 2}, kind)
     trainer.train()
     assert_skipped(states.of_steps, {0, 2})
@@ -431,7 +435,7 @@ def test_step_that_is_not_finite_is_skipped_and_its_batch_kept(make_trainer, tmp
 def test_run_without_finite_steps_ends(make_trainer):
     states = States()
     trainer = make_trainer(callbacks=[states], max_steps=9, gradient_accumulation_steps=2)
-    trainer.rollouts = Sampler(trainer, repeat(4))
+    trainer.sampler = Sampler(trainer, repeat(4))
     spoil(trainer, {1, 2, 4, 5, 6}, "NaN loss")
     with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row, up to step 7; their batches are in"):
         trainer.train()
@@ -495,9 +499,10 @@ def test_baselines_without_finite_steps_end(run_baseline):
 # A vLLM engine that dies
 
 
+@pytest.mark.vllm
 def test_engine_that_dies_leaves_the_checkpoints(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(use_vllm=True, save_strategy="steps", save_steps=1, max_steps=3)
-    runner = trainer.rollouts.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner = trainer.sampler.llm.llm_engine.model_executor.driver_worker.worker.model_runner
     execute_model = runner.execute_model
 
     def dying(scheduled, *args, **kwargs):
@@ -515,7 +520,7 @@ def test_engine_that_dies_leaves_the_checkpoints(make_trainer, tmp_path, monkeyp
     assert any("fallen off the bus" in cause for cause in causes)
     assert "vLLM failed while it sampled rollouts. Checkpoints are not touched" in "\n".join(error.value.__notes__)
     assert find_last_complete(tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
-    trainer.rollouts.close()
+    trainer.sampler.close()
 
 
 # Without tokens
@@ -546,7 +551,7 @@ def test_completions_without_tokens_or_without_end(make_trainer, problems, setti
         callbacks=[states], eval_dataset=problems.select(range(8)), eval_strategy="steps", eval_steps=1,
         per_device_eval_batch_size=4, max_completion_length=6, gradient_accumulation_steps=2, max_steps=3, **settings,
     )  # fmt: skip
-    trainer.rollouts = Sampler(trainer, lengths)
+    trainer.sampler = Sampler(trainer, lengths)
     trainer.train()
     train = [logs for logs in states.logs if "loss" in logs]
     evaluation = [logs for logs in states.logs if "eval_loss" in logs]
@@ -557,7 +562,7 @@ def test_completions_without_tokens_or_without_end(make_trainer, problems, setti
         ("eval_", evaluation, [2.0, 0.0, 6.0], [0.0, 0.0, 1.0]),
     ):
         assert [entry[f"{prefix}completions/mean_length"] for entry in logs] == means
-        assert [entry[f"{prefix}completions/truncated_ratio"] for entry in logs] == truncated
+        assert [entry[f"{prefix}completions/clipped_ratio"] for entry in logs] == truncated
         assert [entry[f"{prefix}divergence"] > 0.0 for entry in logs] == [True, False, True]
     assert [logs["num_generated_tokens"] for logs in train] == [11, 11, 59]
     assert [logs["grad_norm"] > 0.0 for logs in train] == [True, False, True]

@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import helpers
 import psutil
 import pytest
-import tiny_settings
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from helpers import LOGPROB_GAP
 from launch_worker import ADAPTER, SETTINGS, VARIANTS
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
-from vllm_engine import CPU_ENGINE, CPU_ENVIRONMENT
+from opsd.vllm_engine import CPU_ENGINE, CPU_ENVIRONMENT
 
 from opsd.run.checkpoints import find_fault, find_last_complete
 
@@ -100,7 +101,7 @@ def adapter(folder: Path) -> dict[str, Tensor]:
 def check_run(folder: Path, history: list[dict], reference: Path | None = None) -> None:
     """4 on-policy steps whose adapter is saved whole; with `reference` the losses, rollouts and adapter of that run."""
     assert len(values(history, "loss")) == 4
-    assert max(values(history, "rollout_logprob_gap_max")) <= 1e-5
+    assert max(values(history, "sampling/sampling_logp_difference/max")) <= LOGPROB_GAP
     trained = adapter(folder)
     assert all(weight.any() for weight in trained.values())  # all parts of it have moved: B starts at zero
     assert_close(adapter(folder / "checkpoint-4"), trained, rtol=0, atol=0)
@@ -134,6 +135,8 @@ def check_resumed_and_bfloat16(folder: Path, results: dict) -> None:
     assert results["moved_base_weights"] == []
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 def test_one_process(one_process):
     results = json.loads((one_process / "results.json").read_text())
     check_run(one_process / "run", results["run"])
@@ -141,6 +144,8 @@ def test_one_process(one_process):
     check_resumed_and_bfloat16(one_process, results)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 @pytest.mark.parametrize(
     "launcher", ["ddp", *(pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("zero2", "zero3", "fsdp2"))]
 )
@@ -159,12 +164,14 @@ def test_launcher(launcher, one_process, tiny_model_dir, data, deepspeed_build, 
     check_ema(results, json.loads((one_process / "results.json").read_text()))
     check_resumed_and_bfloat16(tmp_path, results)
     if further:
-        assert max(values(results["full"], "rollout_logprob_gap_max")) <= 1e-5
+        assert max(values(results["full"], "sampling/sampling_logp_difference/max")) <= LOGPROB_GAP
         base, trained = load_file(tiny_model_dir / "model.safetensors"), load_file(tmp_path / "full/model.safetensors")
         assert {name: weight.shape for name, weight in trained.items()} == {n: w.shape for n, w in base.items()}
         assert not any(trained[name].equal(weight) for name, weight in base.items())
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_variants_under_zero3(tiny_model_dir, data, deepspeed_build, tmp_path):
     """Teachers and objectives that the other runs have not: with vLLM, under ZeRO-3 as in one process."""
@@ -185,20 +192,22 @@ def test_variants_under_zero3(tiny_model_dir, data, deepspeed_build, tmp_path):
     assert all(process["world_size"] == 2 and process["zero_stage"] == 3 for process in processes)
     for name, history in results.items():
         assert len(values(history, "loss")) == 3
-        assert bool(values(history, "rollouts/correct_ratio")) == (name != "sampled_token")
-        assert bool(values(history, "rationalizations/mean_length")) == ("reason_first" in VARIANTS[name])
+        assert bool(values(history, "rewards/accuracy/mean")) == (name != "sampled_token")
+        assert bool(values(history, "rationales/mean_length")) == ("reason_first" in VARIANTS[name])
         assert rollouts(tmp_path / "zero3" / name) == rollouts(tmp_path / "cpu" / name), name
-        for metric in ("loss", "divergence", "rollouts/correct_ratio", "rationalizations/mean_length"):
+        for metric in ("loss", "divergence", "rewards/accuracy/mean", "rationales/mean_length"):
             assert values(history, metric) == pytest.approx(values(expected[name], metric), rel=1e-4, abs=1e-6), name
         if "vllm_importance_sampling_correction" in VARIANTS[name]:
             assert max(values(history, "importance/variance")) > 0.0
-            assert values(history, "importance/mean") == pytest.approx(
-                values(expected[name], "importance/mean"), rel=1e-4
+            assert values(history, "sampling/importance_sampling_ratio/mean") == pytest.approx(
+                values(expected[name], "sampling/importance_sampling_ratio/mean"), rel=1e-4
             )
         else:
-            assert max(values(history, "rollout_logprob_gap_max")) <= 1e-5
+            assert max(values(history, "sampling/sampling_logp_difference/max")) <= LOGPROB_GAP
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_one_engine_over_two_processes(one_process, tiny_model_dir, data, tmp_path):
     assert launch("ddp", 2, log := tmp_path / "log", tiny_model_dir, data, tmp_path, "tensor_parallel") == 0, (
@@ -215,6 +224,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_server(one_process, tiny_model_dir, data, tmp_path):
     """Two processes and a server: the same run; and when the server dies, a clear error and an intact checkpoint."""
@@ -232,15 +243,15 @@ def test_server(one_process, tiny_model_dir, data, tmp_path):
     assert not (tmp_path / "killed" / "checkpoint-4").exists()
 
 
+@pytest.mark.multiprocess
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_grpo_with_a_server(tiny_model_dir, data, tmp_path):
     port, run = free_port(), tmp_path / "run"
     server = ["bash", ROOT / "scripts" / "serve_vllm.sh", "--host", "127.0.0.1", "--max-model-len", "1000"]
     server += ["--logprobs-mode", "processed_logprobs"]
     names = {"MODEL": str(tiny_model_dir), "PORT": str(port), "MAX_LORA_RANK": str(ADAPTER["lora_r"])}
-    settings = (
-        tiny_settings.CPU | tiny_settings.ADAPTER | {"max_completion_length": 40, "temperature": 1.0, "max_steps": 2}
-    )
+    settings = helpers.CPU | helpers.ADAPTER | {"max_completion_length": 40, "temperature": 1.0, "max_steps": 2}
     settings |= {"num_generations": 4, "per_device_train_batch_size": 8, "use_vllm": True, "vllm_mode": "server"}
     settings |= {"vllm_server_host": "127.0.0.1", "vllm_server_port": port, "vllm_adapter_dir": tmp_path / "adapters"}
     settings |= {"model_name_or_path": tiny_model_dir, "dataset_name": data, "output_dir": run}
@@ -306,6 +317,7 @@ def started_under_slurm(folder: Path, *arguments: str, **environment: str) -> It
         yield process
 
 
+@pytest.mark.multiprocess
 @pytest.mark.slow
 def test_multi_node_script(tiny_model_dir, data, tmp_path):
     """Two nodes find each other and train; SIGTERM makes them save, and the same command goes on from there."""

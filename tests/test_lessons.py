@@ -5,10 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from lessons import Lessons
-from opsd_config import OPSDConfig
-from rationalization import Rationalization, RationalizationCache, Rationalizer
-from tiny_settings import CPU, OPSD
+from helpers import CPU, OPSD
 from transformers import AutoTokenizer
 
 from data_collator import ELLIPSIS, SelfDistillationDataCollator
@@ -163,8 +160,8 @@ def test_weights_follow_the_grades(teach):
     assert batch["weights"].tolist() == [0.25, 2.0, 1.0, 1.0] and batch["weights"].dtype == torch.float32
     assert "advantages" not in batch and "rationalization" not in batch
     assert lessons.sums == {
-        "rollouts/correct_ratio": [1, 2],
-        "rollouts/ungraded_ratio": [2, 4],
+        "rewards/accuracy/mean": [1, 2],
+        "rewards/ungraded_ratio": [2, 4],
         "groups/none_correct_ratio": [0, 1],
         "groups/all_correct_ratio": [0, 1],
     }
@@ -194,8 +191,8 @@ def test_teacher_sees_a_sibling(teach, tokenizer):
     assert batch["weights"].tolist() == [1.0] * 4
     prompt = tokenizer.decode(teacher_prompts(batch)[0])
     assert "begins ---\ntwo \\boxed{46}\n---" in prompt and "hm" not in prompt and FIRST["solution"] not in prompt
-    assert lessons.sums["references/rollout_ratio"] == [4, 4] and lessons.sums["references/none_ratio"] == [0, 4]
-    assert lessons.sums["rollouts/correct_ratio"] == [3, 4]
+    assert lessons.sums["references/correct_peer_ratio"] == [4, 4] and lessons.sums["references/none_ratio"] == [0, 4]
+    assert lessons.sums["rewards/accuracy/mean"] == [3, 4]
 
 
 def test_groups_do_not_mix(teach, tokenizer):
@@ -271,10 +268,10 @@ def test_teachers_prompt_is_what_was_sampled_token_by_token(teach, tokenizer):
     assert batch["rationalization"] == ["<think>\nten and\n</think>sixassistant"] * 3
     assert rationalizer.num_tokens == 2 * len(sampler.ids)  # the end is sampled, too
     assert lessons.sums == {
-        "rationalizations/mean_length": [3 * len(written), 3],
-        "rationalizations/truncated_ratio": [0, 3],
-        "rationalizations/empty_ratio": [0, 3],
-        "rationalizations/cached_ratio": [0, 3],
+        "rationales/mean_length": [3 * len(written), 3],
+        "rationales/clipped_ratio": [0, 3],
+        "rationales/empty_ratio": [0, 3],
+        "rationales/cached_ratio": [0, 3],
     }
 
 
@@ -284,7 +281,7 @@ def test_empty_rationalizations_leave_the_prompt(teach, tokenizer, text):
     batch, lessons = teach([FIRST, SECOND], [box(1)] * 2, 1, rationalizer, reason_first=True)
     plain = [lessons.collator.encode(row)["teacher_prompt_ids"] for row in (FIRST, SECOND)]
     assert teacher_prompts(batch) == plain
-    assert lessons.sums["rationalizations/empty_ratio"] == [2, 2]
+    assert lessons.sums["rationales/empty_ratio"] == [2, 2]
 
 
 def test_rationalizations_that_are_cut_off_are_closed(teach, tokenizer):
@@ -292,7 +289,7 @@ def test_rationalizations_that_are_cut_off_are_closed(teach, tokenizer):
     batch, lessons = teach([FIRST], [box(1)], 1, rationalizer, reason_first=True)
     text = tokenizer.decode(teacher_prompts(batch)[0])
     assert text == REASONING_TEXT + NO_THINKING + "because ten" + TRANSITION_TEXT + NO_THINKING
-    assert lessons.sums["rationalizations/truncated_ratio"] == [1, 1]
+    assert lessons.sums["rationales/clipped_ratio"] == [1, 1]
 
 
 @pytest.mark.parametrize("reasoning_thinking", [False, True])
@@ -324,7 +321,7 @@ def test_rollouts_are_rationalized_and_what_has_no_reference_is_not(teach, token
     assert batch["rationalization"] == ["", "because", "because"] and batch["weights"].tolist() == [0.0, 1.0, 1.0]
     transition_ids = lessons.collator.transition_ids
     assert teacher_prompts(batch)[1:] == [prompt + sampler.ids[:-1] + transition_ids] * 2
-    assert lessons.sums["rationalizations/mean_length"][1] == 2
+    assert lessons.sums["rationales/mean_length"][1] == 2
 
 
 def test_template_that_rewrites_the_assistants_turn_is_refused(tiny_model_dir):

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
-import preflight
+from opsd import preflight
 import pytest
 import torch
-from conftest import make_problems, make_trainer_factory
-from preflight import Preflight, PreflightError, run_preflight
-from test_opsd_trainer import Recorder
+from helpers import Recorder, make_problems, make_trainer_factory
 
 import data_collator
 import opsd_train
@@ -36,7 +34,7 @@ def trained(request, make_in_module) -> Iterator[tuple[OPSDTrainer, Recorder]]:
     trainer.add_callback(Preflight(trainer))
     trainer.train()
     yield trainer, recorder
-    trainer.rollouts.close()
+    trainer.sampler.close()
 
 
 @pytest.fixture
@@ -60,7 +58,7 @@ def random_state() -> list:
 
 
 def assert_same_training(recorder: Recorder, trainer: OPSDTrainer, other_recorder: Recorder, other: OPSDTrainer):
-    for name in ("loss", "grad_norm", "num_generated_tokens", "completions/mean_length", "entropy/student"):
+    for name in ("loss", "grad_norm", "num_generated_tokens", "completions/mean_length", "entropy"):
         assert len(recorder.values(name)) == 2 and recorder.values(name) == other_recorder.values(name), name
     for (name, weight), other_weight in zip(trainer.model.named_parameters(), other.model.parameters(), strict=True):
         assert torch.equal(weight, other_weight), name
@@ -69,31 +67,33 @@ def assert_same_training(recorder: Recorder, trainer: OPSDTrainer, other_recorde
 # Sound runs
 
 
+@pytest.mark.vllm
 def test_training_is_the_same_without_it(trained, make_in_module, monkeypatch, request):
     trainer, recorder = trained
     settings = ENGINES[request.node.callspec.params["trained"]]
 
     def share_engine(self):
-        trainer.rollouts.model = self.model
-        return trainer.rollouts
+        trainer.sampler.model = self.model
+        return trainer.sampler
 
     monkeypatch.setattr(OPSDTrainer, "_start_rollouts", share_engine)
     other = make_in_module(use_vllm=True, callbacks=[other_recorder := Recorder()], **settings)
     other.train()
-    trainer.rollouts.model = trainer.model
+    trainer.sampler.model = trainer.model
     assert_same_training(recorder, trainer, other_recorder, other)
 
 
+@pytest.mark.vllm
 def test_a_sound_run_passes_and_is_left_as_it_was(trained):
     trainer, _ = trained
     trainer.model.train()
     weights = [weight.clone() for weight in trainer.model.parameters()]
-    before, limit = random_state(), trainer.rollouts.max_completion_length
+    before, limit = random_state(), trainer.sampler.max_completion_length
     checks = run_preflight(trainer)
     assert [check.claim for check in checks if check.passed is not True] == []
     assert {check.claim for check in checks} >= {"prompts", "on-policy", "padding", "loss"}
     assert random_state() == before and trainer.model.training
-    assert trainer.rollouts.max_completion_length == limit
+    assert trainer.sampler.max_completion_length == limit
     for weight, other in zip(trainer.model.parameters(), weights, strict=True):
         assert torch.equal(weight, other)
 
@@ -131,7 +131,7 @@ def test_sound_runs_without_vllm(make_trainer, problems, settings):
     checks = run_preflight(trainer)
     assert failed(checks) == set()
     assert {check.claim for check in checks if check.passed is None} == (
-        {"on-policy", "fixed teacher"} if trainer.teacher_is_base else {"on-policy"}
+        {"on-policy", "fixed teacher"} if trainer.teacher.is_base else {"on-policy"}
     )
 
 
@@ -153,15 +153,15 @@ def changed_weights(model: torch.nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def adapter_that_is_not_loaded(trainer, patch):
-    patch.setattr(trainer.rollouts, "_load_adapter", lambda folder: None)
-    patch.setattr(trainer.rollouts, "_adapter", None)
+    patch.setattr(trainer.sampler, "_load_adapter", lambda folder: None)
+    patch.setattr(trainer.sampler, "_adapter", None)
     yield
 
 
 @contextmanager
 def adapter_of_an_earlier_sync(trainer, patch):
-    trainer.rollouts.sync_weights()
-    patch.setattr(trainer.rollouts, "sync_weights", lambda: None)
+    trainer.sampler.sync_weights()
+    patch.setattr(trainer.sampler, "sync_weights", lambda: None)
     yield
 
 
@@ -173,13 +173,13 @@ def base_that_has_been_merged(trainer, patch):
 
 @contextmanager
 def base_of_vllm_that_has_been_merged(trainer, patch):
-    with changed_weights(trainer.rollouts.llm.llm_engine.model_executor.driver_worker.model_runner.model, "norm"):
+    with changed_weights(trainer.sampler.llm.llm_engine.model_executor.driver_worker.model_runner.model, "norm"):
         yield
 
 
 @contextmanager
 def sync_that_merges_and_unmerges(trainer, patch):
-    sync_weights = trainer.rollouts.sync_weights
+    sync_weights = trainer.sampler.sync_weights
 
     def merge_and_sync():
         trainer.model.merge_adapter()
@@ -187,7 +187,7 @@ def sync_that_merges_and_unmerges(trainer, patch):
         sync_weights()
 
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
-    patch.setattr(trainer.rollouts, "sync_weights", merge_and_sync)
+    patch.setattr(trainer.sampler, "sync_weights", merge_and_sync)
     yield
     for name, weight in trainer.model.named_parameters():
         weight.data.copy_(before[name])
@@ -200,7 +200,7 @@ def teacher_with_the_adapter_on(trainer, patch):
 
 
 def encode_anew(trainer, patch):
-    dataset = trainer.train_dataset.map(trainer.data_collator.encode, load_from_cache_file=False)
+    dataset = trainer.train_dataset.map(trainer.collator.encode, load_from_cache_file=False)
     patch.setattr(trainer, "train_dataset", dataset)
 
 
@@ -284,6 +284,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("trained", ["float32"], indirect=True)
 @pytest.mark.parametrize(("fault", "claims"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
 def test_a_fault_is_named(trainer, fault, claims):
@@ -292,6 +293,7 @@ def test_a_fault_is_named(trainer, fault, claims):
     assert failed(checks) == claims
 
 
+@pytest.mark.vllm
 @pytest.mark.parametrize("trained", ["bfloat16"], indirect=True)
 def test_faults_are_named_in_bfloat16(trainer):
     for fault, claims in FAULTS[:4]:

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from helpers import EMA, copies, rollout, teacher_logits
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_opsd_trainer import rollout, teacher_logits
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-DECAY = 0.7
-EMA = {"fixed_teacher": False, "use_ema_teacher": True, "ema_decay": DECAY, "learning_rate": 1e-2}
+DECAY = EMA["ema_decay"]
 
 
 class Students(TrainerCallback):
@@ -26,11 +25,6 @@ class Students(TrainerCallback):
 
     def on_step_end(self, *args, model, **kwargs):
         self.keep(model)
-
-
-def copies(trainer):
-    teacher = trainer._teacher_weights
-    return dict(zip(teacher._names, teacher._copies, strict=True))
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -63,7 +57,7 @@ def test_ema_teacher_scores_with_its_own_weights_and_gives_the_students_back(mak
         if name in copies(trainer):
             weight.data.copy_(copies(trainer)[name])
     with torch.no_grad():
-        assert_close(trainer._completion_logits(trainer.model, inputs, "teacher_"), average, rtol=0, atol=0)
+        assert_close(trainer.completion_logits(trainer.model, inputs, "teacher_"), average, rtol=0, atol=0)
 
 
 def test_first_step_is_that_of_the_fixed_teacher(make_trainer):
@@ -142,7 +136,7 @@ def test_fixed_teacher_of_a_full_fine_tuning_stays(make_trainer, tiny_model_dir)
     trainer.train()
     assert torch.equal(teacher_logits(trainer, inputs), start)
     with torch.no_grad():
-        student = trainer._completion_logits(trainer.model, inputs, "teacher_")
+        student = trainer.completion_logits(trainer.model, inputs, "teacher_")
     assert not torch.allclose(student, start, atol=1e-3)
     stored = load_file(tiny_model_dir / "model.safetensors")
     assert all(torch.equal(copy, stored[name]) for name, copy in copies(trainer).items())
@@ -158,7 +152,7 @@ def test_float32_copies_do_not_stall_where_the_weights_are_bfloat16(make_trainer
     with torch.no_grad():
         for weight in trainer.model.parameters():
             weight.mul_(1.5)
-    trainer._teacher_weights.update()
+    trainer.teacher.weights.update()
     for name, copy in copies(trainer).items():
         weight = trainer.model.get_parameter(name).float()
         assert_close(copy, 0.999 * start[name] + 0.001 * weight, rtol=1e-6, atol=1e-8)
@@ -174,16 +168,16 @@ def test_fixed_teacher_of_an_adapter_that_is_trained_is_the_policy_with_it(make_
     base = AutoModelForCausalLM.from_pretrained(first.model.name_or_path)
     model = PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True)
     trainer = make_trainer(model=model, max_steps=3, learning_rate=1e-2)
-    assert not trainer.teacher_is_base
+    assert not trainer.teacher.is_base
     (inputs,) = rollout(trainer)
     with torch.no_grad():
-        start = trainer._completion_logits(trainer.model, inputs, "teacher_")
+        start = trainer.completion_logits(trainer.model, inputs, "teacher_")
         with trainer.model.disable_adapter():
-            assert not torch.allclose(trainer._completion_logits(trainer.model, inputs, "teacher_"), start, atol=1e-3)
+            assert not torch.allclose(trainer.completion_logits(trainer.model, inputs, "teacher_"), start, atol=1e-3)
     trainer.train()
     assert torch.equal(teacher_logits(trainer, inputs), start)
     with torch.no_grad():
-        assert not torch.allclose(trainer._completion_logits(trainer.model, inputs, "teacher_"), start, atol=1e-3)
+        assert not torch.allclose(trainer.completion_logits(trainer.model, inputs, "teacher_"), start, atol=1e-3)
 
 
 def test_first_tokens_can_be_left_out_of_the_loss(make_trainer):

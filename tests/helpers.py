@@ -1,0 +1,198 @@
+"""What test files and their workers share: the tiny model, problems, settings, a trainer, and rollouts that are given."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, TrainerCallback
+
+from opsd_trainer import OPSDConfig, OPSDTrainer
+from quickstart import addition
+
+ROOT = Path(__file__).resolve().parents[1]
+# The fixed model; `scripts/test_portability.sh` puts others, built from other seeds, in its place.
+TINY_MODEL = Path(os.environ.get("TINY_MODEL", ROOT / "tests" / "tiny_model")).resolve()
+SEED = int(os.environ.get("TEST_SEED", "42"))  # of rollouts and adapters; no test may depend on it
+
+# Nats, between a sampler's log-probability of a token and that of the training forward. Against float64, those of the tiny
+# model in float32 are off by 5e-6 to 2e-5 at most and by 6e-7 on average; with stale weights they are off by more than 0.1.
+LOGPROB_GAP, MEAN_LOGPROB_GAP = 1e-4, 1e-5
+
+# Settings of runs on the tiny model, under the names of the flags
+
+# Any program, float32 on CPU
+CPU = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "seed": SEED,
+}
+ADAPTER = {
+    "use_peft": True,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_dropout": 0.0,
+    "lora_target_modules": "all-linear",
+}
+# OPSD: JSD against a teacher without thinking mode, on rollouts from the student's own distribution
+OPSD = {
+    "max_completion_length": 40,
+    "max_length": 1000,
+    "beta": 0.5,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "jsd_token_clip": 0.0,
+    "max_grad_norm": 1.0,
+    "teacher_thinking": False,
+}
+# A teacher that is an average of the student
+EMA = {"fixed_teacher": False, "use_ema_teacher": True, "ema_decay": 0.7, "learning_rate": 1e-2}
+
+
+def make_problems() -> Dataset:
+    """64 additions with `problem`, `solution` and `answer`."""
+    return Dataset.from_list(addition.training_problems(seed=0, size=64))
+
+
+def make_trainer_factory(model_dir: Path, problems: Dataset, folder: Path) -> Callable[..., OPSDTrainer]:
+    """A function that builds an `OPSDTrainer`; keyword arguments replace the settings above and those below."""
+
+    def make(
+        dataset=problems, model=None, lora=True, lora_settings=None, callbacks=None, eval_dataset=None, **settings
+    ):
+        defaults = (
+            CPU
+            | OPSD
+            | {
+                "output_dir": str(folder / "run"),
+                "per_device_train_batch_size": 4,
+                "max_steps": 2,
+                "save_strategy": "no",
+                "fixed_teacher": lora,
+            }
+        )
+        adapter = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | (
+            lora_settings or {}
+        )
+        return OPSDTrainer(
+            model=model or str(model_dir),
+            args=OPSDConfig(**(defaults | settings)),
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            processing_class=AutoTokenizer.from_pretrained(model_dir),
+            peft_config=LoraConfig(**adapter) if lora and model is None else None,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+class Recorder(TrainerCallback):
+    """Keeps what was logged."""
+
+    def __init__(self):
+        self.logs = []
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        self.logs.append(logs)
+
+    def values(self, name):
+        return [logs[name] for logs in self.logs if name in logs]
+
+
+# Rollouts
+
+
+def work_out(problem: str, is_right: bool = True) -> str:
+    """A response to `a+b` in the model's own style, with its end of turn; if wrong, 1 too much in the hundreds."""
+    a, b = map(int, problem.split("+"))
+    totals = addition.column_totals(a, b)
+    totals[2] += not is_right
+    return addition.response_text(a, b, totals) + "<|im_end|>"
+
+
+def script_rollouts(trainer: OPSDTrainer, write: Callable[[str, int], str] = lambda problem, _: work_out(problem)):
+    """
+    Let transformers' `generate` give texts that do not depend on the model.
+
+    `write(problem, occurrence)` returns the completion, where `occurrence` counts from 0 how often the problem came
+    before in this optimizer step. So it is the same in any batch and on any number of processes. A text without an end of
+    turn has to go beyond the limit, as transformers stops nowhere else.
+    """
+    tokenizer, occurrences = trainer.processing_class, Counter()
+
+    def generate(input_ids, attention_mask, generation_config, **kwargs):
+        completions = []
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            problem = re.search(r"Problem: (.*)\n", tokenizer.decode(ids[mask.bool()]))[1]
+            text = write(problem, occurrences[trainer.state.global_step, problem])
+            occurrences[trainer.state.global_step, problem] += 1
+            written = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+            completions.append(written[: generation_config.max_new_tokens])
+            assert text.endswith("<|im_end|>") or len(written) >= generation_config.max_new_tokens, text
+        padded = torch.nn.utils.rnn.pad_sequence(
+            completions, batch_first=True, padding_value=generation_config.pad_token_id
+        )
+        return SimpleNamespace(sequences=torch.cat([input_ids, padded], dim=1))
+
+    trainer.model.generate = generate
+
+
+def rollout(trainer, size=4, steps=1):
+    """The paired batches of one optimizer step, sampled by the student."""
+    trainer.model.train()
+    features = [trainer.train_dataset[i] for i in range(size)]
+    trainer._fill_buffer(trainer.data_collator(features), steps)
+    return trainer._buffered_inputs
+
+
+def perturb_student(trainer):
+    """Move the adapter, which is zero at the start, so that the student is not the teacher."""
+    generator = torch.Generator().manual_seed(SEED)
+    for name, weight in trainer.model.named_parameters():
+        if "lora_B" in name:
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+
+
+def teacher_logits(trainer, inputs):
+    with trainer.teacher.active(trainer.model):
+        return trainer.completion_logits(trainer.model, inputs, "teacher_")
+
+
+def copies(trainer):
+    """The weights that the teacher has of its own, by name."""
+    teacher = trainer.teacher.weights
+    return dict(zip(teacher._names, teacher._copies, strict=True))
+
+
+def gradient_of_one_step(make_trainer, accumulation, prompts_per_process=8, **settings):
+    """Gradient, loss and token count of the first optimizer step, always on the same 8 rollouts, which are given."""
+    gradients = []
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).clone())
+
+    trainer = make_trainer(
+        per_device_train_batch_size=prompts_per_process // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=1e9,
+        lora_settings={"init_lora_weights": False},
+        callbacks=[Keep(), recorder := Recorder()],
+        **settings,
+    )
+    script_rollouts(trainer)
+    trainer.train()
+    return gradients[0], recorder.values("loss")[0], recorder.values("num_generated_tokens")[0]
