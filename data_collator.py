@@ -28,14 +28,15 @@ Here is a reference solution:
 --- reference solution ends ---
 
 """
-OWN_SOLUTION = r"""After understanding the reference solution, please try to solve this problem using your own approach below.
-Derive every step yourself; do not copy or paraphrase the reference solution.
-
-Please reason step by step, and put your final answer within \boxed{}."""
-
+OWN_SOLUTION = (
+    "After understanding the reference solution, please try to solve this problem using your own approach below.\n"
+    "Derive every step yourself; do not copy or paraphrase the reference solution.\n"
+    "\n"
+    r"Please reason step by step, and put your final answer within \boxed{}."
+)
 TEACHER_PROMPT = REFERENCE + OWN_SOLUTION
 
-# With --reason_first the teacher's prompt is a conversation: it is asked for a rationale, writes it, is asked to solve.
+# With --reason_first the teacher's prompt is a conversation: a request, its rationale, and the request to solve.
 REASONING_PROMPT = REFERENCE + "Explain in your own words, step by step, why this solution is right."
 TRANSITION_PROMPT = OWN_SOLUTION
 
@@ -107,8 +108,9 @@ def encode_next_turn(tokenizer: PreTrainedTokenizerBase, content: str, thinking:
     )
     if text.count(mark) != 1:
         raise ValueError(
-            f"--reason_first: the chat template of {tokenizer.name_or_path!r} changes the text of an assistant's turn, so "
-            "that a rationale cannot stand in a conversation; leave the flag out, or set `tokenizer.chat_template`"
+            f"--reason_first: the chat template of {tokenizer.name_or_path!r} changes the text of an assistant's "
+            "turn, so that a rationale cannot stand in a conversation; leave the flag out, or set "
+            "`tokenizer.chat_template`"
         )
     return tokenizer(text.partition(mark)[2], add_special_tokens=False).input_ids
 
@@ -261,15 +263,16 @@ class SelfDistillationDataCollator:
                 self._limit_reasoning_prompt(max_reasoning_length)
 
     def _limit_reasoning_prompt(self, max_reasoning_length: int) -> None:
-        """Keep room for the rationale in the teacher's prompt; raise `ValueError` if that leaves none for the request."""
+        """Keep room for the rationale in the teacher's prompt; raise `ValueError` if the request does not fit."""
         limit = self.max_prompt_length - max_reasoning_length - len(self.transition_ids)
         content = fill_template(self.reasoning_prompt, problem="", solution="")
         template_length = len(encode_chat_prompt(self.tokenizer, content, thinking=False))
         if template_length >= limit:
             raise ValueError(
-                f"--max_reasoning_length {max_reasoning_length}: of the {self.max_prompt_length} tokens of the teacher's "
-                f"prompt (--max_length less --max_completion_length) it leaves {limit} for --reasoning_prompt, which takes "
-                f"{template_length} without problem and solution; lower it or raise --max_length"
+                f"--max_reasoning_length {max_reasoning_length}: of the {self.max_prompt_length} tokens of the "
+                f"teacher's prompt (--max_length less --max_completion_length) it leaves {limit} for "
+                f"--reasoning_prompt, which takes {template_length} without problem and solution; lower it or raise "
+                "--max_length"
             )
         self.max_reasoning_prompt_length = limit
 
@@ -304,8 +307,9 @@ class SelfDistillationDataCollator:
         Encode the teacher's prompts with a reference solution.
 
         Returns:
-            `teacher_prompt_ids`, with `reason_first` also `reasoning_prompt_ids` (lists of int), and `length_status`: "kept",
-            "shortened" (the solution was cut in its middle) or "dropped" (it is too long; the lists are empty).
+            `teacher_prompt_ids`, with `reason_first` also `reasoning_prompt_ids` (lists of int), and `length_status`:
+            "kept", "shortened" (the solution was cut in its middle) or "dropped" (it is too long; the lists are
+            empty).
         """
 
         def encode_solution(solution: str) -> list[int]:
@@ -334,8 +338,8 @@ class SelfDistillationDataCollator:
         Without a solution, and with `teacher_sees_solution=False`, the teacher has the student's prompt.
 
         Returns:
-            `student_prompt_ids` (list of int) and what `encode_teacher` returns. The lists of an example that is "dropped"
-            are empty: leave it out.
+            `student_prompt_ids` (list of int) and what `encode_teacher` returns. An example that is "dropped" has
+            empty lists: leave it out.
         """
         student_ids = self._encode_student(example["problem"])
         fits = self.max_prompt_length is None or len(student_ids) <= self.max_prompt_length
@@ -362,8 +366,8 @@ class SelfDistillationDataCollator:
         num_dropped, num_shortened = (encoded["length_status"][:].count(status) for status in ("dropped", "shortened"))
         if num_dropped or num_shortened:
             logger.warning(
-                "%s dataset, prompts over %d tokens (--max_length less --max_completion_length): %d of %d examples left "
-                "out as too long, %d solutions cut in their middle",
+                "%s dataset, prompts over %d tokens (--max_length less --max_completion_length): %d of %d examples "
+                "left out as too long, %d solutions cut in their middle",
                 name, self.max_prompt_length, num_dropped, len(encoded), num_shortened,
             )  # fmt: skip
         return fitting

@@ -38,7 +38,7 @@ NUM_FIRST_TOKENS = (
 
 
 class _NoTeacherModel(nn.Module):
-    """Takes the place of the second model that GOLD's constructor asks for, with the one weight that ZeRO-3 asks for."""
+    """Stands in for the second model that GOLD's constructor asks for. ZeRO-3 asks for at least one weight."""
 
     config = PreTrainedConfig()
 
@@ -72,23 +72,23 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     Trains a model to match itself: the student's distribution, given the problem, follows the teacher's, which is
     also given the reference solution, at every token that the student samples.
 
-    An optimizer step is `prepare_step` (sample, build the teacher's context, make micro-batches), then `compute_loss` for
-    each micro-batch. The order of the data, the buffer of micro-batches and the training loop are GOLD's. Other than in
-    GOLD there is no second model, the teacher has a prompt of its own, the loss has a clip, and its denominator covers
-    the whole optimizer step.
+    An optimizer step is `prepare_step` (sample, build the teacher's context, make micro-batches), then `compute_loss`
+    for each micro-batch. The order of the data, the buffer of micro-batches and the training loop are GOLD's. Unlike
+    GOLD, there is no second model, the teacher has its own prompt, the loss has a clip, and the denominator of the loss
+    covers the whole optimizer step.
 
     Args:
         model: model, or its path or Hub id.
         args: settings.
-        train_dataset, eval_dataset: rows with the texts `problem`, `solution` and `answer`; the settings may need only one
-            of the last two. Evaluation is on-policy too.
+        train_dataset, eval_dataset: rows with the texts `problem`, `solution` and `answer`; the settings may need only
+            one of the last two. Evaluation is on-policy too.
         processing_class: the model's tokenizer.
         peft_config: LoRA configuration; `None` trains the model itself, or its adapter if it is a PEFT model.
         kwargs: further arguments of `GOLDTrainer`.
 
     Raises:
-        ValueError: for an adapter that moves the teacher or that vLLM does not serve, a tokenizer without chat template,
-            or too few examples.
+        ValueError: for an adapter that moves the teacher or that vLLM does not serve, a tokenizer without chat
+            template, or too few examples.
     """
 
     _tag_names = ["trl", "opsd"]
@@ -273,8 +273,9 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     def _count_tokens(self, rollouts: list[Rollout]) -> Tensor | float:
         """
-        Set the denominator of the divergence's mean: the number of tokens of the optimizer step over all processes, each
-        times its weight. Return the factor that gives the reward's policy gradient its weight: its mean is over all tokens.
+        Set the denominator of the divergence's mean: the number of tokens of the optimizer step over all processes,
+        each times its weight. Return the factor that gives the reward's policy gradient its weight: its mean is over
+        all tokens.
         """
         skipped = self.args.num_loss_tokens_to_skip
         counts = [max(len(rollout.completion_ids) - skipped, 0) for rollout in rollouts]

@@ -20,7 +20,8 @@ REASONING_GENERATION = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # Qwen3'
 @dataclass
 class OPSDConfig(GOLDConfig):
     """
-    Settings of `OPSDTrainer`, on top of those of TRL's `GOLDConfig`. Those of sampling and loss default to the release's.
+    Settings of `OPSDTrainer`, on top of those of TRL's `GOLDConfig`. Those of sampling and loss default to the
+    release's.
 
     Raises:
         ValueError: for settings outside their range or against each other, naming the flags and the way out.
@@ -72,8 +73,8 @@ class OPSDConfig(GOLDConfig):
     vllm_adapter_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder through which adapters reach vLLM; by default in memory. With --vllm_mode server on another "
-            "machine: a folder that both see."
+            "help": "Folder through which adapters reach vLLM; by default in memory. With --vllm_mode server on "
+            "another machine: a folder that both see."
         },
     )
 
@@ -81,16 +82,16 @@ class OPSDConfig(GOLDConfig):
     fixed_teacher: bool = field(
         default=False,
         metadata={
-            "help": "The teacher is the initial policy. With a fresh adapter that is the same model with its adapter off. "
-            "Without --use_peft, and with --adapter_name_or_path, it is a copy of the weights. Without this flag the "
-            "teacher is the current policy."
+            "help": "The teacher is the initial policy. With a fresh adapter that is the same model with its adapter "
+            "off. Without --use_peft, and with --adapter_name_or_path, it is a copy of the weights. Without this flag "
+            "the teacher is the current policy."
         },
     )
     use_ema_teacher: bool = field(
         default=False,
         metadata={
-            "help": "The teacher is an exponential moving average of the trained weights, kept in float32. With LoRA both "
-            "factors are averaged separately."
+            "help": "The teacher is an exponential moving average of the trained weights, kept in float32. With LoRA "
+            "both factors are averaged separately."
         },
     )
     ema_decay: float = field(
@@ -100,8 +101,8 @@ class OPSDConfig(GOLDConfig):
     ema_update_steps: int = field(
         default=1,
         metadata={
-            "help": "With --use_ema_teacher: number of optimizer steps between two updates. With --ema_decay 0 the teacher "
-            "is the student as it was at the last update."
+            "help": "With --use_ema_teacher: number of optimizer steps between two updates. With --ema_decay 0 the "
+            "teacher is the student as it was at the last update."
         },
     )
 
@@ -117,8 +118,8 @@ class OPSDConfig(GOLDConfig):
     teacher_prefill: str = field(
         default="",
         metadata={
-            "help": "Text at the end of the teacher's prompt, after the assistant's header. With '<think>\\n' a thinking "
-            "teacher reads the completion as its thoughts."
+            "help": "Text at the end of the teacher's prompt, after the assistant's header. With '<think>\\n' a "
+            "thinking teacher reads the completion as its thoughts."
         },
     )
     teacher_sees_solution: bool = field(
@@ -151,23 +152,24 @@ class OPSDConfig(GOLDConfig):
     verify_rollouts: bool = field(
         default=False,
         metadata={
-            "help": "Grade the rollouts against --answer_column, as the evaluator does, and log the share of right ones. "
-            "Settings that need grades switch it on."
+            "help": "Grade the rollouts against --answer_column, as the evaluator does, and log the share of right "
+            "ones. Settings that need grades switch it on."
         },
     )
     teacher_reference: str = field(
         default="solution",
         metadata={
-            "help": "Reference in the teacher's prompt. solution: that of the data set. rollout: another rollout of the same "
-            "problem and step (--num_generations) whose answer is right; the data set then needs answers only.",
+            "help": "Reference in the teacher's prompt. solution: that of the data set. rollout: another rollout of "
+            "the same problem and step (--num_generations) whose answer is right; the data set then needs answers "
+            "only.",
             "choices": TEACHER_REFERENCES,
         },
     )
     reference_fallback: str = field(
         default="skip",
         metadata={
-            "help": "With --teacher_reference rollout, where no other rollout is right. skip: leave the rollout out of the "
-            "loss. solution: that of the data set. answer: the right answer alone.",
+            "help": "With --teacher_reference rollout, where no other rollout is right. skip: leave the rollout out "
+            "of the loss. solution: that of the data set. answer: the right answer alone.",
             "choices": REFERENCE_FALLBACKS,
         },
     )
@@ -182,15 +184,15 @@ class OPSDConfig(GOLDConfig):
     policy_gradient_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of GRPO's loss, which is added. The reward is 1 for a right answer and 0 otherwise; advantages "
-            "are normalized within the --num_generations rollouts of a problem."
+            "help": "Weight of GRPO's loss, which is added. The reward is 1 for a right answer and 0 otherwise; "
+            "advantages are normalized within the --num_generations rollouts of a problem."
         },
     )
     curriculum: str = field(
         default="none",
         metadata={
-            "help": "Draw problems more often if there is more to learn from them. divergence: by the divergence on their "
-            "last rollouts. pass_rate: by p (1 - p) of their share p of right answers. none: random order.",
+            "help": "Draw problems more often if there is more to learn from them. divergence: by the divergence on "
+            "their last rollouts. pass_rate: by p (1 - p) of their share p of right answers. none: random order.",
             "choices": ("none", *CURRICULA),
         },
     )
@@ -212,8 +214,8 @@ class OPSDConfig(GOLDConfig):
     jsd_clip_mode: str = field(
         default="pointwise",
         metadata={
-            "help": "pointwise: cap each summand, as the release does. token: cap each token's sum, which has no gradient "
-            "above the cap. scale: the same value, with the gradient scaled down instead.",
+            "help": "pointwise: cap each summand, as the release does. token: cap each token's sum, which has no "
+            "gradient above the cap. scale: the same value, with the gradient scaled down instead.",
             "choices": CLIP_MODES,
         },
     )
@@ -230,22 +232,22 @@ class OPSDConfig(GOLDConfig):
     top_k_loss_add_tail: bool = field(
         default=False,
         metadata={
-            "help": "With --top_k_loss: add one entry for all the others together, in place of renormalizing. The result "
-            "is a true divergence."
+            "help": "With --top_k_loss: add one entry for all the others together, in place of renormalizing. The "
+            "result is a true divergence."
         },
     )
     num_loss_tokens_to_skip: int = field(
         default=0,
         metadata={
-            "help": "Number of first tokens of each completion that are left out of the loss: there thinking modes differ "
-            "in form."
+            "help": "Number of first tokens of each completion that are left out of the loss: there thinking modes "
+            "differ in form."
         },
     )
     use_tinker_loss: bool = field(
         default=False,
         metadata={
-            "help": "Policy gradient on the sampled tokens (paper eq. 9) in place of the full divergence. The divergence "
-            "is still logged."
+            "help": "Policy gradient on the sampled tokens (paper eq. 9) in place of the full divergence. The "
+            "divergence is still logged."
         },
     )
     sampled_token_clip: float = field(
@@ -255,8 +257,8 @@ class OPSDConfig(GOLDConfig):
     vllm_importance_sampling_correction: bool = field(
         default=False,
         metadata={
-            "help": "Multiply each token's policy gradient (--use_tinker_loss, --policy_gradient_weight) by its probability "
-            "under the student over that of vLLM's sampling distribution."
+            "help": "Multiply each token's policy gradient (--use_tinker_loss, --policy_gradient_weight) by its "
+            "probability under the student over that of vLLM's sampling distribution."
         },
     )
     loss_implementation: str = field(
@@ -345,8 +347,8 @@ class OPSDConfig(GOLDConfig):
                 "eval_strategy",
                 self.teacher_reference == "solution"
                 or (str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" and not self.eval_on_start),
-                "be no, and --eval_on_start off, with --teacher_reference rollout, since in an evaluation each problem has one "
-                "rollout; evaluate the checkpoints with eval/evaluate_math.py",
+                "be no, and --eval_on_start off, with --teacher_reference rollout, since in an evaluation each "
+                "problem has one rollout; evaluate the checkpoints with eval/evaluate_math.py",
             ),
             (
                 "reference_fallback",
@@ -380,21 +382,22 @@ class OPSDConfig(GOLDConfig):
                 "vllm_importance_sampling_correction",
                 not self.vllm_importance_sampling_correction
                 or (self.use_vllm and (self.use_tinker_loss or self.policy_gradient_weight > 0.0)),
-                "go with --use_vllm, which says with what probability it sampled, and with a policy gradient: --use_tinker_loss "
-                "or --policy_gradient_weight",
+                "go with --use_vllm, which says with what probability it sampled, and with a policy gradient: "
+                "--use_tinker_loss or --policy_gradient_weight",
             ),
             (
                 "vllm_importance_sampling_correction",
                 not self.vllm_importance_sampling_correction or self.vllm_mode == "colocate",
-                "go with --vllm_mode colocate: a server may give probabilities before or after its truncation, and does not "
-                "say which",
+                "go with --vllm_mode colocate: a server may give probabilities before or after its truncation, and "
+                "does not say which",
             ),
             (
                 "num_generations",
                 self.num_generations >= 1
                 and self.per_device_train_batch_size * self.gradient_accumulation_steps % self.num_generations == 0,
                 "divide --per_device_train_batch_size x --gradient_accumulation_steps "
-                f"({self.per_device_train_batch_size} x {self.gradient_accumulation_steps}): a problem's rollouts stay together",
+                f"({self.per_device_train_batch_size} x {self.gradient_accumulation_steps}): a problem's rollouts "
+                "stay together",
             ),
             ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
             ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),

@@ -1,4 +1,4 @@
-"""Draws the problems of each optimizer step by what their rollouts showed before."""
+"""The choice of the problems of each optimizer step, by the scores of their earlier rollouts."""
 
 import hashlib
 import json
@@ -18,16 +18,15 @@ FLOOR = 0.1  # smallest weight, as a share of the mean (divergence) or of the la
 
 class Curriculum:
     """
-    Draws those problems more often from which there is more to learn now, as the scores of their last rollouts tell:
+    Draws a problem more often if its last rollouts show that there is more to learn from it. The score is
 
-        divergence: how much the teacher, who sees the solution, would change: the mean divergence per token.
-        pass_rate: 4 p (1 - p) of the share p of right answers: what is solved always or never teaches least.
+        divergence: the mean divergence per token.
+        pass_rate: 4 p (1 - p) of the share p of right answers. It is smallest for what is solved always or never.
 
-    A score says nothing before a problem's first visit, so that it can help only where problems come again: in several
-    epochs, or with fewer problems than the run draws. Each visit halves the weight of earlier ones, so that a score
-    follows the student. No problem's weight falls to zero.
+    A problem has no score before its first visit. So a curriculum helps only if problems come again. Each visit halves
+    the weight of earlier ones, so that a score follows the student. No problem's weight falls to zero.
 
-    Every process has a copy, and all draw alike as long as they are updated alike.
+    Every process has a copy. All copies draw the same problems if they get the same updates.
 
     Args:
         kind: one of `CURRICULA`.
@@ -46,10 +45,9 @@ class Curriculum:
 
     def draw(self, step: int, size: int) -> list[int]:
         """
-        `size` different rows, drawn one after the other in proportion to `weights` without replacement. The same for the
-        same seed, step and updates before.
+        Draw `size` different rows, one after the other, in proportion to `weights`, without replacement.
 
-        By the Gumbel-top-k trick (Kool et al. 2019, arXiv 1903.06059): the largest of log w + Gumbel noise.
+        The draw follows from the seed, the step and the updates before. Method: the Gumbel-top-k trick (Kool et al. 2019, arXiv 1903.06059): the largest of log w + Gumbel noise.
 
         Raises:
             ValueError: if there are fewer problems than `size`.
@@ -61,29 +59,29 @@ class Curriculum:
         noise = -(-torch.rand(self.num_problems, dtype=torch.float64, generator=generator).log()).log()
         return (self.weights().log() + noise).topk(size).indices.tolist()
 
-    def update(self, rows: Sequence[int], values: Sequence[float], numbers: Sequence[float]) -> None:
+    def update(self, rows: Sequence[int], values: Sequence[float], counts: Sequence[float]) -> None:
         """
-        Take in what the rollouts of a step showed, one value for each visit of a problem; a row may occur repeatedly.
+        Take in the rollouts of a step, one value for each visit of a problem. A row may occur repeatedly.
 
         Args:
             rows: row numbers of the problems.
-            values: "divergence": mean over the tokens in nats, where a negative one, as a cap can make it, counts as 0;
-                "pass_rate": share of right answers. Those that are not finite are left out.
-            numbers: what a value is the mean of: tokens or rollouts.
+            values: "divergence": mean over the tokens in nats; a negative one counts as 0. "pass_rate": share of right
+                answers. Values that are not finite are left out.
+            counts: number of tokens or rollouts behind each value.
         """
-        for row, value, number in zip(rows, values, numbers, strict=True):
+        for row, value, count in zip(rows, values, counts, strict=True):
             if math.isfinite(value):
                 value = max(value, 0.0) if self.kind == "divergence" else value
-                self._sums[row] = DECAY * self._sums[row] + number * value
-                self._counts[row] = DECAY * self._counts[row] + number
+                self._sums[row] = DECAY * self._sums[row] + count * value
+                self._counts[row] = DECAY * self._counts[row] + count
 
     def weights(self) -> Tensor:
         """
-        (num_problems,), float64, positive: what the probabilities of a draw are proportional to.
+        Return the weights of the draw, (num_problems,), float64, positive.
 
-        divergence: the decayed mean of a problem's values, of one not seen yet the mean over those that are (1 where that
-        is 0 or there are none), at least `FLOOR` times that mean.
-        pass_rate: 4 p (1 - p) of p = (sum + 0.5) / (count + 1), thus 1 of a problem not seen yet, at least `FLOOR`.
+        divergence: the decayed mean of a problem's values, at least `FLOOR` times the mean over all seen problems. That
+        mean is also the weight of problems not seen yet; it is taken as 1 if it is 0 or none has been seen.
+        pass_rate: 4 p (1 - p) of p = (sum + 0.5) / (count + 1), at least `FLOOR`. A problem not seen yet has 1.
         """
         if self.kind == "pass_rate":
             p = (self._sums + 0.5) / (self._counts + 1)
@@ -95,8 +93,8 @@ class Curriculum:
 
     def metrics(self) -> dict[str, float]:
         """
-        "curriculum/seen_ratio": share of the problems seen so far. "curriculum/effective_ratio": perplexity of the draws'
-        distribution over the number of problems, 1 where all are equally likely.
+        Return "curriculum/seen_ratio", the share of problems seen so far, and "curriculum/effective_ratio", the
+        perplexity of the draws' distribution over the number of problems: 1 if all are equally likely.
         """
         probs = self.weights() / self.weights().sum()
         entropy = -(probs * probs.log()).sum()
@@ -132,7 +130,7 @@ class Curriculum:
         with safe_open(file, framework="pt") as saved:
             if saved.metadata() != self._metadata:
                 raise ValueError(
-                    f"--resume_from_checkpoint {folder}: {file.name} is of {saved.metadata()}, and this run's curriculum "
-                    f"of {self._metadata}. Go on with the same curriculum and data set as before"
+                    f"--resume_from_checkpoint {folder}: {file.name} is of {saved.metadata()}, and this run's "
+                    f"curriculum of {self._metadata}. Go on with the same curriculum and data set as before"
                 )
             self._sums, self._counts = saved.get_tensor("sums"), saved.get_tensor("counts")

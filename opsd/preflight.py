@@ -36,7 +36,7 @@ NUM_NOISE_TRIALS = 8
 
 
 class Tolerance(NamedTuple):
-    """Largest differences allowed between two log-probabilities of the same token, in nats: on average, and at most."""
+    """Largest allowed difference of two log-probabilities of a token, in nats: on average, and at most."""
 
     mean: float
     maximum: float
@@ -57,18 +57,19 @@ SENSITIVITY = 10  # the noise moves the student by so many mean tolerances, and 
 
 # Meaning of a check that fails, and the way out
 MEANINGS = {
-    "prompts": "the model is not asked in the form of its chat template, for instance because special tokens were lost. "
-    "Use the model's own tokenizer and chat template, and delete the cache of the data set",
+    "prompts": "the model is not asked in the form of its chat template, for instance because special tokens were "
+    "lost. Use the model's own tokenizer and chat template, and delete the cache of the data set",
     "sensitivity": "noise on the trained weights does not change the student, so that the other checks are blind. Is "
     "the adapter switched off, or on modules that the forward pass does not use (--lora_target_modules)?",
     "on-policy": "vLLM does not sample from the student: it did not get the adapter, or its base is not the one in "
-    "training. Look at --model_revision, --dtype and, with --vllm_mode server, at the model and flags of the server; or "
-    "sample without --use_vllm",
-    "fixed teacher": "the teacher is not the initial policy: its base weights are not those on disk (an adapter merged into "
-    "them?), or it follows the adapter. Load the model anew and merge nothing into it",
+    "training. Look at --model_revision, --dtype and, with --vllm_mode server, at the model and flags of the server; "
+    "or sample without --use_vllm",
+    "fixed teacher": "the teacher is not the initial policy: its base weights are not those on disk (an adapter "
+    "merged into them?), or it follows the adapter. Load the model anew and merge nothing into it",
     "teacher's weights": "the teacher's own weights are not put in place for its forward pass, or follow the student "
     "between two steps",
-    "current teacher": "the teacher is not the current policy: both score the same tokens differently after the same prompt",
+    "current teacher": "the teacher is not the current policy: both score the same tokens differently after the same "
+    "prompt",
     "padding": "log-probabilities depend on the padding. Prompts must be padded on the left "
     "(SelfDistillationDataCollator), and the attention must honour the mask: try --attn_implementation sdpa",
     "loss": "the loss is not the divergence of student and teacher. Try --loss_implementation dense",
@@ -103,7 +104,7 @@ class PreflightError(RuntimeError):
 
 
 class Preflight(TrainerCallback):
-    """Runs the checks when the model is wrapped and the checkpoint loaded; logs the table, and raises `PreflightError`."""
+    """Runs the checks once the model is wrapped and the checkpoint loaded; raises `PreflightError`."""
 
     def __init__(self, trainer: OPSDTrainer):
         self.trainer = trainer
@@ -144,7 +145,7 @@ def run_preflight(trainer: OPSDTrainer) -> list[Check]:
 
 
 def pick_rollouts(trainer: OPSDTrainer) -> list[Rollout]:
-    """Pick the shortest of the first examples, with whole solutions if possible, and half of one, which gets padding."""
+    """Pick the shortest of the first examples, if possible with whole solutions, and half of one, for padding."""
     dataset, collator = trainer.train_dataset, trainer.collator
     candidates = list(dataset.select(range(min(len(dataset), NUM_CANDIDATES))))
     if "solution" not in dataset.column_names:  # any text will do
@@ -186,7 +187,7 @@ def _check_prompts(trainer: OPSDTrainer, rollouts: Sequence[Rollout]) -> Check:
 
 
 def prompt_fault(tokenizer: PreTrainedTokenizerBase, ids: list[int], content: str, thinking: bool) -> str | None:
-    """Say what is wrong with the token ids of one user turn and the header of the assistant's turn; `None`: nothing."""
+    """Say what is wrong with the ids of a user turn and the header of the assistant's turn; `None`: nothing."""
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, enable_thinking=thinking
     )
@@ -306,8 +307,8 @@ def _check_padding(
 def _check_loss(trainer: OPSDTrainer, batch: MicroBatch, tolerance: Tolerance) -> list[Check]:
     dense, statistics, _ = trainer.token_losses(trainer.model_wrapped, batch, "dense")  # (N,)
     divergence = statistics.divergence.mean().item()
-    # A teacher that is the student, also in its prompt, has nothing to teach. The noise makes the student another policy
-    # than a teacher with weights of its own.
+    # A teacher that is the student, also in its prompt, has nothing to teach. The noise makes the student another
+    # policy than a teacher with weights of its own.
     has_lesson = trainer.teacher.kind != "student" or trainer.args.teacher_sees_solution
     is_sound = bool(dense.isfinite().all()) and (divergence > 0.0 if has_lesson else divergence == 0.0)
     checks = [
@@ -339,7 +340,7 @@ def _compare(name: str, compared: str, values: Tensor, others: Tensor, tolerance
 def _logprobs(
     trainer: OPSDTrainer, prompts: list[list[int]], completions: list[list[int]], as_teacher: bool = False
 ) -> Tensor:
-    """Score the completions' tokens, (N,), float32 on the CPU, by plain forward passes, one by one, without padding."""
+    """Score the completions' tokens, (N,), float32 on the CPU, one by one and so without padding."""
     model, logprobs = trainer.model_wrapped, []
     with trainer.teacher.active(model) if as_teacher else nullcontext():
         for prompt, completion in zip(prompts, completions, strict=True):
@@ -354,7 +355,7 @@ def _logprobs(
 def _least_distance(
     trainer: OPSDTrainer, logprobs: Tensor, prompts: list[list[int]], completions: list[list[int]]
 ) -> float:
-    """Measure the mean distance of `logprobs` from those of the model as it is, and with its adapter off; the smaller."""
+    """Measure the mean distance of `logprobs` from the model as it is, and with its adapter off; return the smaller."""
     others = [_logprobs(trainer, prompts, completions)]
     policy = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if isinstance(policy, PeftModel):
@@ -369,7 +370,8 @@ def _sample(trainer: OPSDTrainer, prompts: list[list[int]], base: bool = False) 
     """
     Sample short rollouts from vLLM, with the adapter or without.
 
-    They come from the full distribution at temperature 1, for which vLLM reports the same log-probabilities in all modes.
+    They come from the full distribution at temperature 1, for which vLLM reports the same log-probabilities in all
+    modes.
 
     Returns:
         Token ids, and the log-probabilities (N,) that vLLM reports of them.

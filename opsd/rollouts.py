@@ -58,19 +58,19 @@ def check_vllm_lora_support(peft_config: PeftConfig) -> None:
 
 
 def prompt_keys(prompts: Sequence[Sequence[int]], seed: int, step: int) -> list[bytes]:
-    """A hash of the run's seed, the step and the prompt, for each prompt."""
+    """Hash the run's seed, the step and the prompt, for each prompt."""
     return [hashlib.sha256(json.dumps([seed, step, list(prompt)]).encode()).digest() for prompt in prompts]
 
 
 def sample_seeds(keys: Sequence[bytes], keys_before: Iterable[bytes] = ()) -> list[int]:
     """
-    A seed for each rollout, 63 bits, from the hash of its prompt (`prompt_keys`) and how often that came before.
+    Derive a seed of 63 bits for each rollout from the hash of its prompt (`prompt_keys`) and its earlier occurrences.
 
-    So a rollout depends neither on its place in the batch, nor on the number of processes, nor on a resume.
+    So a rollout does not depend on its place in the batch, on the number of processes, or on a resume.
 
     Args:
         keys: of the prompts.
-        keys_before: of the prompts that other processes have in front of these.
+        keys_before: of the prompts of the processes before this one.
     """
     occurrences = Counter(keys_before)
     seeds = []
@@ -82,7 +82,7 @@ def sample_seeds(keys: Sequence[bytes], keys_before: Iterable[bytes] = ()) -> li
 
 
 class Completion(NamedTuple):
-    """Sampled token ids, with the end-of-sequence token if there is one, and the sampler's log-probabilities of them."""
+    """Sampled token ids, with the end-of-sequence token if there is one, and their log-probabilities."""
 
     ids: list[int]
     logprobs: list[float] | None  # None: the sampler does not report them
@@ -195,7 +195,7 @@ class VLLMSampler(VLLMGeneration):
             stop_engine(self.llm)
 
     def _sleep(self) -> None:
-        """Free the GPU for training. The base weights wait in host memory, unless each sync sends all of them anyway."""
+        """Free the GPU for training. The base weights wait in host memory, unless each sync sends all weights."""
         if self.enable_sleep_mode:
             self.llm.sleep(level=2 if self._lora_config is None else 1)
             self._llm_weights_sleeping = True
@@ -207,15 +207,15 @@ class VLLMSampler(VLLMGeneration):
         except Exception as error:  # TRL's client raises nothing more specific
             raise ConnectionError(
                 f"the vLLM server at {self._url} failed: {error}\nStart it with scripts/serve_vllm.sh (the same "
-                "model, --max-lora-rank at least --lora_r, a folder that both see: --vllm_adapter_dir), or sample in the "
-                "training processes with --vllm_mode colocate. --resume_from_checkpoint true goes on from the last "
-                "complete checkpoint"
+                "model, --max-lora-rank at least --lora_r, a folder that both see: --vllm_adapter_dir), or sample in "
+                "the training processes with --vllm_mode colocate. --resume_from_checkpoint true goes on from the "
+                "last complete checkpoint"
             ) from error
 
     # Weights
 
     def sync(self, step: int) -> None:
-        """Hand the student's weights at an optimizer step to vLLM, unless it holds them. All processes call it together."""
+        """Hand the weights of optimizer step `step` to vLLM, unless it holds them. All processes call it together."""
         self.step = step
         if self._synced_step != step:
             self.sync_weights()
@@ -253,7 +253,7 @@ class VLLMSampler(VLLMGeneration):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _adapter_tensors(self) -> dict[str, Tensor]:
-        """The whole adapter as it stands, on the CPU, under the names that PEFT saves it with."""
+        """Return the whole adapter as it is, on the CPU, under the names that PEFT saves it with."""
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         with self._dist.gather_params(list(trained.values())):
             tensors = {}
@@ -362,8 +362,8 @@ class VLLMSampler(VLLMGeneration):
             )[own]
         except Exception as error:
             error.add_note(
-                "vLLM failed while it sampled rollouts. Checkpoints are not touched: --resume_from_checkpoint true goes on "
-                "from the last complete one. If memory ran out, lower --vllm_gpu_memory_utilization"
+                "vLLM failed while it sampled rollouts. Checkpoints are not touched: --resume_from_checkpoint true "
+                "goes on from the last complete one. If memory ran out, lower --vllm_gpu_memory_utilization"
             )
             raise
         self._sleep()
@@ -468,7 +468,7 @@ def make_vllm_sampler(
 
 class TransformersSampler:
     """
-    Sample with `model.generate` of transformers, from the weights as they are, a micro-batch at a time.
+    Samples with `model.generate` of transformers, from the weights as they are, a micro-batch at a time.
 
     It has the interface of `VLLMSampler`. Random numbers come from PyTorch's generator of the device.
 

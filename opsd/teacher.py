@@ -27,7 +27,8 @@ class Teacher:
     Its kind follows from the settings:
 
     - "base": the model with its adapter off (`fixed_teacher` and a fresh adapter).
-    - "start policy": a copy of the trained weights as they were at the start (`fixed_teacher` without an adapter, or with
+    - "start policy": a copy of the trained weights as they were at the start (`fixed_teacher` without an adapter, or
+      with
       one that was trained before).
     - "average": an exponential moving average of the trained weights (`use_ema_teacher`).
     - "student": the current policy.
@@ -76,9 +77,9 @@ class Teacher:
         """
         if (before := run_state.setdefault("teacher", self.kind)) != self.kind:
             raise ValueError(
-                f"--resume_from_checkpoint {checkpoint}: its teacher is the {before}, and with these flags it would be the "
-                f"{self.kind}; give --fixed_teacher, --use_ema_teacher, --use_peft and --adapter_name_or_path as at the "
-                "first start"
+                f"--resume_from_checkpoint {checkpoint}: its teacher is the {before}, and with these flags it would "
+                f"be the {self.kind}; give --fixed_teacher, --use_ema_teacher, --use_peft and --adapter_name_or_path "
+                "as at the first start"
             )
         if self.kind not in ("start policy", "average"):
             return
@@ -124,8 +125,8 @@ class Teacher:
         checksum = self._frozen_weights.checksum()
         if run_state.setdefault("frozen_weights", checksum) != checksum:
             raise RuntimeError(
-                "the frozen weights are not those that the checkpoint was trained with: is --model_name_or_path another "
-                "model or revision, or --dtype another one? Resume with the model of the first start"
+                "the frozen weights are not those that the checkpoint was trained with: is --model_name_or_path "
+                "another model or revision, or --dtype another one? Resume with the model of the first start"
             )
 
 
@@ -139,8 +140,8 @@ class TeacherWeights:
     Args:
         model: in training, as its launcher has wrapped it.
         accelerator: its accelerator.
-        decay: of the exponential moving average; 0 takes the student as it is at each update; `None` for a teacher that
-            is never updated.
+        decay: of the exponential moving average; 0 takes the student as it is at each update; `None` for a teacher
+            that is never updated.
     """
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, decay: float | None):
@@ -195,8 +196,8 @@ class TeacherWeights:
         sizes = {name: (copy.shape, copy.dtype) for name, copy in zip(self._names, self._copies, strict=True)}
         if {name: (copy.shape, copy.dtype) for name, copy in saved.items()} != sizes:
             raise ValueError(
-                f"--resume_from_checkpoint {folder}: {file.name} is missing or does not hold the teacher's weights of this "
-                "run. Resume with the same teacher, model, launcher and number of processes as before"
+                f"--resume_from_checkpoint {folder}: {file.name} is missing or does not hold the teacher's weights of "
+                "this run. Resume with the same teacher, model, launcher and number of processes as before"
             )
         for name, copy in zip(self._names, self._copies, strict=True):
             copy.copy_(saved[name])
@@ -206,8 +207,8 @@ class FrozenWeights:
     """
     Checksums of the weights that are not trained, as they are now, to compare with later ones.
 
-    A checksum is the sum of a weight's bit patterns as integers. Each process sums its own shards, so that no weight has
-    to be gathered under ZeRO-3 or FSDP2.
+    A checksum is the sum of a weight's bit patterns as integers. Each process sums its own shards, so that no weight
+    has to be gathered under ZeRO-3 or FSDP2.
 
     Args:
         model: the model in training, with the weights that its launcher has given it.
@@ -238,9 +239,9 @@ class FrozenWeights:
         if self.accelerator.reduce(changed.any().float(), "sum").item() > 0:
             names = [name for name, is_changed in zip(self._weights, changed.tolist(), strict=True) if is_changed]
             raise RuntimeError(
-                "frozen weights have changed during the training, so that --fixed_teacher is no longer the initial policy: "
-                f"{len(names)} of {len(self._weights)} on this process, {names[:3]}. Something writes to the base model "
-                "(merging the adapter does); earlier checkpoints are not affected"
+                "frozen weights have changed during the training, so that --fixed_teacher is no longer the initial "
+                f"policy: {len(names)} of {len(self._weights)} on this process, {names[:3]}. Something writes to the "
+                "base model (merging the adapter does); earlier checkpoints are not affected"
             )
 
 

@@ -80,7 +80,7 @@ class TeacherContext:
         self.metrics.add_values("frac_reward_zero_std", [len(group) == 1 for group in groups if group])
 
     def _refer_to_correct_peers(self, rollouts: Sequence[Rollout], texts: Sequence[str], group_size: int) -> None:
-        """Show the teacher another rollout that is right and has ended. Without one, do as `reference_fallback` says."""
+        """Show the teacher another rollout that is right and complete, or else what `reference_fallback` says."""
         usable = [bool(rollout.is_correct) and not rollout.is_truncated for rollout in rollouts]
         peers = pick_correct_peers(usable, group_size)
         encoded: dict[tuple[str, str], dict[str, Any]] = {}  # (problem, reference) -> prompts

@@ -26,7 +26,8 @@ def engine_options(gpu_memory_utilization: float | None = None) -> dict[str, Any
     """
     Arguments of `vllm.LLM` for this machine; call it before vLLM starts an engine.
 
-    Where the user's environment does not say otherwise, the engine runs in this process, whose global random generators
+    Where the user's environment does not say otherwise, the engine runs in this process, whose global random
+    generators
     it reseeds: a process of its own would outlive a killed run and keep the GPU. On a machine without CUDA this also
     sets what vLLM's CPU build needs in the environment.
 

@@ -12,6 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
+from data_collator import start_rollouts
 from opsd_trainer import OPSDConfig, OPSDTrainer
 from quickstart import addition
 
@@ -150,11 +151,9 @@ def script_rollouts(trainer: OPSDTrainer, write: Callable[[str, int], str] = lam
 
 
 def rollout(trainer, size=4, steps=1):
-    """The paired batches of one optimizer step, sampled by the student."""
+    """Make the micro-batches of one optimizer step, sampled by the student."""
     trainer.model.train()
-    features = [trainer.train_dataset[i] for i in range(size)]
-    trainer._fill_buffer(trainer.data_collator(features), steps)
-    return trainer._buffered_inputs
+    return trainer.prepare_step(start_rollouts([trainer.train_dataset[i] for i in range(size)]), steps)
 
 
 def perturb_student(trainer):
@@ -167,7 +166,7 @@ def perturb_student(trainer):
 
 def teacher_logits(trainer, inputs):
     with trainer.teacher.active(trainer.model):
-        return trainer.completion_logits(trainer.model, inputs, "teacher_")
+        return trainer.completion_logits(trainer.model, inputs, "teacher")
 
 
 def copies(trainer):

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from opsd.curriculum import CURRICULA, Curriculum
 from torch.testing import assert_close
+
+from opsd.curriculum import CURRICULA, Curriculum
 
 
 def assert_weights(curriculum, expected):

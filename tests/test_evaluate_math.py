@@ -16,7 +16,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from opsd.vllm_engine import stop_engine
 
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
 from eval import engine as sampling_engine
@@ -35,6 +34,7 @@ from eval.evaluate_math import evaluate, main, paired_differences, request_key, 
 from eval.grading import GradingPool
 from eval.report import plot_accuracy, report_tables
 from eval.run_files import Sample, open_samples
+from opsd.vllm_engine import stop_engine
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMS = [(358, 647), (120, 45), (999, 1), (271, 828), (314, 159), (500, 250)]

@@ -420,7 +420,7 @@ def test_step_that_is_not_finite_is_skipped_and_its_batch_kept(make_trainer, tmp
     kept = torch.load(files[1])
     assert kept["step"] == 3 and len(kept["inputs"]) == 2
     prompts = [
-        tokens for batch in kept["inputs"] for tokens in trainer.processing_class.batch_decode(batch["prompts"])
+        tokens for batch in kept["inputs"] for tokens in trainer.processing_class.batch_decode(batch.prompt_ids)
     ]
     rollouts = (tmp_path / "run" / "completions" / "completions_00003.jsonl").read_text().splitlines()
     for prompt, rollout in zip(prompts, map(json.loads, rollouts), strict=True):

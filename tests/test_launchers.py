@@ -21,9 +21,9 @@ from launch_worker import ADAPTER, SETTINGS, VARIANTS
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
-from opsd.vllm_engine import CPU_ENGINE, CPU_ENVIRONMENT
 
 from opsd.run.checkpoints import find_fault, find_last_complete
+from opsd.vllm_engine import CPU_ENGINE, CPU_ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("launch_worker.py")

@@ -74,7 +74,7 @@ def teach(tokenizer):
 
 
 def teacher_prompts(batch):
-    rows = zip(batch["teacher_prompts"], batch["teacher_prompt_attention_mask"], strict=True)
+    rows = zip(batch.teacher_prompt_ids, batch.teacher_prompt_mask, strict=True)
     return [ids[mask.bool()].tolist() for ids, mask in rows]
 
 
@@ -157,7 +157,7 @@ def test_weights_follow_the_grades(teach):
         incorrect_weight=2.0,
     )
     assert batch["correct"] == [True, False, None, None]
-    assert batch["weights"].tolist() == [0.25, 2.0, 1.0, 1.0] and batch["weights"].dtype == torch.float32
+    assert batch.weights.tolist() == [0.25, 2.0, 1.0, 1.0] and batch.weights.dtype == torch.float32
     assert "advantages" not in batch and "rationalization" not in batch
     assert lessons.sums == {
         "rewards/accuracy/mean": [1, 2],
@@ -171,8 +171,8 @@ def test_advantages_are_those_of_the_groups(teach):
     batch, _ = teach(
         [FIRST] * 2 + [SECOND] * 2, [box(46), box(1), box(50), box(50)], group_size=2, policy_gradient_weight=0.5
     )
-    assert batch["advantages"].tolist() == pytest.approx(group_advantages([True, False, True, True], 2))
-    assert batch["weights"].tolist() == [1.0] * 4
+    assert batch.advantages.tolist() == pytest.approx(group_advantages([True, False, True, True], 2))
+    assert batch.weights.tolist() == [1.0] * 4
 
 
 def test_nothing_is_graded_without_need(teach):
@@ -188,7 +188,7 @@ def test_teacher_sees_a_sibling(teach, tokenizer):
     references = ["two \\boxed{46}", "one \\boxed{46}", "one \\boxed{46}", "one \\boxed{46}"]
     expected = [collator.encode_teacher(FIRST["problem"], text)["teacher_prompt_ids"] for text in references]
     assert teacher_prompts(batch) == expected
-    assert batch["weights"].tolist() == [1.0] * 4
+    assert batch.weights.tolist() == [1.0] * 4
     prompt = tokenizer.decode(teacher_prompts(batch)[0])
     assert "begins ---\ntwo \\boxed{46}\n---" in prompt and "hm" not in prompt and FIRST["solution"] not in prompt
     assert lessons.sums["references/correct_peer_ratio"] == [4, 4] and lessons.sums["references/none_ratio"] == [0, 4]
@@ -202,7 +202,7 @@ def test_groups_do_not_mix(teach, tokenizer):
     assert "Problem: 12+34\n" in first and "first \\boxed{46}" in first
     assert "Problem: 20+30\n" in second and "second \\boxed{50}" in second
     assert "reference" not in own and "reference" not in other_own
-    assert batch["weights"].tolist() == [1.0, 0.0, 0.0, 1.0]  # what alone is right has nothing to learn from
+    assert batch.weights.tolist() == [1.0, 0.0, 0.0, 1.0]  # what alone is right has nothing to learn from
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_without_a_sibling(teach, fallback, answer, reference):
     )
     has_reference = reference is not None
     assert lessons.sums["references/none_ratio"] == [0 if has_reference else 2, 2]
-    assert batch["weights"].tolist() == ([1.0, 3.0] if has_reference else [0.0, 0.0])
+    assert batch.weights.tolist() == ([1.0, 3.0] if has_reference else [0.0, 0.0])
     if has_reference:
         expected = lessons.collator.encode_teacher(FIRST["problem"], reference)["teacher_prompt_ids"]
         assert teacher_prompts(batch) == [expected] * 2
@@ -235,7 +235,7 @@ def test_without_solutions_in_the_data(teach):
     row = {name: FIRST[name] for name in ("problem", "answer")}
     batch, lessons = teach([row] * 2, [box(46), box(1)], teacher_reference="rollout")
     sibling = lessons.collator.encode_teacher("12+34", "\\boxed{46}")["teacher_prompt_ids"]
-    assert teacher_prompts(batch)[1] == sibling and batch["weights"].tolist() == [0.0, 1.0]
+    assert teacher_prompts(batch)[1] == sibling and batch.weights.tolist() == [0.0, 1.0]
 
 
 def test_long_references_are_cut_or_skipped(teach, tokenizer):
@@ -245,9 +245,9 @@ def test_long_references_are_cut_or_skipped(teach, tokenizer):
     batch, _ = teach([FIRST] * 2, texts, max_length=800, **settings)
     text = tokenizer.decode(teacher_prompts(batch)[1])
     assert ELLIPSIS in text and "begin 12+34" in text and len(teacher_prompts(batch)[1]) <= 760
-    assert batch["weights"].tolist() == [0.0, 1.0]
+    assert batch.weights.tolist() == [0.0, 1.0]
     batch, lessons = teach([FIRST] * 2, texts, max_length=250, **settings)
-    assert batch["weights"].tolist() == [0.0, 0.0] and lessons.sums["references/none_ratio"] == [2, 2]
+    assert batch.weights.tolist() == [0.0, 0.0] and lessons.sums["references/none_ratio"] == [2, 2]
 
 
 # Rationalizations
@@ -318,7 +318,7 @@ def test_rollouts_are_rationalized_and_what_has_no_reference_is_not(teach, token
     )
     ((prompt,),) = sampler.calls
     assert "begins ---\none \\boxed{46}\n---" in tokenizer.decode(prompt)
-    assert batch["rationalization"] == ["", "because", "because"] and batch["weights"].tolist() == [0.0, 1.0, 1.0]
+    assert batch["rationalization"] == ["", "because", "because"] and batch.weights.tolist() == [0.0, 1.0, 1.0]
     transition_ids = lessons.collator.transition_ids
     assert teacher_prompts(batch)[1:] == [prompt + sampler.ids[:-1] + transition_ids] * 2
     assert lessons.sums["rationales/mean_length"][1] == 2

@@ -49,14 +49,14 @@ def test_both_roles_score_the_same_tokens_behind_their_own_prompts(make_trainer,
     teacher, student = seen
     for row in range(4):
         example = trainer.train_dataset[row]
-        length = inputs["completion_mask"][row].sum()
-        completion = inputs["completion_ids"][row, :length].tolist()
+        length = inputs.completion_mask[row].sum()
+        completion = inputs.completion_ids[row, :length].tolist()
         for kwargs, column in ((student, "student_prompt_ids"), (teacher, "teacher_prompt_ids")):
             mask = kwargs["attention_mask"][row].bool()
             assert kwargs["input_ids"][row][mask].tolist() == example[column] + completion
             assert kwargs["position_ids"][row][mask].tolist() == list(range(mask.sum()))
-    lengths = inputs["completion_mask"].sum(1)
-    assert lengths.min() < lengths.max() == inputs["completion_mask"].shape[1]  # no padding that all rows share
+    lengths = inputs.completion_mask.sum(1)
+    assert lengths.min() < lengths.max() == inputs.completion_mask.shape[1]  # no padding that all rows share
     text = AutoTokenizer.from_pretrained(tiny_model_dir).decode(
         student["input_ids"][0][student["attention_mask"][0] == 1]
     )
@@ -71,11 +71,9 @@ def test_end_of_sequence_token_keeps_its_loss_when_it_is_the_padding(make_traine
     prefixes = iter(("", "So ", "ones: tens: ", ""))
     script_rollouts(trainer, lambda problem, _: next(prefixes) + work_out(problem))
     (inputs,) = rollout(trainer)
-    last = [
-        ids[mask][-1].item() for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)
-    ]
+    last = [ids[mask][-1].item() for ids, mask in zip(inputs.completion_ids, inputs.completion_mask, strict=True)]
     assert last == [tokenizer.eos_token_id] * 4
-    assert inputs["completion_mask"].sum(1).min() < inputs["completion_mask"].shape[1]
+    assert inputs.completion_mask.sum(1).min() < inputs.completion_mask.shape[1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -86,18 +84,18 @@ def test_padding_changes_nothing(make_trainer, problems, batch_size):
     script_rollouts(trainer)
     perturb_student(trainer)
     inputs = rollout(trainer, size=batch_size)[0]
-    lengths = inputs["teacher_prompt_attention_mask"].sum(1)
+    lengths = inputs.teacher_prompt_mask.sum(1)
     assert batch_size == 1 or lengths.max() > 3 * lengths.min()
     with torch.no_grad():
         padded = generalized_jsd(
-            trainer.completion_logits(trainer.model, inputs, ""),
+            trainer.completion_logits(trainer.model, inputs, "student"),
             teacher_logits(trainer, inputs),
             beta=0.5,
         )
         alone = []
         for row in range(batch_size):
-            length = inputs["completion_mask"][row].sum()
-            completion = inputs["completion_ids"][row, :length]
+            length = inputs.completion_mask[row].sum()
+            completion = inputs.completion_ids[row, :length]
             example = trainer.train_dataset[row]
 
             def logits(prompt_ids, completion=completion, length=length):
@@ -223,7 +221,7 @@ def cap_between_entries(make_trainer):
         for row in trainer.train_dataset:
             trainer._fill_buffer(trainer.data_collator([row]), 1)
             (inputs,) = trainer._buffered_inputs
-            student = trainer.completion_logits(trainer.model, inputs, "").log_softmax(-1)
+            student = trainer.completion_logits(trainer.model, inputs, "student").log_softmax(-1)
             teacher = teacher_logits(trainer, inputs).log_softmax(-1)
             entries.append((teacher.exp() * (teacher - student)).flatten())
     entries = torch.cat(entries)
@@ -276,10 +274,10 @@ def test_fixed_teacher_stays_and_the_student_moves(make_trainer):
     base = {n: w.clone() for n, w in trainer.model.named_parameters() if not w.requires_grad}
     (inputs,) = rollout(trainer)
     teacher = teacher_logits(trainer, inputs)
-    student = trainer.completion_logits(trainer.model, inputs, "").detach()
+    student = trainer.completion_logits(trainer.model, inputs, "student").detach()
     trainer.train()
     assert torch.equal(teacher_logits(trainer, inputs), teacher)
-    assert not torch.allclose(trainer.completion_logits(trainer.model, inputs, ""), student, atol=1e-3)
+    assert not torch.allclose(trainer.completion_logits(trainer.model, inputs, "student"), student, atol=1e-3)
     for name, weight in trainer.model.named_parameters():
         assert weight.requires_grad or torch.equal(weight, base[name])
     assert any(not w.requires_grad for w in trainer.model.parameters())
@@ -317,7 +315,7 @@ def test_current_policy_as_teacher(make_trainer, lora):
     after = teacher_logits(trainer, inputs)
     assert not torch.allclose(after, before, atol=1e-3)
     with torch.no_grad():
-        assert_close(after, trainer.completion_logits(trainer.model, inputs, "teacher_"), rtol=0, atol=0)
+        assert_close(after, trainer.completion_logits(trainer.model, inputs, "teacher"), rtol=0, atol=0)
 
 
 def test_there_is_no_second_copy_of_the_weights(make_trainer, tiny_model_dir):
@@ -444,7 +442,7 @@ def test_variants_learn(make_trainer, settings):
 
     @torch.no_grad()
     def divergence():
-        student = trainer.completion_logits(trainer.model, inputs, "")
+        student = trainer.completion_logits(trainer.model, inputs, "student")
         return generalized_jsd(student, teacher_logits(trainer, inputs), beta=0.5).mean()
 
     before = divergence()
@@ -499,9 +497,7 @@ def test_model_without_end_of_sequence_token_takes_the_tokenizers(tiny_model_dir
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
     (inputs,) = rollout(make_trainer_factory(folder, make_problems(), tmp_path)())
     end = AutoTokenizer.from_pretrained(tiny_model_dir).eos_token_id
-    completions = [
-        ids[mask].tolist() for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)
-    ]
+    completions = [ids[mask].tolist() for ids, mask in zip(inputs.completion_ids, inputs.completion_mask, strict=True)]
     assert all(end not in ids[:-1] for ids in completions)
     assert min(map(len, completions)) < 40  # stopped, and not at the limit
 

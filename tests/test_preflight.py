@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
-from opsd import preflight
 import pytest
 import torch
 from helpers import Recorder, make_problems, make_trainer_factory
 
 import data_collator
 import opsd_train
+from opsd import preflight
 from opsd_trainer import OPSDTrainer
 
 ENGINES = {

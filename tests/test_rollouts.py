@@ -24,12 +24,12 @@ def trainer(tiny_model_dir, tmp_path_factory) -> Iterator[OPSDTrainer]:
 def student_logprobs(trainer: OPSDTrainer, inputs: dict) -> torch.Tensor:
     """Log-probabilities of the sampled tokens by the training forward, (N,)."""
     with torch.no_grad():
-        logits = trainer.completion_logits(trainer.model, inputs, "")
-    return logits.log_softmax(-1).gather(1, inputs["completion_ids"][inputs["completion_mask"]][:, None]).squeeze(1)
+        logits = trainer.completion_logits(trainer.model, inputs, "student")
+    return logits.log_softmax(-1).gather(1, inputs.completion_ids[inputs.completion_mask][:, None]).squeeze(1)
 
 
 def gap(trainer: OPSDTrainer, inputs: dict) -> torch.Tensor:
-    return (student_logprobs(trainer, inputs) - inputs["rollout_logprobs"][inputs["completion_mask"]]).abs()
+    return (student_logprobs(trainer, inputs) - inputs.sampler_logprobs[inputs.completion_mask]).abs()
 
 
 def test_seeds_are_those_of_the_sample_wherever_it_stands():
@@ -55,7 +55,7 @@ def test_rollouts_follow_each_change_of_the_adapter(trainer):
             weight.data.copy_(scale * original)
         (inputs,) = rollout(trainer)
         assert gap(trainer, inputs).mean() <= MEAN_LOGPROB_GAP and gap(trainer, inputs).max() <= LOGPROB_GAP
-        completions.append(inputs["completion_ids"].tolist())
+        completions.append(inputs.completion_ids.tolist())
         with trainer.model.disable_adapter():
             base_gap = gap(trainer, inputs).mean()
         assert base_gap <= MEAN_LOGPROB_GAP if scale == 0.0 else base_gap > 0.1
@@ -128,10 +128,10 @@ def test_greedy_rollouts_equal_those_of_transformers(trainer, monkeypatch):
         assert torch.equal(sampled[name], expected[name]), name
     for inputs in (sampled, expected):  # where two tokens are as good to rounding, each may take another one
         with torch.no_grad():
-            logits = trainer.completion_logits(trainer.model, inputs, "")
-        token_ids = inputs["completion_ids"][inputs["completion_mask"]]
+            logits = trainer.completion_logits(trainer.model, inputs, "student")
+        token_ids = inputs.completion_ids[inputs.completion_mask]
         assert (logits.max(-1).values - logits.gather(1, token_ids[:, None])[:, 0]).max() <= 1e-3
-        for ids, mask in zip(inputs["completion_ids"], inputs["completion_mask"], strict=True):
+        for ids, mask in zip(inputs.completion_ids, inputs.completion_mask, strict=True):
             *before, last = ids[mask].tolist()
             assert not set(before) & set(trainer.end_ids) and (last in trainer.end_ids or len(before) == 39)
 
@@ -143,8 +143,8 @@ def test_base_samples_are_those_of_the_model_without_adapter(trainer, monkeypatc
     assert gap(trainer, inputs).mean() > 0.1
     with trainer.model.disable_adapter():
         assert gap(trainer, inputs).max() <= LOGPROB_GAP
-    lengths = inputs["completion_mask"].sum(1)
-    assert lengths.min() < 40 and lengths.max() == inputs["completion_mask"].shape[1]  # they end, and no padding
+    lengths = inputs.completion_mask.sum(1)
+    assert lengths.min() < 40 and lengths.max() == inputs.completion_mask.shape[1]  # they end, and no padding
 
 
 @pytest.mark.vllm
@@ -170,8 +170,12 @@ def test_training_stays_on_policy(make_trainer, problems, settings):
     base = {n: w.clone() for n, w in trainer.model.named_parameters() if not w.requires_grad}
     trainer.train()
     trainer.sampler.close()
-    maxima = recorder.values("sampling/sampling_logp_difference/max") + recorder.values("eval_sampling/sampling_logp_difference/max")
-    means = recorder.values("sampling/sampling_logp_difference/mean") + recorder.values("eval_sampling/sampling_logp_difference/mean")
+    maxima = recorder.values("sampling/sampling_logp_difference/max") + recorder.values(
+        "eval_sampling/sampling_logp_difference/max"
+    )
+    means = recorder.values("sampling/sampling_logp_difference/mean") + recorder.values(
+        "eval_sampling/sampling_logp_difference/mean"
+    )
     assert len(maxima) == 6 and max(maxima) <= LOGPROB_GAP and max(means) <= MEAN_LOGPROB_GAP
     assert min(means) > 0.0
     for name, weight in base.items():

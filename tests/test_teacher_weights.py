@@ -57,7 +57,7 @@ def test_ema_teacher_scores_with_its_own_weights_and_gives_the_students_back(mak
         if name in copies(trainer):
             weight.data.copy_(copies(trainer)[name])
     with torch.no_grad():
-        assert_close(trainer.completion_logits(trainer.model, inputs, "teacher_"), average, rtol=0, atol=0)
+        assert_close(trainer.completion_logits(trainer.model, inputs, "teacher"), average, rtol=0, atol=0)
 
 
 def test_first_step_is_that_of_the_fixed_teacher(make_trainer):
@@ -110,8 +110,8 @@ def test_teacher_of_a_full_fine_tuning_has_a_head_of_its_own(make_trainer, tinke
     trainer = make_trainer(lora=False, max_steps=1, use_tinker_loss=tinker, **EMA)
     trainer.train()
     (inputs,) = rollout(trainer)
-    dense, *_ = trainer._dense_loss(trainer.model, inputs)
-    fused, *_ = trainer._fused_loss(trainer.model, inputs)
+    dense, *_ = trainer.token_losses(trainer.model, inputs, "dense")
+    fused, *_ = trainer.token_losses(trainer.model, inputs, "fused")
     assert dense.abs().max() > 1e-2
     assert_close(fused, dense, rtol=1e-4, atol=1e-5)
 
@@ -136,7 +136,7 @@ def test_fixed_teacher_of_a_full_fine_tuning_stays(make_trainer, tiny_model_dir)
     trainer.train()
     assert torch.equal(teacher_logits(trainer, inputs), start)
     with torch.no_grad():
-        student = trainer.completion_logits(trainer.model, inputs, "teacher_")
+        student = trainer.completion_logits(trainer.model, inputs, "teacher")
     assert not torch.allclose(student, start, atol=1e-3)
     stored = load_file(tiny_model_dir / "model.safetensors")
     assert all(torch.equal(copy, stored[name]) for name, copy in copies(trainer).items())
@@ -171,27 +171,25 @@ def test_fixed_teacher_of_an_adapter_that_is_trained_is_the_policy_with_it(make_
     assert not trainer.teacher.is_base
     (inputs,) = rollout(trainer)
     with torch.no_grad():
-        start = trainer.completion_logits(trainer.model, inputs, "teacher_")
+        start = trainer.completion_logits(trainer.model, inputs, "teacher")
         with trainer.model.disable_adapter():
-            assert not torch.allclose(trainer.completion_logits(trainer.model, inputs, "teacher_"), start, atol=1e-3)
+            assert not torch.allclose(trainer.completion_logits(trainer.model, inputs, "teacher"), start, atol=1e-3)
     trainer.train()
     assert torch.equal(teacher_logits(trainer, inputs), start)
     with torch.no_grad():
-        assert not torch.allclose(trainer.completion_logits(trainer.model, inputs, "teacher_"), start, atol=1e-3)
+        assert not torch.allclose(trainer.completion_logits(trainer.model, inputs, "teacher"), start, atol=1e-3)
 
 
 def test_first_tokens_can_be_left_out_of_the_loss(make_trainer):
     trainer = make_trainer(num_loss_tokens_to_skip=3, loss_implementation="dense")
     (inputs,) = rollout(trainer)
-    assert torch.equal(
-        inputs["loss_mask"], inputs["completion_mask"] & (torch.arange(inputs["loss_mask"].shape[1]) >= 3)
-    )
-    num_counted = inputs["loss_mask"].sum()
-    assert trainer._loss_denominator == num_counted < inputs["completion_mask"].sum()
-    per_token, _, _ = trainer._dense_loss(trainer.model, inputs)
-    inputs["loss_mask"] = inputs["completion_mask"]
-    all_tokens, _, _ = trainer._dense_loss(trainer.model, inputs)
-    positions = torch.arange(inputs["loss_mask"].shape[1]).expand_as(inputs["loss_mask"])[inputs["completion_mask"]]
+    assert torch.equal(inputs.loss_mask, inputs.completion_mask & (torch.arange(inputs.loss_mask.shape[1]) >= 3))
+    num_counted = inputs.loss_mask.sum()
+    assert trainer._loss_denominator == num_counted < inputs.completion_mask.sum()
+    per_token, _, _ = trainer.token_losses(trainer.model, inputs, "dense")
+    inputs.loss_mask = inputs.completion_mask
+    all_tokens, _, _ = trainer.token_losses(trainer.model, inputs, "dense")
+    positions = torch.arange(inputs.loss_mask.shape[1]).expand_as(inputs.loss_mask)[inputs.completion_mask]
     assert_close(per_token, all_tokens[positions >= 3], rtol=0, atol=0)
     trainer.train()
     logged = trainer.state.log_history[0]

@@ -33,7 +33,7 @@ PHASES = ("rollout", "teacher", "student", "rationalization")
 
 def is_right(trainer, inputs):
     """Whether each completion's box has the answer, (batch,)."""
-    texts = trainer.processing_class.batch_decode(inputs["completion_ids"])
+    texts = trainer.processing_class.batch_decode(inputs.completion_ids)
     boxes = [re.findall(r"\\boxed\{(\d+)\}", text) for text in texts]
     return torch.tensor([box[-1:] == [answer] for box, answer in zip(boxes, inputs["answer"], strict=True)])
 
@@ -71,12 +71,12 @@ def sample_groups(trainer):
 
 def by_hand(trainer, inputs):
     """Of all tokens of a micro-batch: divergence, the student's log-probability, and whether their rollout is right."""
-    plain = inputs | {"loss_mask": inputs["completion_mask"]}
-    student = trainer.completion_logits(trainer.model, plain, "")
+    plain = inputs | {"loss_mask": inputs.completion_mask}
+    student = trainer.completion_logits(trainer.model, plain, "student")
     divergences = generalized_jsd(student, teacher_logits(trainer, plain), beta=0.5)
-    token_ids = inputs["completion_ids"][inputs["completion_mask"]]
+    token_ids = inputs.completion_ids[inputs.completion_mask]
     logprobs = student.log_softmax(-1).gather(1, token_ids[:, None]).squeeze(1)
-    rows = inputs["completion_mask"].nonzero()[:, 0]
+    rows = inputs.completion_mask.nonzero()[:, 0]
     return divergences, logprobs, is_right(trainer, inputs)[rows], rows
 
 
@@ -169,10 +169,10 @@ def test_own_rollouts_as_references_need_no_solutions(make_trainer, problems, tm
             for row in range(4):
                 circle = [(row + distance) % 4 for distance in (1, 2, 3)]
                 sibling = next((i for i in circle if correct[4 * place + i] and texts[i].endswith("<|im_end|>")), None)
-                assert inputs["loss_mask"][row].any() == (sibling is not None)
+                assert inputs.loss_mask[row].any() == (sibling is not None)
                 if sibling is not None:
                     num_with_reference += 1
-                    prompt = trainer.processing_class.decode(inputs["teacher_prompts"][row])
+                    prompt = trainer.processing_class.decode(inputs.teacher_prompt_ids[row])
                     reference = prompt.split("begins ---\n")[1].split("\n---")[0]
                     assert reference == texts[sibling].removesuffix("<|im_end|>")
     assert num_with_reference == 3 + 4 + 3 + 4
@@ -223,7 +223,7 @@ GREEDY = 1e-3  # nats: float32 rounds the logits by about 1e-5, and another poli
 
 
 def teacher_prompts(inputs):
-    rows = zip(inputs["teacher_prompts"], inputs["teacher_prompt_attention_mask"], strict=True)
+    rows = zip(inputs.teacher_prompt_ids, inputs.teacher_prompt_mask, strict=True)
     return [ids[mask.bool()].tolist() for ids, mask in rows]
 
 
@@ -287,7 +287,9 @@ def test_vllm_writes_rationalizations_as_the_teacher_and_rollouts_as_the_student
         **EMA | REASONING,
     )
     trainer.train()
-    gaps = recorder.values("sampling/sampling_logp_difference/max") + recorder.values("eval_sampling/sampling_logp_difference/max")
+    gaps = recorder.values("sampling/sampling_logp_difference/max") + recorder.values(
+        "eval_sampling/sampling_logp_difference/max"
+    )
     assert len(gaps) == 6 and max(gaps) <= LOGPROB_GAP
     for phase in PHASES:
         seconds = recorder.values(f"seconds/{phase}")
@@ -401,13 +403,13 @@ def test_importance_weights_by_hand(make_trainer, monkeypatch):
     trainer.train()
     trainer.sampler.close()
     trainer.model.train()
-    losses, ratios, num_tokens = [], [], sum(inputs["loss_mask"].sum() for inputs in trainer._buffered_inputs)
+    losses, ratios, num_tokens = [], [], sum(inputs.loss_mask.sum() for inputs in trainer._buffered_inputs)
     for inputs in trainer._buffered_inputs:
-        mask = inputs["completion_mask"]
-        token_ids = inputs["completion_ids"][mask]
-        logits = trainer.completion_logits(trainer.model, inputs, "")
+        mask = inputs.completion_mask
+        token_ids = inputs.completion_ids[mask]
+        logits = trainer.completion_logits(trainer.model, inputs, "student")
         expected, is_clear = sampling_logprobs(logits, token_ids, **sampler)
-        sampled = inputs["rollout_logprobs"][mask]
+        sampled = inputs.sampler_logprobs[mask]
         assert is_clear.float().mean() > 0.9
         assert_close(sampled[is_clear], expected[is_clear], rtol=1e-4, atol=1e-4)
         student, teacher = (
@@ -422,7 +424,9 @@ def test_importance_weights_by_hand(make_trainer, monkeypatch):
         losses.append((-ratio * (teacher - student.detach() + 0.5 * advantages) * student).sum() / num_tokens)
     ratios = torch.cat(ratios)
     assert ratios.min() < 0.7 and ratios.max() > 1.1 and recorder.values("rewards/accuracy/mean") == [3 / 8]
-    assert recorder.values("sampling/importance_sampling_ratio/mean")[0] == pytest.approx(ratios.mean().item(), rel=1e-3)
+    assert recorder.values("sampling/importance_sampling_ratio/mean")[0] == pytest.approx(
+        ratios.mean().item(), rel=1e-3
+    )
     assert recorder.values("importance/variance")[0] == pytest.approx(ratios.var(unbiased=False).item(), rel=1e-3)
     assert not recorder.values("sampling/sampling_logp_difference/mean")
     expected = sum(losses)
@@ -459,7 +463,7 @@ def test_scores_are_those_of_the_steps_rollouts(make_trainer, kind):
     sums, counts = torch.zeros(2, 64, dtype=torch.float64)
     for inputs in trainer._buffered_inputs:
         divergences, _, _, rows_of_tokens = by_hand(trainer, inputs)
-        prompts = zip(inputs["prompts"], inputs["prompt_attention_mask"], strict=True)
+        prompts = zip(inputs.prompt_ids, inputs.prompt_mask, strict=True)
         for place, (prompt, mask) in enumerate(prompts):
             row = row_of_prompt[tuple(prompt[mask.bool()].tolist())]
             of_rollout = divergences[rows_of_tokens == place]
