@@ -66,7 +66,7 @@ def completion_logits(model: PreTrainedModel, prompts: Tensor, prompt_mask: Tens
 
 
 def by_position(divergence: Tensor, mask: Tensor) -> list[float]:
-    """Return the mean over the completions at each first token, that of all later tokens, and the first ones' share."""
+    """Return the mean over the completions at each first token, that of later tokens, and the first ones' share."""
     divergence = divergence * mask  # (B, C)
     sums, counts = divergence.sum(0), mask.sum(0)  # (C,)
     first, rest = slice(None, NUM_FIRST_TOKENS), slice(NUM_FIRST_TOKENS, None)
@@ -142,8 +142,8 @@ def main() -> None:
     text = (
         f"# Divergence at the first tokens of a completion\n\n`{command}`\n\n"
         f"The quickstart's base model for ablations, seed {arguments.seed}; {arguments.num_problems} completions of "
-        "the student for each pair of modes, temperature 1. Means over the completions that have the token; of `others`, "
-        "over their tokens. The share is that of the sum over all tokens.\n\n"
+        "the student for each pair of modes, temperature 1. Means over the completions that have the token; of "
+        "`others`, over their tokens. The share is that of the sum over all tokens.\n\n"
         f"{table(measured)}"
     )
     sys.stdout.write(text)

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-# An editable install leads to one clone. A program in a folder of another clone (`python eval/evaluate_math.py`) that is
-# started in this one's environment would silently run this clone's modules.
+# An editable install leads to one clone. A program of another clone (`python eval/evaluate_math.py`) that is started
+# in the environment of this clone would silently run the modules of this clone.
 _root = Path(__file__).resolve().parents[1]
 _program = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__).resolve()
 _program_root = _program.parent.parent
