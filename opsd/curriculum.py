@@ -47,7 +47,8 @@ class Curriculum:
         """
         Draw `size` different rows, one after the other, in proportion to `weights`, without replacement.
 
-        The draw follows from the seed, the step and the updates before. Method: the Gumbel-top-k trick (Kool et al. 2019, arXiv 1903.06059): the largest of log w + Gumbel noise.
+        The draw follows from the seed, the step and the updates before. It uses the Gumbel-top-k trick (Kool et al.
+        2019, arXiv 1903.06059): the largest of log w + Gumbel noise.
 
         Raises:
             ValueError: if there are fewer problems than `size`.
@@ -79,8 +80,8 @@ class Curriculum:
         """
         Return the weights of the draw, (num_problems,), float64, positive.
 
-        divergence: the decayed mean of a problem's values, at least `FLOOR` times the mean over all seen problems. That
-        mean is also the weight of problems not seen yet; it is taken as 1 if it is 0 or none has been seen.
+        divergence: the decayed mean of a problem's values, at least `FLOOR` times the mean over all seen problems.
+        That mean, or 1 if it is 0, is also the weight of problems not seen yet.
         pass_rate: 4 p (1 - p) of p = (sum + 0.5) / (count + 1), at least `FLOOR`. A problem not seen yet has 1.
         """
         if self.kind == "pass_rate":

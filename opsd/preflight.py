@@ -355,7 +355,7 @@ def _logprobs(
 def _least_distance(
     trainer: OPSDTrainer, logprobs: Tensor, prompts: list[list[int]], completions: list[list[int]]
 ) -> float:
-    """Measure the mean distance of `logprobs` from the model as it is, and with its adapter off; return the smaller."""
+    """Return the mean distance of `logprobs` from the model as it is, or from its base if that is nearer."""
     others = [_logprobs(trainer, prompts, completions)]
     policy = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     if isinstance(policy, PeftModel):

@@ -1,4 +1,7 @@
-"""Every launch script, as a dry run: its arguments pass the real parsers, and are those of the paper and of the release."""
+"""
+Dry runs of every launch script: its arguments pass the real parsers, and are those of the paper and of the release.
+The files that set up environment, checks and packages agree.
+"""
 
 import argparse
 import json
@@ -8,20 +11,23 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
+from packaging.requirements import Requirement
 
 from eval import evaluate_math
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 
-# What the sources say, not what the scripts say: the paper (v1: Tables 4 and 6, sections 4.1 and 8.1) and the settings of the
+# From the sources, not from the scripts: the paper (v1: Tables 4 and 6, sections 4.1 and 8.1) and the settings of the
 # release of March 18, 2026. Names of settings as in the programs' configuration.
 
 LORA = {
@@ -111,6 +117,13 @@ RECIPES = {
     "run_sft": Recipe("sft_train", 8, 4, SFT | {"model_name_or_path": "Qwen/Qwen3-1.7B"}),
     "run_grpo": Recipe("grpo_train", 8, 4, GRPO | {"model_name_or_path": "Qwen/Qwen3-1.7B"}),
 }
+WHOLE = {"run_opsd", "run_opsd_1b", "run_opsd_paper_v1", "run_sft", "run_grpo"}
+# Settings for which the recipes give a reason of their own, and settings that follow from others
+OURS = {"lora_dropout", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "max_steps"}
+OURS |= {"save_steps", "logging_steps", "thinking"}
+FOLLOWING = {"run_name", "output_dir", "dry_run", "gradient_accumulation_steps", "generation_batch_size"}
+FOLLOWING |= {"steps_per_generation", "loss_temperature"}
+FOLDERS = ("opsd", "eval", "quickstart", "benchmarks", "examples")
 EVALUATIONS = [("run_eval.sh", "Qwen/Qwen3-1.7B", True), ("run_eval_nonthink.sh", "Qwen/Qwen3-8B", False)]
 READ_BY_SCRIPTS = {"MODEL", "DATASET", "OUTPUT_DIR", "CHECKPOINTS", "NUM_PROCESSES", "NUM_MACHINES", "PORT"}
 READ_BY_SCRIPTS |= {"ACCELERATE_CONFIG", "MACHINE_RANK"}
@@ -137,10 +150,10 @@ class Started(NamedTuple):
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> Callable[..., list[list[str]]]:
     """
-    A function that makes a dry run of a script with a `python` that prints its arguments; it returns the words of each line.
+    Make a dry run of a script with a `python` that prints its arguments. Returns the words of each printed line.
 
-    For the programs themselves are called in this process: starting one takes ten seconds. The scripts run in a copy of the
-    project, where no .venv brings its own `python`.
+    The programs themselves are called in this process, since starting one takes ten seconds. The scripts run in a copy
+    of the project, where no .venv brings its own `python`.
     """
     project = tmp_path_factory.mktemp("project")
     for folder in ("scripts", "eval"):
@@ -209,6 +222,28 @@ def test_recipe_has_the_published_settings(name, start, resolve):
     assert settings["gradient_accumulation_steps"] == recipe.accumulation
     assert settings["run_name"] == name.removeprefix("run_")
     assert settings["seed"] == 7  # given to the script: the last one wins
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_has_no_other_settings(name, start, resolve):
+    """A setting that is neither in the table of sources nor among those of ours has the program's default."""
+    recipe = RECIPES[name]
+    program, *arguments = start(f"{name}.sh").checked
+    default = resolve(program, "--model_name_or_path", "any/model", "--dry_run", str(recipe.num_processes))
+    settings = resolve(program, *arguments)
+    assert settings.keys() == default.keys()
+    differing = {key for key, value in settings.items() if value != default[key]}
+    assert differing - recipe.settings.keys() - OURS - FOLLOWING == set()
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in WHOLE])
+def test_variant_shows_its_difference(name):
+    """Any other recipe is a short command that calls a whole one."""
+    lines = (SCRIPTS / f"{name}.sh").read_text().splitlines()
+    command = [line for line in lines if not line.startswith("#")]
+    called = re.fullmatch(r'exec bash scripts/(\w+)\.sh .*"\$@"', command[-1])
+    assert called is not None and called[1] in WHOLE
+    assert len(command) < 15 and len(lines) < 32
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -298,5 +333,89 @@ def test_script_fits_every_machine(file):
     shebang, *lines = file.read_text().splitlines()
     assert shebang == "#!/usr/bin/env bash" and lines[0].startswith("# ")
     for line in lines:
+        assert len(line) <= 119, line
         assert re.search(r"""(^|[\s='"])[/~](?!path/to/)\w""", line) is None, line
         assert "--gradient_accumulation_steps" not in line, line
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_lock_has_what_is_asked_for(device):
+    def read(name: str) -> list[Requirement]:
+        lines = (ROOT / "requirements" / name).read_text().splitlines()
+        return [Requirement(line) for line in lines if not line.startswith(("#", "-r"))]
+
+    locked = {requirement.name: next(iter(requirement.specifier)).version for requirement in read(f"{device}.txt")}
+    asked = read("base.in") + read(f"{device}.in")
+    assert [str(want) for want in asked if not want.specifier.contains(locked.get(want.name, "0"))] == []
+    assert {want.name for want in asked} <= locked.keys()
+
+
+def test_setup_files_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    setup, dockerfile = (SCRIPTS / "setup_env.sh").read_text(), (ROOT / "Dockerfile").read_text()
+
+    # Python
+    assert project["project"]["requires-python"] == ">=3.11,<3.13"
+    assert "(3, 11) <= sys.version_info[:2] <= (3, 12)" in setup
+    assert "python=3.12" in conda["dependencies"] and "PYTHON=python3.12" in dockerfile
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
+    assert project["tool"]["ruff"]["target-version"] == "py311" and project["tool"]["mypy"]["python_version"] == "3.11"
+
+    # Packages: one list, the locks, and the project itself
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": "requirements/base.in"}
+    assert conda["dependencies"][-1]["pip"] == ["-r requirements/gpu.txt", "-e ."]
+    assert "--no-deps" in setup and "install --no-build-isolation --offline --editable ." in setup
+    assert dockerfile.index("COPY pyproject.toml") < dockerfile.index("setup_env.sh gpu")
+    flash_attention = re.findall(r"flash-attn==\S+", setup + (ROOT / "environment.yml").read_text())
+    assert len(flash_attention) == 2 and len(set(flash_attention)) == 1
+
+    # Modules
+    assert project["tool"]["setuptools"]["py-modules"] == sorted(file.stem for file in ROOT.glob("*.py"))
+    (overrides,) = [part["module"] for part in project["tool"]["mypy"]["overrides"] if part.get("ignore_errors")]
+    assert [name for name in overrides if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
+
+
+def test_habits_agree():
+    test = (SCRIPTS / "test.sh").read_text()
+    (hooks,) = [part["hooks"] for part in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]]
+    assert [hook["entry"].split(" --")[0] for hook in hooks] == ["ruff check", "ruff format", "mypy"]
+    for hook in hooks:
+        assert hook["language"] == "system" and f"\n{hook['entry'].split(' --')[0]}" in test
+    (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"].values()
+    assert job["steps"][-1] == {"run": "bash scripts/test.sh"}
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert f"\n## [{project['version']}] - {citation['date-released']}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert citation["preferred-citation"]["url"].endswith("2601.18734")
+
+
+def test_program_of_another_clone_is_refused(tmp_path):
+    """An environment whose editable install is this clone must not run the modules of this clone for another one."""
+    for folder in ("opsd", "eval"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(ROOT / folder / "__init__.py", tmp_path / folder)
+    program = tmp_path / "eval" / "program.py"
+    program.write_text("import eval, opsd; print(eval.__file__, opsd.__file__)")
+
+    def run(path: Path) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(path)}
+        return subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+
+    refused = run(ROOT)
+    assert refused.returncode == 1 and f"{program} would import the modules of {ROOT}" in refused.stderr
+    assert f"PYTHONPATH={tmp_path}" in refused.stderr
+    own = run(tmp_path)
+    assert own.stdout.split() == [str(tmp_path / folder / "__init__.py") for folder in ("eval", "opsd")], own.stderr
+
+
+def test_program_is_found_from_any_folder(tmp_path):
+    """Programs change no paths: what they import comes from the editable install, or from PYTHONPATH."""
+    programs = [*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))]
+    assert [file for file in programs if "sys.path" in file.read_text()] == []
+    installed = [sys.executable, ROOT / "quickstart" / "base_model.py", "--help"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(installed, cwd=tmp_path, env=environment, check=True, capture_output=True)
