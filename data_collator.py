@@ -260,16 +260,16 @@ class SelfDistillationDataCollator:
             self.transition_ids = encode_next_turn(tokenizer, TRANSITION_PROMPT, teacher_thinking)
             self.transition_ids += self.teacher_prefill_ids
             if max_prompt_length is not None:
-                self._limit_reasoning_prompt(max_reasoning_length)
+                self._limit_reasoning_prompt(max_prompt_length, max_reasoning_length)
 
-    def _limit_reasoning_prompt(self, max_reasoning_length: int) -> None:
+    def _limit_reasoning_prompt(self, max_prompt_length: int, max_reasoning_length: int) -> None:
         """Keep room for the rationale in the teacher's prompt; raise `ValueError` if the request does not fit."""
-        limit = self.max_prompt_length - max_reasoning_length - len(self.transition_ids)
+        limit = max_prompt_length - max_reasoning_length - len(self.transition_ids)
         content = fill_template(self.reasoning_prompt, problem="", solution="")
         template_length = len(encode_chat_prompt(self.tokenizer, content, thinking=False))
         if template_length >= limit:
             raise ValueError(
-                f"--max_reasoning_length {max_reasoning_length}: of the {self.max_prompt_length} tokens of the "
+                f"--max_reasoning_length {max_reasoning_length}: of the {max_prompt_length} tokens of the "
                 f"teacher's prompt (--max_length less --max_completion_length) it leaves {limit} for "
                 f"--reasoning_prompt, which takes {template_length} without problem and solution; lower it or raise "
                 "--max_length"

@@ -28,11 +28,31 @@ from opsd.run.run import Run, exit_on_invalid_input
 logger = logging.getLogger(__name__)
 
 # Settings that GRPOConfig and the sampler have in common: with the prefix vllm_ in GRPOConfig, and under the same name
-VLLM_SETTINGS = ("mode", "server_base_url", "server_host", "server_port", "server_timeout", "group_port")
-VLLM_SETTINGS += ("structured_outputs_regex", "tensor_parallel_size", "gpu_memory_utilization", "max_model_length")
-VLLM_SETTINGS += ("enable_sleep_mode", "model_impl")
-SAMPLING_SETTINGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_completion_length")
-SAMPLING_SETTINGS += ("generation_kwargs", "trust_remote_code", "seed")
+VLLM_SETTINGS = (
+    "mode",
+    "server_base_url",
+    "server_host",
+    "server_port",
+    "server_timeout",
+    "group_port",
+    "structured_outputs_regex",
+    "tensor_parallel_size",
+    "gpu_memory_utilization",
+    "max_model_length",
+    "enable_sleep_mode",
+    "model_impl",
+)
+SAMPLING_SETTINGS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "max_completion_length",
+    "generation_kwargs",
+    "trust_remote_code",
+    "seed",
+)
 
 
 @dataclass
@@ -164,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
             for dataset in datasets
         )
         needed = training_args.generation_batch_size // training_args.num_generations
-        if len(train_dataset) < needed:
+        if train_dataset is not None and len(train_dataset) < needed:
             raise ValueError(
                 f"--dataset_name {script_args.dataset_name}: {len(train_dataset)} usable problems are fewer than one "
                 f"step takes ({needed}); lower --per_device_train_batch_size, or raise --max_prompt_length"

@@ -67,18 +67,17 @@ def needed_columns(
     needed = {"problem_column": script_args.problem_column}
     if training_args.needs_solutions:
         needed["solution_column"] = script_args.solution_column
-    answer = {"answer_column": script_args.answer_column}
     if not training_args.needs_answers:
-        return needed, answer
+        return needed, {"answer_column": script_args.answer_column}
     if script_args.answer_column is None:
-        flags = ("verify_rollouts", "teacher_reference", "correct_weight", "incorrect_weight")
-        flags += ("policy_gradient_weight", "curriculum")
+        flags = ["verify_rollouts", "teacher_reference", "correct_weight", "incorrect_weight"]
+        flags += ["policy_gradient_weight", "curriculum"]
         given = [f for f in flags if getattr(training_args, f) != getattr(OPSDConfig, f)]
         given = [f"--{flag} {getattr(training_args, flag)}" for flag in given]
         raise ValueError(
             f"{', '.join(given)}: rollouts are graded against answers; name their column: --answer_column"
         )
-    return needed | answer, {}
+    return needed | {"answer_column": script_args.answer_column}, {}
 
 
 def check_adapter(folder: str, model_args: ModelArguments) -> None:

@@ -109,9 +109,9 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
-        if args.fixed_teacher and getattr(peft_config, "bias", "none") != "none":
+        if args.fixed_teacher and (bias := getattr(peft_config, "bias", "none")) != "none":
             raise ValueError(
-                f"bias={peft_config.bias!r} in the LoRA configuration trains weights that stay when the adapter is "
+                f"bias={bias!r} in the LoRA configuration trains weights that stay when the adapter is "
                 "off, so that --fixed_teacher would move; use bias='none'"
             )
         if args.use_vllm and peft_config is not None:
@@ -236,7 +236,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         is_training = self.model.training
         self.metrics.mode = "train" if is_training else "eval"
         if self.curriculum is not None and is_training:
-            rollouts = self._draw_problems()
+            rollouts = self._draw_problems(self.curriculum)
         with self.metrics.timed("rollout"):
             self._sample(rollouts)
             self.teacher_context.build(rollouts, self.num_generations if is_training else 1, self.model_wrapped)
@@ -251,10 +251,10 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self._record_rollouts(rollouts, num_batches)
         return batches
 
-    def _draw_problems(self) -> list[Rollout]:
+    def _draw_problems(self, curriculum: Curriculum) -> list[Rollout]:
         """Draw this process's problems. The data loader fetches a step ahead, which is before the scores are known."""
         num_problems, num_processes = self.args.generation_batch_size, self.accelerator.num_processes
-        drawn = self.curriculum.draw(self.state.global_step, num_problems * num_processes)
+        drawn = curriculum.draw(self.state.global_step, num_problems * num_processes)
         before = self.accelerator.process_index * num_problems
         rows = [row for row in drawn[before : before + num_problems] for _ in range(self.num_generations)]
         rollouts = start_rollouts([self.train_dataset[row] for row in rows])

@@ -1,10 +1,8 @@
 """
 Train with `OPSDTrainer` from Python. The first argument is a model of the Hub or the folder of one.
 
-    python examples/train.py Qwen/Qwen3-1.7B                                   # on a GPU
-
-    python quickstart/base_model.py --output_dir outputs/quickstart/base       # builds a tiny model and says where
-    python examples/train.py outputs/quickstart/base/seed0-f67be797886a        # on a CPU, within a minute
+    python examples/train.py Qwen/Qwen3-1.7B    # on a GPU
+    python examples/train.py tests/tiny_model   # on a CPU, within a minute
 """
 
 import sys

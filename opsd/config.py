@@ -436,11 +436,11 @@ class OPSDConfig(GOLDConfig):
         if self.loss_temperature is None:
             self.loss_temperature = self.temperature
         super().__post_init__()
-        self._check_reasoning_generation()
+        self._check_rationale_sampling(self.rationale_sampling)
 
-    def _check_reasoning_generation(self) -> None:
-        """Complete `reasoning_generation_kwargs`; raise `ValueError` for an unknown setting or one out of range."""
-        kwargs = REASONING_GENERATION | (self.reasoning_generation_kwargs or {})
+    @staticmethod
+    def _check_rationale_sampling(kwargs: dict[str, Any]) -> None:
+        """Raise `ValueError` for an unknown setting or one out of range."""
         for name, valid, requirement in (
             ("temperature", 0.0 < kwargs["temperature"] <= 2.0, "lie in (0, 2]"),
             ("top_p", 0.0 < kwargs["top_p"] <= 1.0, "lie in (0, 1]; 1 switches it off"),
@@ -448,12 +448,18 @@ class OPSDConfig(GOLDConfig):
         ):
             if not valid:
                 raise ValueError(f"--reasoning_generation_kwargs: {name} {kwargs[name]} must {requirement}")
-        if unknown := kwargs.keys() - REASONING_GENERATION.keys():
+        if unknown := kwargs.keys() - REASONING_GENERATION.keys() - {"max_tokens"}:
             raise ValueError(
                 f"--reasoning_generation_kwargs: unknown setting {min(unknown)!r}; there are "
                 f"{', '.join(REASONING_GENERATION)}"
             )
-        self.reasoning_generation_kwargs = kwargs
+
+    @property
+    def rationale_sampling(self) -> dict[str, Any]:
+        """Sampling settings of the rationales, under vLLM's names."""
+        given = self.reasoning_generation_kwargs
+        kwargs = REASONING_GENERATION | (given if isinstance(given, dict) else {})
+        return kwargs | {"max_tokens": self.max_reasoning_length}
 
     @property
     def max_prompt_length(self) -> int | None:
@@ -483,7 +489,7 @@ class OPSDConfig(GOLDConfig):
         """The loss of a token."""
         return Objective(
             beta=self.beta,
-            temperature=self.loss_temperature,
+            temperature=self.loss_temperature or self.temperature,
             clip=self.jsd_token_clip or None,
             clip_mode=self.jsd_clip_mode,
             top_k=self.top_k_loss or None,

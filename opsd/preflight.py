@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import selective_log_softmax
 
 from data_collator import ELLIPSIS, MicroBatch, Rollout, fill_template, start_rollouts
+from opsd.rollouts import VLLMSampler
 from opsd.teacher import edit_local_shards
 from opsd_trainer import OPSDTrainer
 
@@ -171,7 +172,7 @@ def _check_prompts(trainer: OPSDTrainer, rollouts: Sequence[Rollout]) -> Check:
     num_prompts, faults = 0, []
     for role, template, thinking, prompts, masks in roles:
         for rollout, ids, mask in zip(rollouts, prompts, masks, strict=True):
-            content = fill_template(template, problem=rollout.problem, solution=rollout.solution)
+            content = fill_template(template, problem=rollout.problem, solution=rollout.solution or "")
             prompt_ids = ids[mask.bool()].tolist()
             if role == "teacher":
                 if ELLIPSIS in collator.tokenizer.decode(prompt_ids):
@@ -214,7 +215,7 @@ def _normalize(text: str) -> str:
 
 
 def _check_model(trainer: OPSDTrainer, rollouts: list[Rollout], add_noise: Callable[[float], None]) -> list[Check]:
-    tolerance, uses_vllm = choose_tolerance(trainer), trainer.args.use_vllm
+    tolerance, sampler = choose_tolerance(trainer), trainer.sampler
     prompts = [rollout.prompt_ids for rollout in rollouts]
     teacher_prompts = [rollout.teacher_prompt_ids for rollout in rollouts]
     solutions = [
@@ -228,9 +229,9 @@ def _check_model(trainer: OPSDTrainer, rollouts: list[Rollout], add_noise: Calla
     for _ in range(NUM_NOISE_TRIALS):
         add_noise(scale)
         completions, sampled_logprobs = solutions, None
-        if uses_vllm:
-            trainer.sampler.sync_weights()
-            completions, sampled_logprobs = _sample(trainer, prompts)
+        if isinstance(sampler, VLLMSampler):
+            sampler.sync_weights()
+            completions, sampled_logprobs = _sample(sampler, prompts)
         student = _logprobs(trainer, prompts, completions)
         add_noise(0.0)
         effect = _least_distance(trainer, student, prompts, completions)
@@ -247,7 +248,7 @@ def _check_model(trainer: OPSDTrainer, rollouts: list[Rollout], add_noise: Calla
             effect >= least_effect,
         )
     ]
-    if uses_vllm:
+    if sampled_logprobs is not None:
         checks.append(_compare("on-policy", "vLLM against the student", sampled_logprobs, student, tolerance))
     else:
         checks.append(Check("on-policy", "vLLM against the student", "no vLLM here", "", None))
@@ -276,10 +277,10 @@ def _check_teacher(
     if not trainer.teacher.is_base:
         return [Check("teacher's weights", *measured)]
     checks = [Check("fixed teacher", "vLLM without adapter against it", "no vLLM here", "", None)]
-    if trainer.args.use_vllm:
+    if isinstance(trainer.sampler, VLLMSampler):
         room = trainer.sampler.max_model_length - NUM_TOKENS  # vLLM need not take prompts as long as the teacher's
         contexts = [prompt[-room:] for prompt in prompts]
-        base_completions, base_logprobs = _sample(trainer, contexts, base=True)
+        base_completions, base_logprobs = _sample(trainer.sampler, contexts, base=True)
         teacher = _logprobs(trainer, contexts, base_completions, as_teacher=True)
         checks = [_compare("fixed teacher", "vLLM without adapter against it", base_logprobs, teacher, tolerance)]
     return [*checks, Check("fixed teacher", *measured)]
@@ -366,7 +367,7 @@ def _least_distance(
     return trainer.accelerator.reduce(distance.to(trainer.accelerator.device), "mean").item()
 
 
-def _sample(trainer: OPSDTrainer, prompts: list[list[int]], base: bool = False) -> tuple[list[list[int]], Tensor]:
+def _sample(sampler: VLLMSampler, prompts: list[list[int]], base: bool = False) -> tuple[list[list[int]], Tensor]:
     """
     Sample short rollouts from vLLM, with the adapter or without.
 
@@ -376,8 +377,6 @@ def _sample(trainer: OPSDTrainer, prompts: list[list[int]], base: bool = False) 
     Returns:
         Token ids, and the log-probabilities (N,) that vLLM reports of them.
     """
-    sampler = trainer.sampler
-    sampler.step = trainer.state.global_step
     completions = sampler.sample(
         prompts,
         base=base,
@@ -388,7 +387,7 @@ def _sample(trainer: OPSDTrainer, prompts: list[list[int]], base: bool = False) 
         min_p=0.0,
         presence_penalty=0.0,
     )
-    logprobs = torch.tensor([value for completion in completions for value in completion.logprobs])
+    logprobs = torch.tensor([value for completion in completions for value in completion.logprobs or []])
     return [completion.ids for completion in completions], logprobs
 
 

@@ -123,10 +123,8 @@ class VLLMSampler(VLLMGeneration):
         self.logprobs_mode = logprobs_mode
         self.step = 0  # of the run: a rollout's seed derives from it, the run's seed and the prompt
         self._synced_step: int | None = None  # step of the student's weights that vLLM holds; None: it holds others
-        if adapter_dir is None:
-            has_room = MEMORY_DIR.is_dir() and shutil.disk_usage(MEMORY_DIR).free > MEMORY_DIR_FREE
-            adapter_dir = MEMORY_DIR if has_room else tempfile.gettempdir()
-        self.adapter_dir = Path(adapter_dir).resolve()
+        has_room = MEMORY_DIR.is_dir() and shutil.disk_usage(MEMORY_DIR).free > MEMORY_DIR_FREE
+        self.adapter_dir = Path(adapter_dir or (MEMORY_DIR if has_room else tempfile.gettempdir())).resolve()
         self.engine_arguments = engine_arguments or {}
         self.num_syncs = 0
         self.adapter_bytes = 0  # of the last sync
@@ -344,7 +342,7 @@ class VLLMSampler(VLLMGeneration):
 
         own = slice(len(prompts))
         if self.tensor_parallel_size > 1:  # all processes of a group run the requests of all of them
-            gathered = [None] * self.tensor_parallel_size
+            gathered: list[Any] = [None] * self.tensor_parallel_size
             torch.distributed.all_gather_object(gathered, (prompts, seeds), group=self.tp_group)
             before = sum(len(part[0]) for part in gathered[: torch.distributed.get_rank(self.tp_group)])
             own = slice(before, before + len(prompts))
@@ -398,7 +396,7 @@ def _longest_sequence(args: OPSDConfig, datasets: Sequence[Dataset]) -> int:
     longest = max(len(ids) for dataset in datasets for ids in dataset["student_prompt_ids"])
     longest += args.max_completion_length
     if args.reason_first and args.teacher_reference == "rollout":
-        longest = max(longest, args.max_prompt_length)
+        longest = max(longest, args.max_prompt_length or 0)
     elif args.reason_first:
         requests = (ids for dataset in datasets for ids in dataset["reasoning_prompt_ids"])
         longest = max(longest, max(map(len, requests)) + args.max_reasoning_length)

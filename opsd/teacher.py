@@ -89,8 +89,8 @@ class Teacher:
             self.weights.load(checkpoint)
 
     def update(self, step: int) -> None:
-        """Move an average towards the student after optimizer step `step`, if an update is due."""
-        if self.kind == "average" and step % self.args.ema_update_steps == 0:
+        """Move an average towards the student after optimizer step `step`, if an update is due. A copy stays."""
+        if self.weights is not None and step % self.args.ema_update_steps == 0:
             self.weights.update()
 
     @contextmanager

@@ -57,15 +57,14 @@ class TeacherContext:
                 skip_special_tokens=True,
                 clean_up_tokenization_spaces=False,
             )
-            self._grade(rollouts, texts, group_size)
+            self._grade(rollouts, self.verifier(texts, [rollout.answer for rollout in rollouts]), group_size)
             if self.args.teacher_reference == "rollout":
                 self._refer_to_correct_peers(rollouts, texts, group_size)
         if self.args.reason_first:
             self._add_rationales(rollouts, model)
 
-    def _grade(self, rollouts: Sequence[Rollout], texts: Sequence[str], group_size: int) -> None:
-        """Grade the rollouts; set weights and advantages by their grades."""
-        correct = self.verifier(texts, [rollout.answer for rollout in rollouts])
+    def _grade(self, rollouts: Sequence[Rollout], correct: Sequence[bool | None], group_size: int) -> None:
+        """Set weights and advantages by the grades."""
         weight_of = {True: self.args.correct_weight, False: self.args.incorrect_weight, None: 1.0}
         for rollout, is_correct in zip(rollouts, correct, strict=True):
             rollout.is_correct, rollout.weight = is_correct, weight_of[is_correct]
@@ -75,8 +74,8 @@ class TeacherContext:
         graded = [is_correct for is_correct in correct if is_correct is not None]
         self.metrics.add_values("rewards/accuracy/mean", graded)
         self.metrics.add_values("rewards/ungraded_ratio", [is_correct is None for is_correct in correct])
-        groups = [correct[start : start + group_size] for start in range(0, len(correct), group_size)]
-        groups = [set(group) - {None} for group in groups]
+        groups = [set(correct[start : start + group_size]) for start in range(0, len(correct), group_size)]
+        groups = [group - {None} for group in groups]
         self.metrics.add_values("frac_reward_zero_std", [len(group) == 1 for group in groups if group])
 
     def _refer_to_correct_peers(self, rollouts: Sequence[Rollout], texts: Sequence[str], group_size: int) -> None:
@@ -113,18 +112,19 @@ class TeacherContext:
 
     def _add_rationales(self, rollouts: Sequence[Rollout], model: nn.Module) -> None:
         """Let the teacher write about the reference, and put that into its prompt. An empty text leaves the prompt."""
-        asked = [rollout for rollout in rollouts if rollout.weight > 0.0 and rollout.reasoning_prompt_ids]
-        prompts = dict.fromkeys(
-            tuple(rollout.reasoning_prompt_ids) for rollout in asked
-        )  # equal ones are written once
+        asked = [
+            (tuple(rollout.reasoning_prompt_ids), rollout)
+            for rollout in rollouts
+            if rollout.weight > 0.0 and rollout.reasoning_prompt_ids
+        ]
+        prompts = dict.fromkeys(prompt for prompt, _ in asked)  # equal ones are written once
         with self.metrics.timed("rationale"), self.teacher.active(model):
             if self.teacher.weights is not None:
                 self.sampler.sync_weights()  # the teacher's; the student's are handed over before its next rollouts
             written = self.sampler.sample(
                 list(map(list, prompts)),
                 base=self.teacher.is_base,
-                max_tokens=self.args.max_reasoning_length,
-                **self.args.reasoning_generation_kwargs,
+                **self.args.rationale_sampling,
             )
         self.num_rationale_tokens = sum(len(completion.ids) for completion in written)
         rationales = {}  # token ids, without the end-of-sequence token
@@ -136,8 +136,7 @@ class TeacherContext:
         decode = self.collator.tokenizer.decode
         is_empty = {prompt: not decode(ids, skip_special_tokens=False).strip() for prompt, ids in rationales.items()}
         self.metrics.add_values("rationales/empty_ratio", list(is_empty.values()))
-        for rollout in asked:
-            prompt = tuple(rollout.reasoning_prompt_ids)
+        for prompt, rollout in asked:
             if not is_empty[prompt]:
                 rollout.rationale_ids = rationales[prompt]
                 rollout.teacher_prompt_ids = [*prompt, *rationales[prompt], *self.collator.transition_ids]

@@ -5,7 +5,7 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -79,10 +79,15 @@ class ModelArguments(ModelConfig):
     )
 
 
+RunArgumentsT = TypeVar("RunArgumentsT", bound=RunArguments)
+ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
+
+
 class _RunParser(TrlParser):
     """A parser that looks at the flags together before it makes settings of them."""
 
     def parse_args_into_dataclasses(self, args: Sequence[str], **kwargs: Any) -> tuple:
+        self.dataclass_types: list[type]
         given, _ = self.parse_known_args(args)
         args = [*args, *self._use_peft(args, given), *self._accumulation(given)]
         if given.dry_run is not None:
@@ -134,11 +139,11 @@ def _with_world_size(settings_class: type, num_processes: int) -> type:
 
 
 def parse_arguments(
-    run_class: type[RunArguments],
-    config_class: type[TrainingArguments],
+    run_class: type[RunArgumentsT],
+    config_class: type[ConfigT],
     arguments: list[str] | None = None,
     **defaults: Any,
-) -> tuple[RunArguments, TrainingArguments, ModelArguments]:
+) -> tuple[RunArgumentsT, ConfigT, ModelArguments]:
     """
     Read a command line, and the YAML file that `--config` names in it.
 

@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 from trl.trainer.utils import RepeatSampler
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Base  # what the mixin is put in front of
+else:
+    Base = object
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +120,7 @@ def _explain_failure(target: Path, run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-class CompleteCheckpoints:
+class CompleteCheckpoints(Base):
     """
     Mixin for a transformers `Trainer`, in front of it among the bases.
 

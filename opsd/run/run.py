@@ -207,7 +207,7 @@ class Run:
             sys.exit(128 + signal.SIGTERM)
 
 
-def choose_attention(requested: str | None, dtype: str, training_args: TrainingArguments) -> str:
+def choose_attention(requested: str | None, dtype: str | None, training_args: TrainingArguments) -> str:
     """Choose FlashAttention 2 where it can run, else PyTorch's attention, and log it; another one only on request."""
     if requested not in (None, "flash_attention_2"):
         return requested
