@@ -82,6 +82,11 @@ def no_model(monkeypatch):
         (grpo_train, {"use_vllm": True, "use_dora": True, "num_generations": 4}, "--use_dora: vLLM does not serve"),
         (
             grpo_train,
+            {"use_vllm": True, "loss_type": "vespo", "num_generations": 4},
+            "--vllm_importance_sampling_mode sequence_mask: must be one of token_truncate, token_mask with --loss_type",
+        ),
+        (
+            grpo_train,
             {"num_generations": 4, "model_name_or_path": "./nowhere"},
             "--model_name_or_path ./nowhere: no such folder",
         ),

@@ -79,6 +79,7 @@ def write(file, *lines):
             ["--adapter_name_or_path", "nowhere"],
             "--adapter_name_or_path nowhere: has no adapter_config.json and no adapter_model",
         ),
+        (["--max_nonfinite_steps", "0"], "--max_nonfinite_steps 0: must be at least 1"),
         (["--loss_temperature", "0"], "--loss_temperature 0.0: must be positive"),
         (["--num_loss_tokens_to_skip", "64"], "--num_loss_tokens_to_skip 64: must lie in [0, 64)"),
         (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
