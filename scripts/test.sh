@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set up what is missing, then lint and test. Arguments go to pytest: bash scripts/test.sh tests/test_opsd_loss.py -k clip
+# Set up what is missing, then lint and test. Arguments go to pytest: bash scripts/test.sh tests/test_losses_divergence.py -k clip
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup_env.sh
