@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up the environment if necessary, lint, check types, and test. Arguments go to pytest:
 #
-#   bash scripts/test.sh tests/test_opsd_loss.py -k clip
+#   bash scripts/test.sh tests/test_losses_divergence.py -k clip
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup_env.sh
