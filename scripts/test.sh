@@ -2,6 +2,8 @@
 # Set up the environment if necessary, lint, check types, and test. Arguments go to pytest:
 #
 #   bash scripts/test.sh tests/test_losses_divergence.py -k clip
+#
+# Without arguments all tests run, in two processes, file by file. -m "not vllm and not multiprocess" is the quick loop.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup_env.sh
@@ -13,4 +15,6 @@ ruff check .
 ruff format --check .
 mypy
 for script in scripts/*.sh eval/*.sh .ci/run; do [ ! -e "$script" ] || bash -n "$script"; done
+# Two engines would not fit a GPU
+[ $# -gt 0 ] || nvidia-smi >/dev/null 2>&1 || set -- -n 2 --dist loadfile
 exec python -m pytest "$@"

@@ -118,7 +118,9 @@ def check_ema(results: dict, reference: dict | None = None) -> None:
     """The teacher follows the student, and with `reference` as it does there; it is resumed, too."""
     losses = values(results["ema"], "loss")
     assert losses[0] == pytest.approx(values(results["run"], "loss")[0], rel=1e-6)  # from the same teacher
-    assert losses[3] != pytest.approx(values(results["run"], "loss")[3], rel=1e-2)
+    # Then not: an equal teacher would give the same losses to 1e-6, as resuming does below.
+    fixed = values(results["run"], "loss")
+    assert max(abs(loss / other - 1) for loss, other in zip(losses[1:], fixed[1:], strict=True)) > 1e-5
     assert values(results["ema_resumed"], "loss")[2:] == pytest.approx(losses[2:], rel=1e-6)
     if reference is not None:
         assert losses == pytest.approx(values(reference["ema"], "loss"), rel=1e-5)
