@@ -1,11 +1,10 @@
-"""What test files and their workers share: the tiny model, problems, settings, a trainer, and rollouts that are given."""
+"""Helpers of the tests and their workers: the tiny model, problems, settings, a trainer, and given rollouts."""
 
 import os
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
@@ -145,7 +144,7 @@ def script_rollouts(trainer: OPSDTrainer, write: Callable[[str, int], str] = lam
         padded = torch.nn.utils.rnn.pad_sequence(
             completions, batch_first=True, padding_value=generation_config.pad_token_id
         )
-        return SimpleNamespace(sequences=torch.cat([input_ids, padded], dim=1))
+        return torch.cat([input_ids, padded], dim=1)
 
     trainer.model.generate = generate
 

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer, TrainerCallback
 
+from data_collator import start_rollouts
 from opsd.losses import generalized_jsd, read_head_settings
 from opsd_trainer import OPSDConfig
 
@@ -166,13 +167,13 @@ def test_fused_loss_equals_the_dense_one(make_trainer, settings):
         loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-        results.append((loss.item(), gradient, trainer._take_sums("train")))
+        results.append((loss.item(), gradient, trainer.metrics.pop()))
         assert len(calls) == (2 if loss_implementation == "dense" else 0)
-    (dense_loss, dense_gradient, dense_sums), (loss, gradient, sums) = results
+    (dense_loss, dense_gradient, dense_metrics), (loss, gradient, metrics) = results
     assert gradient.dtype == torch.float64 and dense_gradient.norm() > 1e-3
     assert loss == pytest.approx(dense_loss, rel=1e-9)
     assert (gradient - dense_gradient).norm() <= 1e-9 * dense_gradient.norm()
-    assert sums == pytest.approx(dense_sums, rel=1e-6, abs=1e-9)
+    assert metrics == pytest.approx(dense_metrics, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +220,7 @@ def cap_between_entries(make_trainer):
     with torch.no_grad():
         entries = []
         for row in trainer.train_dataset:
-            trainer._fill_buffer(trainer.data_collator([row]), 1)
-            (inputs,) = trainer._buffered_inputs
+            (inputs,) = trainer.prepare_step(start_rollouts([row]), 1)
             student = trainer.completion_logits(trainer.model, inputs, "student").log_softmax(-1)
             teacher = teacher_logits(trainer, inputs).log_softmax(-1)
             entries.append((teacher.exp() * (teacher - student)).flatten())
@@ -342,7 +342,7 @@ def test_what_does_not_fit_is_counted_once(make_trainer, problems, caplog):
     rows[5]["solution"] = rows[5]["solution"] * 60
     trainer = make_trainer(Dataset.from_list(rows), max_length=340)
     assert len(trainer.train_dataset) == 11
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "opsd_trainer"]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "data_collator"]
     assert "over 300 tokens" in message and "1 of 12 examples left out" in message and "1 solutions cut" in message
     assert max(map(len, trainer.train_dataset["teacher_prompt_ids"])) <= 300
 
@@ -485,7 +485,7 @@ def test_sampling_settings_published_with_the_model_do_not_reach_the_rollouts(ma
     completions = []
     for trainer in trainers:
         torch.manual_seed(SEED)
-        completions.append(rollout(trainer)[0]["completion_ids"])
+        completions.append(rollout(trainer)[0].completion_ids)
     assert torch.equal(*completions)
     assert trainers[1].model.get_base_model().generation_config is published
 
