@@ -296,7 +296,7 @@ def test_scale_bounds_the_value_and_keeps_the_direction(jsd, beta, top_k):
 
 
 def test_wrong_way_by_hand(jsd):
-    # As in `test_clipped_summands_have_no_gradient`: the summand of the teacher's most probable token is capped, and the
+    # As in `test_clipped_summands_have_no_gradient`: the summand of the teacher's most probable token is capped. The
     # gradient of its logit is -p_S,2 (g_0 + g_1) = 1/4 * 1/2 > 0, although p_T = 1/2 > 1/4 = p_S.
     logits = STUDENT.clone().requires_grad_()
     value, statistics = jsd(logits, TEACHER, beta=0.0, clip=0.1, return_statistics=True)
