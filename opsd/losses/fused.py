@@ -143,9 +143,8 @@ def _over_chunks(
             size = rows.stop - start
             student_logits, teacher_logits, gradient = buffers[0, :size], buffers[1, :size], gradient_buffer[:size]
             _project(student_hidden[rows], weight, operand_dtype, student_logits)
-            if (
-                advantages is not None
-            ):  # now, as long as the student's logits are there and the teacher's buffer is free
+            if advantages is not None:
+                # Now, since the student's logits are still unchanged and the teacher's buffer is free as scratch
                 policy_gradient = policy_gradient_buffer[:size]
                 policy_gradient_losses = chunk_policy_gradient(
                     student_logits,
@@ -196,10 +195,11 @@ class _FusedLinearLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student_hidden, weight, teacher_hidden, teacher_weight, *of_tokens_and_settings):
-        *of_tokens, settings = of_tokens_and_settings
-        inputs = _Inputs(student_hidden, teacher_hidden, weight, teacher_weight, *of_tokens)
-        hidden_gradient, weight_gradient = ctx.needs_input_grad[:2]
+    def forward(ctx, settings, *inputs):
+        inputs = _Inputs(*inputs)
+        hidden_gradient, weight_gradient = (
+            ctx.needs_input_grad[1 + inputs._fields.index(name)] for name in ("student_hidden", "weight")
+        )
         losses, statistics, d_hidden, d_weight = _over_chunks(
             inputs, settings, hidden_gradient=hidden_gradient, weight_gradient=weight_gradient
         )
@@ -224,57 +224,43 @@ class _FusedLinearLoss(torch.autograd.Function):
             d_weight = _over_chunks(inputs, ctx.settings, hidden_gradient=False, weight_gradient=True)[3]
         if d_hidden is not None:
             d_hidden = torch.mul(d_hidden, grad_losses.unsqueeze(-1), out=torch.empty_like(d_hidden))
-        return d_hidden, d_weight, None, None, None, None, None, None
+        return None, *_Inputs(d_hidden, None, d_weight, None, None, None, None)
 
 
 def _fused_linear_loss(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    weight: Tensor,
-    teacher_weight: Tensor | None,
-    token_ids: Tensor | None,
-    objective: Objective,
-    head: HeadSettings,
-    chunk_size: int | None,
-    *,
-    with_statistics: bool,
-    token_weights: Tensor | None,
-    advantages: Tensor | None,
-    importance_weights: Tensor | None = None,
+    inputs: _Inputs, settings: _Settings, importance_weights: Tensor | None = None
 ) -> tuple[Tensor, TokenStatistics | None]:
-    """Check the shapes, and apply `_FusedLinearLoss`. Token and importance weights are multiplied."""
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None to choose it, got {chunk_size}")
-    if advantages is not None and token_ids is None:
+    """Check the arguments, and apply `_FusedLinearLoss`. Token and importance weights are multiplied."""
+    if settings.chunk_size is not None and settings.chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None to choose it, got {settings.chunk_size}")
+    if inputs.advantages is not None and inputs.token_ids is None:
         raise ValueError("advantages need token_ids, the sampled tokens that they belong to")
-    teacher_weight = weight if teacher_weight is None else teacher_weight
-    shapes = [tuple(tensor.shape) for tensor in (student_hidden, teacher_hidden, weight, teacher_weight)]
-    of_tokens = (token_ids, token_weights, importance_weights, advantages)
-    of_tokens = [tensor for tensor in of_tokens if tensor is not None]
+    if inputs.teacher_weight is None:
+        inputs = inputs._replace(teacher_weight=inputs.weight)
+    shapes = [tuple(tensor.shape) for tensor in inputs[:4]]
+    of_tokens = [tensor for tensor in (*inputs[4:], importance_weights) if tensor is not None]
+    student, teacher, head, teacher_head = shapes
     if (
         any(len(shape) != 2 for shape in shapes)
-        or (shapes[0][0], shapes[2][0]) != (shapes[1][0], shapes[3][0])
-        or (shapes[0][1], shapes[1][1]) != (shapes[2][1], shapes[3][1])
-        or any(tensor.shape != student_hidden.shape[:1] for tensor in of_tokens)
+        or (student[0], head[0]) != (teacher[0], teacher_head[0])
+        or (student[1], teacher[1]) != (head[1], teacher_head[1])
+        or any(tensor.shape != student[:1] for tensor in of_tokens)
     ):
         raise ValueError(
             "expected student and teacher hidden states (N, H), heads (V, H), token ids, weights and advantages (N,), "
             f"got {', '.join(map(str, shapes + [tuple(tensor.shape) for tensor in of_tokens]))}"
         )
-    if not torch.is_grad_enabled():
-        student_hidden, weight = student_hidden.detach(), weight.detach()
-    weights = [tensor.detach() for tensor in (token_weights, importance_weights) if tensor is not None]
+    weights = [tensor for tensor in (inputs.token_weights, importance_weights) if tensor is not None]
+    inputs = inputs._replace(token_weights=math.prod(weights) if weights else None)
+    has_gradient = ("student_hidden", "weight") if torch.is_grad_enabled() else ()
     losses, statistics = _FusedLinearLoss.apply(
-        student_hidden,
-        weight,
-        teacher_hidden.detach(),
-        teacher_weight.detach(),
-        token_ids,
-        math.prod(weights) if weights else None,
-        None if advantages is None else advantages.detach(),
-        _Settings(objective, head, chunk_size, with_statistics),
+        settings,
+        *(
+            tensor if tensor is None or name in has_gradient else tensor.detach()
+            for name, tensor in inputs._asdict().items()
+        ),
     )
-    return losses, TokenStatistics(*statistics) if with_statistics else None
+    return losses, TokenStatistics(*statistics) if settings.with_statistics else None
 
 
 # Losses
@@ -342,19 +328,10 @@ def fused_linear_jsd(
         top_k_support=top_k_support,
         top_k_add_tail=top_k_add_tail,
     )
-    divergence, statistics = _fused_linear_loss(
-        student_hidden,
-        teacher_hidden,
-        lm_head_weight,
-        teacher_lm_head_weight,
-        token_ids,
-        objective,
-        head,
-        chunk_size,
-        with_statistics=return_statistics,
-        token_weights=token_weights,
-        advantages=advantages,
+    inputs = _Inputs(
+        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, token_ids, token_weights, advantages
     )
+    divergence, statistics = _fused_linear_loss(inputs, _Settings(objective, head, chunk_size, return_statistics))
     return (divergence, statistics) if return_statistics else divergence
 
 
@@ -394,20 +371,11 @@ def fused_linear_sampled_token_loss(
         (N,), float32 or float64.
     """
     objective = Objective(beta=beta, temperature=temperature, sampled_token=True, sampled_token_clip=clip)
-    loss, statistics = _fused_linear_loss(
-        student_hidden,
-        teacher_hidden,
-        lm_head_weight,
-        teacher_lm_head_weight,
-        token_ids,
-        objective,
-        head,
-        chunk_size,
-        with_statistics=return_statistics,
-        token_weights=token_weights,
-        advantages=advantages,
-        importance_weights=importance_weights,
+    inputs = _Inputs(
+        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, token_ids, token_weights, advantages
     )
+    settings = _Settings(objective, head, chunk_size, return_statistics)
+    loss, statistics = _fused_linear_loss(inputs, settings, importance_weights)
     return (loss, statistics) if return_statistics else loss
 
 
@@ -495,18 +463,12 @@ def fused_token_losses(
     advantages, importance_weights = objective.policy_gradient_factors(advantages, logprobs, sampler_logprobs)
     if weights is not None and (weights == 1).all():
         weights = None  # saves a pass over the gradient of the logits
+    inputs = _Inputs(
+        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, token_ids, weights, advantages
+    )
     loss, statistics = _fused_linear_loss(
-        student_hidden,
-        teacher_hidden,
-        lm_head_weight,
-        teacher_lm_head_weight,
-        token_ids,
-        objective,
-        head,
-        chunk_size,
-        with_statistics=True,
-        token_weights=weights,
-        advantages=advantages,
-        importance_weights=importance_weights if objective.sampled_token else None,
+        inputs,
+        _Settings(objective, head, chunk_size, with_statistics=True),
+        importance_weights if objective.sampled_token else None,
     )
     return TokenLosses(loss, statistics, logprobs)
