@@ -428,22 +428,33 @@ def test_clip_is_applied_and_reported(make_trainer):
     [
         {"use_tinker_loss": True},
         {"top_k_loss": 5, "jsd_clip_mode": "token", "jsd_token_clip": 0.5},
-        {"num_generations": 2, "per_device_train_batch_size": 32},
+        {"num_generations": 2},
         {"gradient_checkpointing": True},
         {"bf16": True},
     ],
     ids=lambda settings: next(iter(settings)),
 )
 def test_variants_learn(make_trainer, settings):
-    """The divergence falls, on the tokens that the student sampled at the beginning."""
-    settings = {"per_device_train_batch_size": 16, "max_steps": 30, "learning_rate": 3e-3} | settings
-    trainer = make_trainer(lr_scheduler_type="constant", **settings)
+    """
+    The divergence falls, on the tokens that the student sampled at the beginning: with `top_k_loss` that of the k entries
+    up to the cap, since the others and what is above the cap are not trained. What is left of it, over ten seeds and
+    three models: SPREAD.
+    """
+    settings = {"per_device_train_batch_size": 16, "max_steps": 30, "learning_rate": 5e-3} | settings
+    trainer = make_trainer(**settings)
     (inputs,) = rollout(trainer, size=32)
 
     @torch.no_grad()
     def divergence():
         student = trainer.completion_logits(trainer.model, inputs, "student")
-        return generalized_jsd(student, teacher_logits(trainer, inputs), beta=0.5).mean()
+        return generalized_jsd(
+            student,
+            teacher_logits(trainer, inputs),
+            beta=0.5,
+            clip=settings.get("jsd_token_clip"),
+            clip_mode=settings.get("jsd_clip_mode", "pointwise"),
+            top_k=settings.get("top_k_loss"),
+        ).mean()
 
     before = divergence()
     trainer.train()
