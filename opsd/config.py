@@ -1,11 +1,9 @@
 """The settings of OPSD, on top of those of TRL's GOLD trainer, checked alone and against each other."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl.experimental.gold import GOLDConfig
-from trl.import_utils import is_vllm_available
 
 from data_collator import REASONING_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT, check_templates
 from opsd.curriculum import CURRICULA
@@ -15,6 +13,47 @@ LOSS_IMPLEMENTATIONS = ("fused", "dense")
 TEACHER_REFERENCES = ("solution", "rollout")
 REFERENCE_FALLBACKS = ("skip", "solution", "answer")
 REASONING_GENERATION = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # Qwen3's own, without thinking mode
+
+# flag -> its only value, and the reason
+FIXED = {
+    "lmbda": (1.0, "OPSD learns from the student's own rollouts only"),
+    "seq_kd": (False, "there is no off-policy part"),
+    "use_uld_loss": (False, "both roles share one tokenizer"),
+    "remove_unused_columns": (False, "the collator picks its columns"),
+    "teacher_model_name_or_path": (None, "the model is its own teacher"),
+    "vllm_sync_frequency": (1, "each rollout comes from the present student"),
+    "vllm_structured_outputs_regex": (None, "rollouts are free text"),
+}
+# flag -> its interval, and the meaning of an end point
+INTERVALS = {
+    "beta": ("[0, 1]", ": 0 forward KL, 1 reverse KL, 0.5 JSD"),
+    "temperature": ("(0, inf)", ", since it also divides the logits in the loss"),
+    "loss_temperature": ("(0, inf)", ", since it divides the logits"),
+    "top_p": ("(0, 1]", "; 1 switches it off"),
+    "top_k": ("[0, inf)", "; 0 switches it off"),
+    "min_p": ("[0, 1)", "; 0 switches it off"),
+    "presence_penalty": ("[-2, 2]", "; 0 switches it off"),
+    "max_completion_length": ("[1, inf)", ""),
+    "ema_decay": ("[0, 1)", "; for a teacher that stays, --fixed_teacher"),
+    "ema_update_steps": ("[1, inf)", ""),
+    "max_reasoning_length": ("[1, inf)", ""),
+    "correct_weight": ("[0, inf)", ""),
+    "incorrect_weight": ("[0, inf)", ""),
+    "policy_gradient_weight": ("[0, inf)", "; 0: no reward"),
+    "jsd_token_clip": ("[0, inf)", "; 0 switches the cap off"),
+    "sampled_token_clip": ("[0, inf)", "; 0 switches the cap off"),
+    "top_k_loss": ("[0, inf)", "; 0 takes the full vocabulary"),
+    "num_loss_tokens_to_skip": ("[0, inf)", ""),
+    "loss_chunk_size": ("[1, inf)", ""),
+}
+
+
+def _lies_in(value: float, interval: str) -> bool:
+    """Return whether a value lies in an interval such as "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    return (low < value or (low == value and interval[0] == "[")) and (
+        value < high or (value == high and interval[-1] == "]")
+    )
 
 
 @dataclass
@@ -274,180 +313,93 @@ class OPSDConfig(GOLDConfig):
     )
 
     def __post_init__(self):
-        for flag, valid, requirement in (
-            ("lmbda", self.lmbda == 1.0, "be 1: OPSD learns from the student's own rollouts only"),
-            ("beta", 0.0 <= self.beta <= 1.0, "lie in [0, 1]: 0 forward KL, 1 reverse KL, 0.5 JSD"),
-            ("temperature", self.temperature > 0.0, "be positive, since it also divides the logits in the loss"),
-            ("temperature", self.temperature <= 2.0 or not self.use_vllm, "be 2 at most with --use_vllm"),
-            (
-                "loss_temperature",
-                self.loss_temperature is None or self.loss_temperature > 0.0,
-                "be positive, since it divides the logits",
-            ),
-            (
-                "num_loss_tokens_to_skip",
-                0 <= self.num_loss_tokens_to_skip < self.max_completion_length,
-                f"lie in [0, {self.max_completion_length}), --max_completion_length",
-            ),
-            ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]; 1 switches it off"),
-            ("top_k", self.top_k >= 0, "not be negative; 0 switches it off"),
-            ("min_p", 0.0 <= self.min_p < 1.0, "lie in [0, 1); 0 switches it off"),
-            ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, "lie in [-2, 2]; 0 switches it off"),
-            (
-                "presence_penalty",
-                self.use_vllm or self.presence_penalty == 0.0,
-                "be 0 without --use_vllm: transformers has no presence penalty",
-            ),
-            (
-                "use_vllm",
-                not self.use_vllm or is_vllm_available(),
-                "be left out: there is no vLLM of a version that TRL supports; scripts/setup_env.sh installs one",
-            ),
-            ("vllm_mode", self.vllm_mode in ("colocate", "server"), "be colocate or server"),
-            (
-                "vllm_sync_frequency",
-                self.vllm_sync_frequency == 1,
-                "be 1: each rollout comes from the present student",
-            ),
-            ("vllm_structured_outputs_regex", self.vllm_structured_outputs_regex is None, "stay unset"),
-            (
-                "use_ema_teacher",
-                not (self.use_ema_teacher and self.fixed_teacher),
-                "be left out with --fixed_teacher: choose one teacher",
-            ),
-            ("ema_decay", 0.0 <= self.ema_decay < 1.0, "lie in [0, 1); for a teacher that stays, --fixed_teacher"),
-            ("ema_update_steps", self.ema_update_steps >= 1, "be at least 1"),
-            ("max_reasoning_length", self.max_reasoning_length >= 1, "be at least 1"),
-            (
-                "reason_first",
-                self.teacher_sees_solution or not self.reason_first,
-                "be left out with --teacher_sees_solution false: there is no reference to give a rationale for",
-            ),
-            (
-                "teacher_reference",
-                self.teacher_reference in TEACHER_REFERENCES,
-                f"be one of {', '.join(TEACHER_REFERENCES)}",
-            ),
-            (
-                "teacher_reference",
-                self.teacher_reference == "solution" or self.num_generations > 1,
-                "go with --num_generations of at least 2: the teacher sees another rollout of the same problem",
-            ),
-            (
-                "teacher_reference",
-                self.teacher_reference == "solution" or self.teacher_sees_solution,
-                "be left out with --teacher_sees_solution false",
-            ),
-            (
-                "teacher_reference",
-                self.teacher_reference == "solution" or self.max_length is not None,
-                "go with --max_length, which bounds the teacher's prompt",
-            ),
-            (
-                "eval_strategy",
-                self.teacher_reference == "solution"
-                or (str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no" and not self.eval_on_start),
-                "be no, and --eval_on_start off, with --teacher_reference rollout, since in an evaluation each "
-                "problem has one rollout; evaluate the checkpoints with eval/evaluate_math.py",
-            ),
-            (
-                "reference_fallback",
-                self.reference_fallback in REFERENCE_FALLBACKS,
-                f"be one of {', '.join(REFERENCE_FALLBACKS)}",
-            ),
-            (
-                "reference_fallback",
-                self.reference_fallback == "skip" or self.teacher_reference == "rollout",
-                "go with --teacher_reference rollout",
-            ),
-            ("correct_weight", 0.0 <= self.correct_weight < math.inf, "be finite and not negative"),
-            ("incorrect_weight", 0.0 <= self.incorrect_weight < math.inf, "be finite and not negative"),
-            (
-                "policy_gradient_weight",
-                0.0 <= self.policy_gradient_weight < math.inf,
-                "be finite and not negative; 0: no reward",
-            ),
-            (
-                "incorrect_weight",
-                self.correct_weight + self.incorrect_weight + self.policy_gradient_weight > 0.0,
-                "be positive where --correct_weight and --policy_gradient_weight are 0",
-            ),
-            (
-                "policy_gradient_weight",
-                self.policy_gradient_weight == 0.0 or self.num_generations > 1,
-                "go with --num_generations of at least 2, whose mean is the baseline",
-            ),
-            ("curriculum", self.curriculum in ("none", *CURRICULA), f"be one of none, {', '.join(CURRICULA)}"),
-            (
-                "vllm_importance_sampling_correction",
-                not self.vllm_importance_sampling_correction
-                or (self.use_vllm and (self.use_tinker_loss or self.policy_gradient_weight > 0.0)),
-                "go with --use_vllm, which says with what probability it sampled, and with a policy gradient: "
-                "--use_tinker_loss or --policy_gradient_weight",
-            ),
-            (
-                "vllm_importance_sampling_correction",
-                not self.vllm_importance_sampling_correction or self.vllm_mode == "colocate",
-                "go with --vllm_mode colocate: a server may give probabilities before or after its truncation, and "
-                "does not say which",
-            ),
-            (
-                "num_generations",
-                self.num_generations >= 1
-                and self.per_device_train_batch_size * self.gradient_accumulation_steps % self.num_generations == 0,
-                "divide --per_device_train_batch_size x --gradient_accumulation_steps "
-                f"({self.per_device_train_batch_size} x {self.gradient_accumulation_steps}): a problem's rollouts "
-                "stay together",
-            ),
-            ("jsd_token_clip", self.jsd_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
-            ("jsd_clip_mode", self.jsd_clip_mode in CLIP_MODES, f"be one of {', '.join(CLIP_MODES)}"),
-            ("top_k_loss", self.top_k_loss >= 0, "not be negative; 0 takes the full vocabulary"),
-            (
-                "top_k_loss_support",
-                self.top_k_loss_support in TOP_K_SUPPORTS,
-                f"be one of {', '.join(TOP_K_SUPPORTS)}",
-            ),
-            ("top_k_loss_add_tail", self.top_k_loss > 0 or not self.top_k_loss_add_tail, "go with --top_k_loss"),
-            ("sampled_token_clip", self.sampled_token_clip >= 0.0, "not be negative; 0 switches the cap off"),
-            (
-                "loss_implementation",
-                self.loss_implementation in LOSS_IMPLEMENTATIONS,
-                f"be one of {', '.join(LOSS_IMPLEMENTATIONS)}",
-            ),
-            ("loss_chunk_size", self.loss_chunk_size is None or self.loss_chunk_size >= 1, "be at least 1"),
-            ("max_completion_length", self.max_completion_length >= 1, "be at least 1"),
-            ("seq_kd", not self.seq_kd, "stay off: there is no off-policy part"),
-            ("use_uld_loss", not self.use_uld_loss, "stay off: both roles share one tokenizer"),
-            ("remove_unused_columns", not self.remove_unused_columns, "stay off: the collator picks its columns"),
-            (
-                "teacher_model_name_or_path",
-                self.teacher_model_name_or_path is None,
-                "stay unset: the model is its own teacher",
-            ),
-        ):
-            if not valid:
-                raise ValueError(f"--{flag} {getattr(self, flag)}: must {requirement}")
-        if self.max_length is not None and self.max_completion_length >= self.max_length:
-            raise ValueError(
-                f"--max_completion_length {self.max_completion_length} leaves no room for a prompt in --max_length "
-                f"{self.max_length}; lower the first or raise the second"
-            )
+        for flag, (value, reason) in FIXED.items():
+            if getattr(self, flag) != value:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: must be {value}: {reason}")
+        for flag, (interval, note) in INTERVALS.items():
+            if (value := getattr(self, flag)) is not None and not _lies_in(value, interval):
+                raise ValueError(f"--{flag} {value}: must lie in {interval}{note}")
+        for setting in fields(self):
+            choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
+            if choices is not None and value is not None and value not in choices:
+                raise ValueError(f"--{setting.name} {value}: must be one of {', '.join(map(str, choices))}")
+        self._check_combinations()
         check_templates(self.student_prompt, self.teacher_prompt, self.reasoning_prompt)
         if self.loss_temperature is None:
             self.loss_temperature = self.temperature
         super().__post_init__()
         self._check_rationale_sampling(self.rationale_sampling)
 
+    def _refuse(self, flag: str, requirement: str) -> None:
+        raise ValueError(f"--{flag} {getattr(self, flag)}: must {requirement}")
+
+    def _check_combinations(self) -> None:
+        """Raise `ValueError` for settings against each other."""
+        if self.vllm_mode not in ("colocate", "server"):
+            self._refuse("vllm_mode", "be colocate or server")
+        if self.use_vllm and self.temperature > 2.0:
+            self._refuse("temperature", "be 2 at most with --use_vllm")
+        if self.presence_penalty != 0.0 and not self.use_vllm:
+            self._refuse("presence_penalty", "be 0 without --use_vllm: transformers has no presence penalty")
+        if self.max_length is not None and self.max_completion_length >= self.max_length:
+            self._refuse(
+                "max_completion_length", f"be below --max_length {self.max_length}, to leave room for a prompt"
+            )
+        if self.num_loss_tokens_to_skip >= self.max_completion_length:
+            self._refuse("num_loss_tokens_to_skip", f"be below --max_completion_length {self.max_completion_length}")
+        batch = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.num_generations < 1 or batch % self.num_generations:
+            product = f"--per_device_train_batch_size x --gradient_accumulation_steps ({batch})"
+            self._refuse("num_generations", f"divide {product}: a problem's rollouts stay together")
+        if self.use_ema_teacher and self.fixed_teacher:
+            self._refuse("use_ema_teacher", "be left out with --fixed_teacher: choose one teacher")
+        if self.reason_first and not self.teacher_sees_solution:
+            self._refuse("reason_first", "be left out with --teacher_sees_solution false: there is no reference")
+        if self.top_k_loss_add_tail and not self.top_k_loss:
+            self._refuse("top_k_loss_add_tail", "go with --top_k_loss")
+
+        needs_group = "go with --num_generations of at least 2"
+        if self.teacher_reference == "rollout":
+            if self.num_generations < 2:
+                self._refuse("teacher_reference", f"{needs_group}: the teacher sees another rollout of the problem")
+            if not self.teacher_sees_solution:
+                self._refuse("teacher_reference", "be left out with --teacher_sees_solution false")
+            if self.max_length is None:
+                self._refuse("teacher_reference", "go with --max_length, which bounds the teacher's prompt")
+            if self.eval_on_start or getattr(self.eval_strategy, "value", self.eval_strategy) != "no":
+                self._refuse(
+                    "eval_strategy",
+                    "be no, and --eval_on_start off, with --teacher_reference rollout: in an evaluation each problem "
+                    "has one rollout. Evaluate the checkpoints with eval/evaluate_math.py",
+                )
+        elif self.reference_fallback != "skip":
+            self._refuse("reference_fallback", "go with --teacher_reference rollout")
+
+        has_reward = self.policy_gradient_weight > 0.0
+        if has_reward and self.num_generations < 2:
+            self._refuse("policy_gradient_weight", f"{needs_group}, whose mean is the baseline")
+        if self.correct_weight == self.incorrect_weight == 0.0 and not has_reward:
+            self._refuse("incorrect_weight", "be positive where --correct_weight and --policy_gradient_weight are 0")
+        if self.vllm_importance_sampling_correction:
+            if not (self.use_vllm and (self.use_tinker_loss or has_reward)):
+                self._refuse(
+                    "vllm_importance_sampling_correction",
+                    "go with --use_vllm, which reports its probabilities, and with a policy gradient: "
+                    "--use_tinker_loss or --policy_gradient_weight",
+                )
+            if self.vllm_mode != "colocate":
+                self._refuse(
+                    "vllm_importance_sampling_correction",
+                    "go with --vllm_mode colocate: a server may report probabilities before or after its truncation, "
+                    "and does not say which",
+                )
+
     @staticmethod
     def _check_rationale_sampling(kwargs: dict[str, Any]) -> None:
         """Raise `ValueError` for an unknown setting or one out of range."""
-        for name, valid, requirement in (
-            ("temperature", 0.0 < kwargs["temperature"] <= 2.0, "lie in (0, 2]"),
-            ("top_p", 0.0 < kwargs["top_p"] <= 1.0, "lie in (0, 1]; 1 switches it off"),
-            ("top_k", kwargs["top_k"] >= 0, "not be negative; 0 switches it off"),
-        ):
-            if not valid:
-                raise ValueError(f"--reasoning_generation_kwargs: {name} {kwargs[name]} must {requirement}")
+        for name, interval in (("temperature", "(0, 2]"), ("top_p", "(0, 1]"), ("top_k", "[0, inf)")):
+            if not _lies_in(kwargs[name], interval):
+                raise ValueError(f"--reasoning_generation_kwargs: {name} {kwargs[name]} must lie in {interval}")
         if unknown := kwargs.keys() - REASONING_GENERATION.keys() - {"max_tokens"}:
             raise ValueError(
                 f"--reasoning_generation_kwargs: unknown setting {min(unknown)!r}; there are "
