@@ -24,7 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd_trainer import OPSDConfig, OPSDTrainer
 from quickstart.addition import training_problems
-from quickstart.base_model import train_tokenizer
+from quickstart.base_model import BaseModelConfig, train_tokenizer
 
 MIB = 2**20
 CASES = {
@@ -44,7 +44,7 @@ def resident_bytes(field: str) -> int:
 def step_growth(case: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Train one step; returns the peak above the start in MiB, and the number of completion tokens."""
     use_cuda = torch.cuda.is_available()
-    tokenizer = train_tokenizer()
+    tokenizer = train_tokenizer(BaseModelConfig())
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
         Qwen3Config(
