@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh tests/test_losses_divergence.py -k clip
 #
-# Without arguments all tests run, in two processes, file by file. -m "not vllm and not multiprocess" is the quick loop.
+# Without arguments all tests run, in two processes. -m "not vllm and not multiprocess" is the quick loop.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup_env.sh

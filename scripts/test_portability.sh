@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run the tests under several arithmetics of the processor, with one and two threads, on three tiny models. A test that
-# passes here and fails on another machine depends on last digits, on what a model samples, or on how well it is trained.
+# Run the tests under several arithmetics of the processor, with one and two threads, on three tiny models. A test
+# that fails on some machines depends on last digits, on what a model samples, or on how well it is trained.
 #
 #   bash scripts/test_portability.sh [--quick] [--all] [--cross] [arguments of pytest, such as test files]
 #

@@ -4,7 +4,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from data_collator import ELLIPSIS, STUDENT_PROMPT, TEACHER_PROMPT, SelfDistillationDataCollator, fill_template
+from data_collator import (
+    ELLIPSIS,
+    STUDENT_PROMPT,
+    TEACHER_PROMPT,
+    SelfDistillationDataCollator,
+    fill_template,
+    start_rollouts,
+)
 
 EXAMPLE = {"problem": "What is 12+34?", "solution": "Ones 6, tens 4, hence \\boxed{46}."}
 LONG = {"problem": "What is 12+34?", "solution": "begin " + "12+34=46. " * 200 + "\\boxed{46}."}
@@ -139,19 +146,50 @@ def test_prompts_that_just_fit_are_kept(tokenizer):
     assert exact.encode(EXAMPLE) == encoded
 
 
-def test_batches_are_padded_on_the_left(tokenizer):
-    collator = SelfDistillationDataCollator(tokenizer)
-    short = collator.encode(EXAMPLE | {"answer": "46"})
-    long = collator.encode(EXAMPLE | {"problem": "What is 12+34, and why?"})
-    batch = collator([short | {"answer": "46"}, long | {"answer": "46"}])
-    for prefix, column in (("", "student_prompt_ids"), ("teacher_", "teacher_prompt_ids")):
-        prompts, mask = batch[f"{prefix}prompts"], batch[f"{prefix}prompt_attention_mask"]
-        assert prompts.shape == mask.shape == (2, len(long[column]))
+def test_rollouts_are_padded_into_a_micro_batch(tokenizer):
+    """Prompts on the left, completions on the right; what is not learned from is not in the loss."""
+    collator = SelfDistillationDataCollator(tokenizer, num_loss_tokens_to_skip=1)
+    rows = [EXAMPLE, EXAMPLE | {"problem": "What is 12+34, and why?"}, EXAMPLE]
+    rollouts = start_rollouts([row | collator.encode(row) for row in rows])
+    for rollout, ids in zip(rollouts, ([5, 6, 7], [8, 9], []), strict=True):
+        rollout.completion_ids, rollout.sampler_logprobs = ids, [-0.5] * len(ids)
+    rollouts[0].weight, rollouts[1].weight, rollouts[1].advantage = 0.5, 0.0, 2.0
+    batch = collator(rollouts)
+    for prompts, mask, column in (
+        (batch.prompt_ids, batch.prompt_mask, "prompt_ids"),
+        (batch.teacher_prompt_ids, batch.teacher_prompt_mask, "teacher_prompt_ids"),
+    ):
+        expected = [getattr(rollout, column) for rollout in rollouts]
+        assert prompts.shape == mask.shape == (3, max(map(len, expected)))
         assert mask.dtype == prompts.dtype == torch.int64
-        for row, encoded in enumerate((short, long)):
-            assert prompts[row][mask[row].bool()].tolist() == encoded[column]
+        for row in range(3):
+            assert prompts[row][mask[row].bool()].tolist() == expected[row]
             assert mask[row].diff().min() >= 0  # zeros first, then ones
-    assert batch["answer"] == ["46", "46"]
+    assert batch.completion_mask.tolist() == [[True] * 3, [True, True, False], [False] * 3]
+    assert batch.completion_ids[batch.completion_mask].tolist() == [5, 6, 7, 8, 9]
+    assert batch.loss_mask.tolist() == [[False, True, True], [False, True, False], [False] * 3]
+    assert batch.of_tokens(batch.completion_ids).tolist() == [6, 7, 9]
+    assert batch.of_tokens(batch.weights).tolist() == [0.5, 0.5, 0.0]
+    assert batch.of_tokens(batch.advantages).tolist() == [0.0, 0.0, 2.0]
+    assert batch.sampler_logprobs.tolist() == [[-0.5] * 3, [-0.5, -0.5, 0.0], [0.0] * 3]
+
+    rollouts[1].advantage = 0.0
+    assert collator(rollouts).loss_mask.tolist() == [[False, True, True], [False] * 3, [False] * 3]
+
+
+def test_inputs_of_a_role_have_the_same_completions(tokenizer):
+    collator = SelfDistillationDataCollator(tokenizer)
+    rows = [EXAMPLE, EXAMPLE | {"problem": "What is 12+34, and why?"}]
+    rollouts = start_rollouts([row | collator.encode(row) for row in rows])
+    rollouts[0].completion_ids, rollouts[1].completion_ids = [5, 6, 7], [8]
+    batch = collator(rollouts)
+    for role in ("student", "teacher"):
+        inputs = batch.model_inputs(role)
+        for row, rollout in enumerate(rollouts):
+            mask = inputs["attention_mask"][row].bool()
+            prompt_ids = rollout.prompt_ids if role == "student" else rollout.teacher_prompt_ids
+            assert inputs["input_ids"][row][mask].tolist() == prompt_ids + rollout.completion_ids
+            assert inputs["position_ids"][row][mask].tolist() == list(range(mask.sum()))
 
 
 def test_prompts_name_their_placeholders():

@@ -81,7 +81,10 @@ def write(file, *lines):
         ),
         (["--max_nonfinite_steps", "0"], "--max_nonfinite_steps 0: must be at least 1"),
         (["--loss_temperature", "0"], "--loss_temperature 0.0: must lie in"),
-        (["--num_loss_tokens_to_skip", "64"], "--num_loss_tokens_to_skip 64: must be below --max_completion_length 64"),
+        (
+            ["--num_loss_tokens_to_skip", "64"],
+            "--num_loss_tokens_to_skip 64: must be below --max_completion_length 64",
+        ),
         (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -373,8 +373,7 @@ def test_setup_files_agree():
 
     # Modules
     assert project["tool"]["setuptools"]["py-modules"] == sorted(file.stem for file in ROOT.glob("*.py"))
-    (overrides,) = [part["module"] for part in project["tool"]["mypy"]["overrides"] if part.get("ignore_errors")]
-    assert [name for name in overrides if not (ROOT / f"{name.replace('.', '/')}.py").is_file()] == []
+    assert not any(part.get("ignore_errors") for part in project["tool"]["mypy"]["overrides"])
 
 
 def test_habits_agree():

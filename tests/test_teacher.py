@@ -92,7 +92,9 @@ def test_resumed_teacher_is_the_one_that_was_saved(make_trainer, settings, tmp_p
     assert losses[0] == losses[1]
 
     (tmp_path / "run" / "checkpoint-2" / "teacher_weights_0.safetensors").unlink()
-    with pytest.raises(ValueError, match="teacher_weights_0.safetensors is missing or has not the teacher's weights"):
+    with pytest.raises(
+        ValueError, match="teacher_weights_0.safetensors is missing or does not hold the teacher's weights"
+    ):
         make_trainer(**settings).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 
@@ -164,7 +166,7 @@ def test_fixed_teacher_of_an_adapter_that_is_trained_is_the_policy_with_it(make_
     first = make_trainer(max_steps=3, learning_rate=1e-2)
     first.train()
     first.save_model(str(tmp_path / "first"))
-    assert first.teacher_is_base and first._teacher_weights is None
+    assert first.teacher.is_base and first.teacher.weights is None
     base = AutoModelForCausalLM.from_pretrained(first.model.name_or_path)
     model = PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True)
     trainer = make_trainer(model=model, max_steps=3, learning_rate=1e-2)
@@ -205,5 +207,5 @@ def test_text_can_be_put_behind_the_header_of_the_teacher_alone(make_trainer):
 
 def test_loss_temperature_is_not_that_of_the_rollouts(make_trainer):
     trainer = make_trainer(temperature=1.3, loss_temperature=0.7)
-    assert trainer.generation_config.temperature == 1.3 and trainer._objective.temperature == 0.7
-    assert make_trainer(temperature=1.3)._objective.temperature == 1.3
+    assert trainer.generation_config.temperature == 1.3 and trainer.objective.temperature == 0.7
+    assert make_trainer(temperature=1.3).objective.temperature == 1.3
