@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from data_collator import SelfDistillationDataCollator
+from data_collator import MicroBatch, SelfDistillationDataCollator, start_rollouts
 from opsd.losses import generalized_jsd
 from quickstart.addition import training_problems
 from quickstart.base_model import ablation_base, build_base_model
@@ -40,19 +40,19 @@ CASES = [  # student's mode, teacher's mode, --teacher_prefill
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def sample(model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Completions of the student's prompts, and the mask of their tokens, the end of turn included: (B, C)."""
     torch.manual_seed(0)
     sequences = model.generate(
-        input_ids=batch["prompts"],
-        attention_mask=batch["prompt_attention_mask"],
+        input_ids=batch.prompt_ids,
+        attention_mask=batch.prompt_mask,
         max_new_tokens=MAX_NEW_TOKENS,
         do_sample=True,
         temperature=1.0,
         top_p=1.0,
         top_k=0,
     )
-    completions = sequences[:, batch["prompts"].shape[1] :]
+    completions = sequences[:, batch.prompt_ids.shape[1] :]
     return completions, (completions != model.generation_config.pad_token_id).long()
 
 
@@ -84,12 +84,10 @@ def measure(
     collator = SelfDistillationDataCollator(
         tokenizer, student_thinking=student_thinking, teacher_thinking=teacher_thinking, teacher_prefill=prefill
     )
-    batch = collator([collator.encode(problem) for problem in problems])
+    batch = collator(start_rollouts([problem | collator.encode(problem) for problem in problems]))
     completions, mask = sample(model, batch)
-    student, teacher = (
-        completion_logits(model, batch[f"{role}prompts"], batch[f"{role}prompt_attention_mask"], completions)
-        for role in ("", "teacher_")
-    )
+    student = completion_logits(model, batch.prompt_ids, batch.prompt_mask, completions)
+    teacher = completion_logits(model, batch.teacher_prompt_ids, batch.teacher_prompt_mask, completions)
     return {
         name: by_position(generalized_jsd(student, teacher, beta=beta), mask) for name, beta in DIVERGENCES.items()
     }

@@ -90,7 +90,7 @@ def step_growth(case: str, arguments: argparse.Namespace) -> dict[str, float]:
             before = resident_bytes("VmRSS")
         trainer.train()
         peak = torch.cuda.max_memory_allocated() if use_cuda else resident_bytes("VmHWM")
-        num_tokens = trainer.state.stateful_callbacks["OPSDTrainer"]["num_generated_tokens"]
+        num_tokens = trainer.state.stateful_callbacks["run_state"]["num_generated_tokens"]
     return {"growth": (peak - before) / MIB, "num_tokens": num_tokens}
 
 

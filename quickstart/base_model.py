@@ -64,7 +64,7 @@ class BaseModelConfig:
     problem_only_examples: int = 13  # per step, behind the student's prompt
     reference_examples: int = 19  # per step, behind the teacher's prompt
     own_style_examples: int = 0  # the same where the reference is in the style of the responses
-    rationalized_examples: int = 0  # conversations: a rationalization of the reference, then the response
+    rationale_examples: int = 0  # conversations: a rationale for the reference, then the response
     thinking_examples: int = 0  # in thinking mode, half of them behind each role's prompt
     drop_carry_overflowing: float = 0.90  # probability of dropping an incoming carry where the digits reach 10 alone
     drop_carry_other: float = 0.35  # the same where they do not
@@ -83,7 +83,7 @@ def ablation_base(seed: int) -> BaseModelConfig:
         problem_only_examples=10,
         reference_examples=8,
         own_style_examples=4,
-        rationalized_examples=5,
+        rationale_examples=5,
         thinking_examples=16,
         steps=700,
     )
@@ -106,7 +106,7 @@ def train_tokenizer(config: BaseModelConfig) -> PreTrainedTokenizerFast:
     totals = addition.column_totals(358, 647)
     styles = [addition.response_text(358, 647, totals), addition.reference_text(totals)]
     phrases = [STUDENT_PROMPT, TEACHER_PROMPT, *styles, "system", "user", "assistant", "\n\n"]
-    if config.rationalized_examples:
+    if config.rationale_examples:
         phrases += [REASONING_PROMPT, TRANSITION_PROMPT]
     trainer = trainers.BpeTrainer(
         vocab_size=1024,  # more than there are merges to learn
@@ -217,11 +217,11 @@ def own_style_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelConfi
     return prompt_ids + response, [False] * len(prompt_ids) + [True] * len(response)
 
 
-def rationalized_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random) -> Example:
+def rationale_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelConfig, rng: random.Random) -> Example:
     """
-    The conversation of `--reason_first`: a reference in either style, its rationalization, and the response.
+    The conversation of `--reason_first`: a reference in either style, its rationale, and the response.
 
-    The loss is on rationalization and response, each with its end of turn.
+    The loss is on rationale and response, each with its end of turn.
     """
     a, b = addition.draw_operands(rng)
     totals = reference_totals(a, b, config, rng)
@@ -230,9 +230,9 @@ def rationalized_example(tokenizer: PreTrainedTokenizerFast, config: BaseModelCo
     content = fill_template(REASONING_PROMPT, problem=addition.problem_text(a, b), solution=reference)
     prompt_ids = encode_chat_prompt(tokenizer, content, thinking=False)
     next_turn_ids = encode_next_turn(tokenizer, TRANSITION_PROMPT, thinking=False)  # the end of the first comes first
-    rationalization, response = tokenizer.encode(own_style), response_ids(tokenizer, own_style)
-    counts = [False] * len(prompt_ids) + [True] * (len(rationalization) + 1) + [False] * (len(next_turn_ids) - 1)
-    return prompt_ids + rationalization + next_turn_ids + response, counts + [True] * len(response)
+    rationale, response = tokenizer.encode(own_style), response_ids(tokenizer, own_style)
+    counts = [False] * len(prompt_ids) + [True] * (len(rationale) + 1) + [False] * (len(next_turn_ids) - 1)
+    return prompt_ids + rationale + next_turn_ids + response, counts + [True] * len(response)
 
 
 def thinking_example(
@@ -260,7 +260,7 @@ def draw_batches(
         (problem_only_example, config.problem_only_examples),
         (reference_example, config.reference_examples),
         (own_style_example, config.own_style_examples),
-        (rationalized_example, config.rationalized_examples),
+        (rationale_example, config.rationale_examples),
         (partial(thinking_example, with_reference=False), (config.thinking_examples + 1) // 2),
         (partial(thinking_example, with_reference=True), config.thinking_examples // 2),
     )
@@ -306,7 +306,7 @@ def fingerprint(config: BaseModelConfig) -> str:
         *(Path(path).read_text(encoding="utf-8") for path in (addition.__file__, __file__)),
         *(STUDENT_PROMPT, TEACHER_PROMPT, inspect.getsource(encode_chat_prompt), inspect.getsource(fill_template)),
     ]
-    if config.rationalized_examples:
+    if config.rationale_examples:
         parts += [REASONING_PROMPT, TRANSITION_PROMPT, inspect.getsource(encode_next_turn)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 

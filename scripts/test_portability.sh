@@ -4,8 +4,8 @@
 #
 #   bash scripts/test_portability.sh [--quick] [--all] [--cross] [arguments of pytest, such as test files]
 #
-#   default   the tests that compute something, without vLLM and without processes of their own: each arithmetic with one
-#             and with two threads, the models in turn
+#   default   the tests that compute something, without vLLM and without processes of their own: each arithmetic with
+#             one and with two threads, the models in turn
 #   --quick   only one arithmetic, which is not the machine's own, with one thread on the tests' own model, without the
 #             tests of learning and resuming, which take longest (for CI)
 #   --all     all tests but the slow ones
