@@ -23,7 +23,7 @@ from trl.trainer import grpo_trainer
 
 from checkpoints import CompleteCheckpoints
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
-from eval.grading import extract_answer
+from opsd.grading import extract_answer
 from rollouts import OnPolicyGeneration
 from run_setup import (
     RunArguments,
@@ -111,7 +111,7 @@ def make_reward(name: str, thinking: bool) -> Callable[..., list[float]]:
     """
 
     def exact_match(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
-        boxed = [extract_answer(message["content"], method="legacy") for (message,) in completions]
+        boxed = [extract_answer(message["content"], method="release") for (message,) in completions]
         return [float(text == gold) for text, gold in zip(boxed, answer, strict=True)]
 
     if name == "exact_match":

@@ -27,7 +27,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
 
 from checkpoints import find_checkpoint
-from eval.grading import answer_text
+from opsd.grading import answer_text
 from problem_data import check_columns, find_local, keep_usable, load_problems
 from rollouts import check_servable
 

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from eval.grading import Answer, GradingPool, answer_text, extract_answer
+from opsd.grading import Answer, GradingPool, answer_text, extract_answer
 
 GRADE_WORKERS = 4  # for each training process
 THINK_END = "</think>"

@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, encode_chat_prompt, fill_template
-from eval.grading import answer_text
+from opsd.grading import answer_text
 from problem_data import LOADERS, keep_usable, load_problems
 
 

@@ -49,7 +49,6 @@ from eval.engine import (
     start_engine,
     visible_devices,
 )
-from eval.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
 from eval.report import accuracy_table, plot_accuracy, report_tables
 from eval.run_files import (
     Sample,
@@ -63,6 +62,7 @@ from eval.run_files import (
     stored_settings,
 )
 from eval.scores import elect, estimate, pass_at_k, pass_sizes, vote_classes
+from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
 from vllm_engine import stop_engine
 
 if TYPE_CHECKING:

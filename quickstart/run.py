@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's ro
 from eval.benchmarks import find_benchmark, load_questions
 from eval.engine import Sampling, start_engine
 from eval.evaluate_math import evaluate
-from eval.grading import GradingPool
+from opsd.grading import GradingPool
 from quickstart import addition
 from quickstart.base_model import BaseModelConfig, ablation_base, build_base_model
 from quickstart.methods import ABLATION_CURVES, ABLATIONS, BASELINES, CONTROLS, CURVES, OPSD, Method, choose_methods

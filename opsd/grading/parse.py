@@ -1,0 +1,425 @@
+r"""The structure of an answer: one notation for its text, then lists, sets, tuples, intervals, equations and units."""
+
+import functools
+import itertools
+import unicodedata
+from dataclasses import dataclass, replace
+
+import regex as re  # for balanced brackets
+
+from opsd.grading.extract import closing_brace, extract_answer
+
+MAX_CHARACTERS = 1500  # of an answer that is to be parsed, each run of digits counted as one
+MAX_DEPTH = 25  # of nested brackets
+MAX_ELEMENTS = 200  # of a set that is given by a rule
+
+
+class TooLargeError(Exception):
+    """A text, a number or a range that no time limit should be spent on."""
+
+
+@dataclass(frozen=True)
+class ParsedAnswer:
+    r"""
+    The structure of an answer.
+
+    Attributes:
+        kind: `value`, `set` or `tuple` (with `items`), or `relation` (an equation, an inequality or a condition).
+        text: the source in the notation of `normalize`; of a value, without its unit.
+        brackets: of a tuple or an interval, such as `"(]"`; `"{}"` of a set in braces; `":"` of a ratio such as 1:2:3.
+        name: what stands left of "=".
+        relation: the whole equation or inequality, if it is one.
+        computation: the earlier members of a chain such as `2^3=8`, which must have the value of the last.
+        unit: the unit or counted noun after a value.
+        unit_required: True if the value is another one without `unit`, as for `5 tenths`.
+        percent: True after a percent sign.
+    """
+
+    kind: str
+    text: str
+    items: tuple["ParsedAnswer", ...] = ()
+    brackets: str = ""
+    name: str = ""
+    relation: str = ""
+    computation: tuple[str, ...] = ()
+    unit: str = ""
+    unit_required: bool = False
+    percent: bool = False
+
+
+# ---- One notation ----
+
+BALANCED = r"(?P<b>[(\[{](?:[^()\[\]{}]|(?&b))*+[)\]}])"  # intervals mix ( and [
+SYMBOLS = {
+    **{"−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/"},
+    **{"≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp "},
+    **{"∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "°": r"^\circ ", "º": r"^\circ ", "∅": r"\emptyset "},
+    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∖": r"\setminus ", "∣": "|", "≡": r"\equiv ", "∶": ":"},
+    **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ", "⟩": r"\rangle "},
+    **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
+    **{"≈": r"\approx ", "。": ".", "、": ",", '"': "", "µ": "μ", "μ": "μ", "✓": "", "✔": "", "∎": ""},
+}
+CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "¢": "cent", "₩": "won"}
+CURRENCY = r"(?:\\\$|[€£¥₹¢₩])"
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+COMMANDS = {  # what each command is replaced by; the argument of a face or a box stays in its braces
+    r"\text": "mathrm mathsf mathtt mbox hbox emph textrm textbf textit textsf texttt textup textnormal operatorname",
+    "": "bm boldsymbol pmb mathbf mathit mathord mathop mathbin mathcal mathscr underline rm bf it sf tt tiny small large "
+    "Large LARGE huge Huge displaystyle textstyle scriptstyle limits checkmark blacksquare qed left right middle big Big "
+    "bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm",
+    " ": "quad qquad space",
+    **{r"\frac": "dfrac tfrac cfrac sfrac nicefrac", r"\binom": "dbinom tbinom", r"\ldots ": "dots cdots dotsc dotsb"},
+    **{r"\le ": "leq leqslant leqq", r"\ge ": "geq geqslant geqq", r"\ne ": "neq", r"\log_{10}": "lg"},
+    **{r"\setminus ": "smallsetminus backslash", r"\emptyset ": "varnothing", r"\{": "lbrace", r"\}": "rbrace"},
+    **{"<": "lt", ">": "gt", "|": "mid vert lvert rvert", ":": "colon", "(": "langle", ")": "rangle"},
+}
+COMMANDS = {rf"\{name}": replacement for replacement, names in COMMANDS.items() for name in names.split()}
+TEXT = r"\\text\s*\{([^{}]*)\}"
+END = r"(?![a-zA-Z])"
+REWRITES = [  # in this order
+    (r"\\(?:[hv]?phantom|[hv]space|tag|label)\*?\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}", ""),
+    (r"\\operatorname\*?\s*\{\s*(gcd|lcm|max|min|ln|log|(?:arc)?(?:sin|cos|tan)|cot|sec|csc)\s*\}", r"\\\1 "),
+    (r"\\(?:left|right)\s*\.", ""),
+    (r"\\not\s*=", r"\\ne "),
+    (r"\\[a-zA-Z]+", lambda match: COMMANDS.get(match[0], match[0])),
+    (r"(?<=\d)(?:\{,\}|\\[,;: ]|[~ '])(?=\d{3}(?!\d))", ","),  # thousands
+    (r"(?<!\\)\\[()\[\],;: ]|\\!|[`~\s]", " "),
+    (r"\*\*(?=\S)(.*?\S)\*\*(?!\w)", r"\1"),
+    (r"[,;.]?\s*\$?\s*(?:\\text\s*\{)?\s*\bwhere\b.*", ""),  # an explanation of what the answer has said
+    (r"\{?([^{}]*?)\s*\\choose\s*([^{}]*)\}?", r"\\binom{\1}{\2}"),
+    (r"<=|>=|!=|\.\.\.", lambda match: {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne "}.get(match[0], r"\ldots ")),
+    (r"\\\{\s*\\\}", r"\\emptyset "),
+    (rf"\\mathbb\s*\{{?\s*([RZNQC]){END}\s*\}}?", r"\\mathbb{\1}"),
+    (r"\(\s*-\s*\\infty\s*,\s*\+?\\infty\s*\)", r"\\mathbb{R}"),
+    (rf"\^\s*\{{?\s*(?:\\circ|\\degree)\s*\}}?|\\degree{END}", r"^\\circ "),
+    (rf"\^\\circ\s*(?:\\text\s*\{{\s*([CF])\s*\}}|([CF]){END})", r"\\text{deg\1\2}"),
+    (rf"\^\s*\{{?\s*\\text\s*\{{\s*(?:st|nd|rd|th)\s*\}}\s*\}}?|(?<=\d)(?:st|nd|rd|th){END}", ""),
+    (r"\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}", r" \1 "),
+    (r"\\text\s*\{\s*only\s*\}\s*$|\bonly\s*$", ""),
+    (r"(?<=\d)\s*(?:\\text\s*\{|\s)\s*([ap])\.?\s?m\.?\s*\}?$", r"\\text{\1m}"),
+    (rf"(?<![a-zA-Z\\])infinity{END}", r"\\infty "),
+    (rf"(?<![a-zA-Z\\])(pi|sqrt|sin|cos|tan|ln|log|exp){END}", r"\\\1 "),
+    (r"\*\*", "^"),
+    (r"\*", r"\\cdot "),
+    (r"\^\s*-\s*(\d+)", r"^{-\1}"),
+    (r"(?<![\w.}])\.(?=\d|\\(?:overline|bar|dot)\b)", "0."),
+    (r"(?<=\d)\.(?!\d|\\(?:overline|bar|dot)\b)", ""),
+    (r"(?<=\d)[eE]([+-]?\d+)(?!\w)", r"\\cdot 10^{\1}"),
+    (r"(?<![\d.])(\d+) +(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
+]
+REPEATING = re.compile(
+    r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)"
+)
+SCALE = re.compile(rf"(?<=\d)(\s*\\text\s*\{{|)\s*\b({'|'.join(SCALES)})\b\s*")
+ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}|&")
+WHOLE_ANSWERS = {
+    r"\emptyset": r"(?:there (?:is|are) )?no (?:real |integer |such )?(?:solution|value|root)s?(?: exists?)?"
+    r"|(?:the )?empty set",
+    r"\mathbb{R}": r"(?:the set of )?(?:(?:all|any) )?(?:the )?(?:real numbers?|reals)|all real (?:x|values)",
+    r"\infty": r"(?:there (?:is|are) )?infinite(?:ly many)?\b(?:(?!\b(?:not?|non|never|finite|finitely)\b)\D)*",
+}
+
+
+def _plain(character: str) -> str:
+    """A character in the notation of LaTeX, or in its plain form, such as "2" for a full-width 2."""
+    category, name = unicodedata.category(character), unicodedata.name(character, "")
+    if character in SYMBOLS or character in CURRENCIES or character.isascii():
+        return SYMBOLS.get(character, character)
+    if category in ("Pi", "Pf", "Cf", "Zs", "Pd"):  # quotation marks, invisible marks, spaces, dashes
+        return {"Zs": " ", "Pd": "-"}.get(category, "")
+    if match := re.fullmatch("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", name):
+        letter = match[2].replace("LAMDA", "lambda").lower()
+        return rf"\{letter if match[1] == 'SMALL' else letter.capitalize()} "
+    tag, *codes = unicodedata.decomposition(character).split() or [""]
+    text = "".join(_plain(chr(int(code, 16))) for code in codes[tag[:1] not in ("", "<") :]) or character
+    if tag == "<fraction>":
+        return r"\frac{{{}}}{{{}}}".format(*text.split("/"))
+    return {"<super>": f"^{{{text}}}\0", "<sub>": f"_{{{text}}}\0"}.get(tag, text)
+
+
+def _fraction(match: re.Match[str]) -> str:
+    """A repeating decimal as a fraction."""
+    whole, head, *marked = match.groups("")
+    period = "".join(marked)
+    numerator = int(whole + head + period) - int((whole + head) or "0")
+    return rf"\frac{{{numerator}}}{{{'9' * len(period)}{'0' * len(head)}}}"
+
+
+def normalize(text: str) -> str:
+    """
+    Return `text` in one notation: LaTeX without delimiters, styles, sizes and spacing commands.
+
+    Raises:
+        TooLargeError: for a text of more than `MAX_CHARACTERS` or with brackets deeper than `MAX_DEPTH`.
+    """
+    text = " ".join(text.split())
+    if len(re.sub(r"\d+", "0", text)) > MAX_CHARACTERS:
+        raise TooLargeError
+    doubled = None
+    while doubled != text:
+        doubled, text = text, re.sub(r"\{(\{(?:[^{}]|(?1))*+\})\}|\((\((?:[^()]|(?2))*+\))\)", r"\1\2", text)
+    while match := re.match(r"[\s$]*\\(?:boxed|fbox|framebox)\s*(?=\{)", text):
+        end = closing_brace(text, match.end())
+        if end is None:
+            break
+        text = text[match.end() + 1 : end] + text[end + 1 :]
+    if r"\boxed" in text or r"\fbox" in text:
+        text = extract_answer(text) or text
+    text = re.sub("}\0[_^]{|\0", "", "".join(map(_plain, text)))  # x¹² is x^{12}
+    dollars = re.findall(r"(?<!\\)\$", text)
+    text = re.sub(r"(?<!\\)\$", r"\\$" if len(dollars) == 1 else " ", text)  # a single one is the currency
+    for pattern, replacement in REWRITES:
+        text = re.sub(pattern, replacement, text)
+    text = REPEATING.sub(_fraction, text)
+    text = SCALE.sub(lambda match: rf"\cdot 10^{{{SCALES[match[2]]}}}{match[1]}", text)
+    if not re.search("matrix|array|cases", text):
+        text = ENVIRONMENT.sub("", text).replace(r"\\", ";")
+    words = " ".join(re.sub(TEXT, r" \1 ", text).strip(" .").lower().split())
+    for meaning, pattern in WHOLE_ANSWERS.items():
+        if re.fullmatch(pattern, words):
+            return meaning
+    depth = itertools.accumulate((character in "([{") - (character in ")]}") for character in text)
+    if max(depth, default=0) > MAX_DEPTH:
+        raise TooLargeError
+    return text.lstrip(" ,;:").rstrip(" .,;:\\")
+
+
+# ---- Units ----
+
+SHORT_UNITS = re.compile("[cdkm]?m|[km]?g|[cdm]?[lL]|ms|ft|in|yd|mi|lb|oz|hr|yr|cc|ha|[kM]?Hz|k[WJN]|k?Pa|eV")
+LETTER_UNITS = set("mgshlLNJWVKCF")
+PLURAL = re.compile(r"\w*[^s]s|people|(?:wo)?men|children|dice|mice")
+# Plural or not, these change the number before them or are no nouns.
+NOT_COUNTED = re.compile(
+    r"(?:half|halve|score|gross|dozen|ten|lakh|crore|quarter|third|minu|plu|les|i|wa|ha|doe|thi|unles|alway|hundred|"
+    r"thousand|\w*illion|\w*th)s?"
+)
+ADJECTIVE = r"(?:(?:real|distinct|different|possible|total|whole|ordered) )?"
+WORD = rf"(?:{TEXT}|[a-zA-Zμ]+\.?|{CURRENCY})(?:\s*\^\s*(?:\{{\s*-?\d\s*\}}|\d))?"
+UNIT = re.compile(
+    rf"(?P<number>.*?(?:[\d)}}]|\\pi|\\infty)!*)(?P<unit>\s*{WORD}(?:\s*(?:/|\\cdot|\\times)?\s*{WORD})*\s*)",
+    re.DOTALL,
+)
+PERCENT = re.compile(r"\s*(?:\\?%|percent|\\text\s*\{\s*percent\s*\})$")
+PREFIX_CURRENCY = re.compile(rf"([+-]?)\s*(?:US\s*)?({CURRENCY})\s*(?=[+-]?\s*[\d\\(])")
+DEGREE = re.compile(r"\s*(?:\^\\circ|\\text\s*\{\s*degrees?\s*\}|\bdegrees?)$")
+BASE = re.compile(r"(\([\dA-F]+\)|\d[\dA-F]*)\s*_\s*\{?(\d+)\}?")
+TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+
+
+@functools.cache
+def _registry():
+    """The table of units, with currencies and the "unit" of geometry; loaded by the first answer that needs it."""
+    import pint
+
+    registry = pint.UnitRegistry(cache_folder=None)
+    registry.define("dollar = [dollar] = _ = USD = usd = buck")
+    registry.define("cent = [cent] = _ = penny = pennies = pence")
+    for name in ("unit", "euro", "yen", "rupee", "won"):
+        registry.define(f"{name} = [{name}]")
+    return registry
+
+
+def _is_unit(word: str, in_text: bool, spaced: bool) -> bool:
+    if word in ("square", "cubic", "per"):
+        return True
+    if NOT_COUNTED.fullmatch(word) or (len(word) == 1 and word not in LETTER_UNITS):
+        return False
+    readings = _registry().parse_unit_name(word) or _registry().parse_unit_name(word.lower())
+    for prefix, name, _ in readings:
+        is_pure_number = _registry().parse_units(name).dimensionless and name not in (
+            "degree",
+            "radian",
+            "bit",
+            "byte",
+        )
+        spelled_out = word.lower().startswith(prefix) and len(word) > 2  # else, it may be a product of variables
+        known = spelled_out or (len(word) > 1 and SHORT_UNITS.fullmatch(word)) or (spaced and word in LETTER_UNITS)
+        if not is_pure_number and (in_text or known):
+            return True
+    return False
+
+
+@functools.cache
+def _unit(text: str) -> tuple[str, bool]:
+    """
+    Return the canonical name of the words after a number, and True if the number is another one without them.
+
+    A unit is one that pint knows. Else, a plural noun is what the number counts.
+    """
+    in_text, spaced = r"\text" in text, text[:1].isspace()
+    for sign, name in CURRENCIES.items():
+        text = text.replace(rf"\{sign}" if sign == "$" else sign, f" {name} ")
+    text = re.sub(TEXT, r" \1 ", re.sub(r"\\(?:cdot|times)", " ", text))
+    text = re.sub(r"\bsq\b\.?", "square", re.sub(r"\bcu\b\.?", "cubic", re.sub(r"[{}]|\bUS(?= dollar)", "", text)))
+    text = " ".join(re.sub(r"(?<=[a-zA-Z])\.", "", text).split())
+    words = re.findall(r"[a-zA-Zμ]+", text)
+    is_product = re.fullmatch(r"(?:[a-zA-Zμ]+(?: *\^ *-?\d)?[ /]*)+", text.removeprefix("/")) is not None
+    if is_product and all(_is_unit(word, in_text, spaced or len(words) > 1) for word in words):
+        known = _registry().parse_unit_name
+        text = re.sub(r"[a-zA-Zμ]+", lambda match: match[0] if known(match[0]) else match[0].lower(), text)
+        return str(_registry().parse_units(re.sub(r" *\^ *(-?\d)", r"**(\1)", text))), False
+    noun = re.fullmatch(rf"{ADJECTIVE}([a-z]+)", text)
+    required = noun is None or not PLURAL.fullmatch(noun[1]) or NOT_COUNTED.fullmatch(noun[1]) is not None
+    return re.sub(r"(?:(?<=[sxz]|[cs]h)es|(?<!s)s)$", "", text), required
+
+
+# ---- Structure ----
+
+OR = rf"\\(?:cup|lor|vee){END}|\bor\b"
+SEPARATOR = rf"(?:[,;]\s*)?(?:{OR}|\band\b|\\(?:land|wedge){END})|[,;]"
+RELATION = rf"\\(?:equiv|le|ge|ne|in){END}|:?=|[<>]"
+THOUSANDS = re.compile(rf"{BALANCED}(*SKIP)(*FAIL)|(?<![\d.,])([1-9]\d{{0,2}}(?:,\d{{3}})+)(?![\d,])")
+INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
+TIME = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
+SPACE = re.compile(r"(\\[a-zA-Z]+\s(?=[a-zA-Z])|\d\s+(?=\d))|\s+")  # except those that mean something: \pi r, 1 2
+PREFIX = re.compile(
+    r"(?:\\text\s*\{[^{}]*(?::|\bis|(?i:answer|solution))\s*\}|[a-zA-Z ]*\b(?:is\b|(?i:answer|solution|result)\s*(?:is|:|=)))"
+    r"\s*:?(?=.)|(?:\\text\s*\{\s*)?\b(?:approximately|about|exactly)\b\s*\}?"
+)
+PARAMETER = re.compile(
+    r"[,;]?\s*(?:\\text\s*\{[^{}]*\}|\bfor\b)?\s*\(?\s*([a-zA-Z])\s*\\in\s*(?:\\mathbb\{([ZN])\}|([ZN]))\s*\)?$"
+)
+RULE = re.compile(
+    r"(.+?)\s*[:|]\s*(-?\d+)\s*(<|\\le)\s*([a-zA-Z])\s*(<|\\le)\s*(-?\d+)\s*(?:,\s*\4\s*\\in\s*\\mathbb\{[ZN]\}\s*)?"
+)
+
+
+def without_spaces(text: str) -> str:
+    """Return `text` without the spaces that mean nothing in LaTeX."""
+    return SPACE.sub(r"\1", text.strip())
+
+
+def has_thousands(text: str) -> bool:
+    """True if `text` has a number such as 1,234 outside of brackets, which may be two."""
+    return THOUSANDS.search(text) is not None
+
+
+def parse_answer(text: str, thousands: bool = False) -> ParsedAnswer:
+    """
+    Return the structure of a normalized answer.
+
+    Args:
+        text: what `normalize` returned.
+        thousands: True to read 1,234 outside of brackets as one number, False to read it as two.
+    """
+    if thousands:
+        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    while _is_bracketed(text, "({"):
+        if text[0] == "(" and len(_split(text[1:-1], SEPARATOR)[0]) > 1:
+            break
+        text = text[1:-1].strip()
+    if match := PARAMETER.search(text):  # 2k\pi, k\in\mathbb{Z}: the name of k means nothing
+        rule = _substitute(match[1], r"\kappa ", text[: match.start()])
+        if rule.strip() and rule != text[: match.start()]:
+            return replace(parse_answer(rule), unit=f"for integers {match[2] or match[3]}", unit_required=True)
+    parts, separators = _split(text, SEPARATOR)
+    parts = [part for part in parts if part] or [""]
+    if r"\ldots" in parts[2:-1]:
+        parts = _progression(parts)
+    answers = []
+    for part in parts:
+        signs = ["+-", "-+"] if re.search(rf"\\(?:pm|mp){END}", part) else ["+-"]
+        answers += [_parse_one(re.sub(rf"\\pm{END}", s[0], re.sub(rf"\\mp{END}", s[1], part))) for s in signs]
+    if any(re.search(OR, separator) for separator in separators):  # "5 or 5"
+        answers = list(dict.fromkeys(answers))
+    return answers[0] if len(answers) == 1 else ParsedAnswer("set", text, tuple(answers))
+
+
+def _is_bracketed(text: str, brackets: str) -> bool:
+    return text[:1] in tuple(brackets) and re.fullmatch(BALANCED, text) is not None
+
+
+def _split(text: str, separator: str) -> tuple[list[str], list[str]]:
+    """The parts of `text` between the separators outside of all brackets, and these separators."""
+    pieces = re.split(rf"{BALANCED}(*SKIP)(*FAIL)|({separator})", text)
+    return [part.strip() for part in pieces[::3]], pieces[2::3]
+
+
+def _substitute(name: str, value: str, text: str) -> str:
+    return re.sub(rf"(?<![a-zA-Z\\]){name}(?![a-zA-Z])", lambda _: value, text)
+
+
+def _progression(parts: list[str]) -> list[str]:
+    r"""`0, 2, 4, \ldots, 30` written out, if it is an arithmetic progression of integers."""
+    *head, dots, last = parts
+    if dots != r"\ldots" or not all(INTEGER.fullmatch(part) for part in [*head, last]):
+        return parts
+    first, step, last = int(head[0]), int(head[1]) - int(head[0]), int(last)
+    if step == 0 or abs((last - first) // step) >= MAX_ELEMENTS:
+        return parts
+    numbers = [*map(str, range(first, last + (1 if step > 0 else -1), step))]
+    return numbers if numbers[: len(head)] == head and numbers[-1] == str(last) else parts
+
+
+def _rule(inner: str) -> list[str] | None:
+    r"""The elements of `\{2k : 0 \le k \le 15\}`: values of a rule at all integers of a range."""
+    match = RULE.fullmatch(inner)
+    numbers = range(int(match[2]) + (match[3] == "<"), int(match[6]) + (match[5] != "<")) if match else ()
+    return [_substitute(match[4], f"({k})", match[1]) for k in numbers] if 0 < len(numbers) <= MAX_ELEMENTS else None
+
+
+def _is_name(text: str) -> bool:
+    r"""True if `text` can stand left of an answer, as in `x=5`, `f(2)=5`, `m+n=5`, unlike that of `2x=5` or `x^2=5`."""
+    text = re.sub(r"\^\s*\{?-1\}?\s*(?=\()", "", text)  # f^{-1}(3)
+    if re.search(rf"[\^<>]|\\(?:sqrt|infty|pi|pm){END}|^[+-]", text):
+        return False
+    outside = re.sub(r"_\s*(?:\{[^{}]*\}|\w)|\([^()]*\)", "", text)
+    return re.search("[a-zA-Z]", text) is not None and re.search(r"\d", outside) is None
+
+
+def _parse_one(text: str) -> ParsedAnswer:
+    """The structure of an answer without separators outside of brackets."""
+    text = text[prefix.end() :].strip() if (prefix := PREFIX.match(text)) else text
+    text = next(filter(None, _split(text, rf"\\approx{END}")[0]), "")  # the exact one, if both are given
+    parts, relations = _split(text, RELATION)
+    if relations and set(relations) <= {"=", ":=", r"\in", r"\equiv"}:
+        if _is_name(parts[0]):
+            return replace(parse_answer(parts[-1]), name=without_spaces(parts[0]), relation=text)
+        if all(parts) and not any(re.search(r"(?<!\\)\b[a-zA-Z]\b", part) for part in parts):
+            return replace(parse_answer(parts[-1]), computation=tuple(parts[:-1]))
+    if relations:
+        return ParsedAnswer("relation", text, relation=text)
+    if text.startswith(r"\{") and text.endswith(r"\}") and _is_bracketed(text[1:-2] + "}", "{"):
+        inner = text[2:-2].strip()
+        elements = _rule(inner)
+        if elements is None and len(_split(inner, "[:|]")[0]) == 2:
+            return ParsedAnswer("relation", text, relation=text.replace("|", ":"))
+        answer = parse_answer(inner if elements is None else ",".join(elements))
+        return replace(answer, items=tuple(dict.fromkeys(answer.items)), brackets="{}") if answer.items else answer
+    if _is_bracketed(text, "(["):
+        parts, _ = _split(text[1:-1], SEPARATOR)
+        if len(parts) > 1:
+            return ParsedAnswer("tuple", text, tuple(map(parse_answer, parts)), text[0] + text[-1])
+    return _parse_value(text)
+
+
+def _parse_value(text: str) -> ParsedAnswer:
+    """A single value, with its unit, or a ratio of values."""
+    currency, unit, required = "", "", False
+    if match := PREFIX_CURRENCY.match(text):
+        currency, text = match[2], match[1] + text[match.end() :]
+    percent = PERCENT.search(text)
+    if percent:
+        text = text[: percent.start()]
+    elif TRIGONOMETRIC.search(text):
+        text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\\circ", r"\\frac{\1\\pi}{180}", text)
+    elif match := DEGREE.search(text):
+        text, unit = text[: match.start()], "degree"
+    elif match := BASE.fullmatch(text):
+        text, unit = match[1], f"base {match[2]}"
+    elif match := UNIT.fullmatch(text):
+        found, is_required = _unit(f"{currency}{match['unit']}")
+        if not is_required or re.match(r"(?:\s|\\text\s*\{)\s*[a-z]{3,}", match["unit"]):
+            text, unit, required = match["number"], found, is_required
+    if currency and not unit:
+        unit, _ = _unit(currency)
+    first, *others = _split(text, ":")[0]
+    if others and all([first, *others]) and not TIME.fullmatch(without_spaces(text)):
+        quotients = [_parse_value(f"({first})/({other})") for other in others]
+        return quotients[0] if len(quotients) == 1 else ParsedAnswer("tuple", text, tuple(quotients), ":")
+    text = re.sub(TEXT, r" \1 ", text).strip()
+    while _is_bracketed(text, "({"):
+        text = text[1:-1].strip()
+    text = without_spaces(text.strip(" .,;:")).removeprefix("+")
+    return ParsedAnswer("value", text, unit=unit, unit_required=required, percent=percent is not None)
