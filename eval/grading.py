@@ -17,32 +17,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, answer_text, extract_answer  # noqa: E402
+from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, answer_text, extract_answer
 
 
-def read_lines(path: str, columns: tuple[str, str]) -> list[dict[str, Any]]:
-    """
-    Return the records of a JSONL file, with answers as text. Blank lines are skipped.
-
-    Raises:
-        ValueError: for a file that is not UTF-8 or a line that is not valid, with its number.
-    """
+def read_lines(path: str, columns: set[str]) -> list[dict[str, Any]]:
+    """Return the records of a JSONL file, with answers as text; a `ValueError` names the line that is not valid."""
     records = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() also splits at U+2028
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):  # U+2028 ends no line
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-            missing = [column for column in columns if column not in record]
-            if missing:
-                raise ValueError(f"no {missing[0]!r}; each line needs {columns[0]!r} and {columns[1]!r}")
-            records.append({**record, **{column: answer_text(record[column]) for column in columns}})
+            record = json.loads(line) if line.strip() else None
+            if record is not None:
+                if not isinstance(record, dict) or not columns <= record.keys():
+                    raise ValueError(f"each line needs an object with {' and '.join(sorted(columns))}")
+                records.append({**record, **{column: answer_text(record[column]) for column in columns}})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     return records
@@ -63,8 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--memory_limit_gib", type=float, default=2.0, help="of a worker (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        records = read_lines(options.pairs or options.responses, ("pred" if options.pairs else "response", "gold"))
+        records = read_lines(options.pairs or options.responses, {"pred" if options.pairs else "response", "gold"})
         pool = GradingPool(options.grade_workers, options.grade_timeout, options.memory_limit_gib, options.grader)
+    except UnicodeDecodeError as error:
+        parser.error(f"{options.pairs or options.responses}: not UTF-8 ({error}); convert it first")
     except (OSError, ValueError) as error:
         parser.error(str(error))
     with pool:

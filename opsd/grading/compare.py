@@ -2,9 +2,8 @@ r"""
 Equality of answers: by their text, their structure, their values, and else by math-verify.
 
 math-verify's parser reads the values. Its `verify` decides what is not made of numbers, variables and functions only:
-equations, matrices, unions and complements of sets, integrals. It does not decide the rest, because it compares
-floats to 6 decimals and other numbers to 15 digits, so that 2^{98} and 2^{99} have the same inverse, because it computes
-10^{10^{10}} if asked, and because it takes (3,2) and (2,1) for empty intervals.
+equations, inequalities, matrices, complements, integrals. It does not decide the rest: it compares floats to 6 decimals
+and other numbers to 15 digits, computes 10^{10^{10}} if asked, and takes (3,2) and (2,1) for the same empty interval.
 """
 
 import functools
@@ -12,8 +11,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -27,52 +25,41 @@ from math_verify.grader import should_treat_as_complex
 from sympy import Basic, Expr, MatrixBase
 
 from opsd.grading.extract import Answer, answer_text
-from opsd.grading.parse import (
-    BALANCED,
-    INTEGER,
-    ParsedAnswer,
-    TooLargeError,
-    has_thousands,
-    normalize,
-    parse_answer,
-    without_spaces,
-)
+from opsd.grading.parse import BALANCED, ParsedAnswer, TooLargeError, normalize, parse_answer, without_spaces
 
 GRADERS = ("strict", "release")
 MAX_MAGNITUDE = 2**16  # bits of a number before the point, or of its inverse
 MAX_DIGITS = 2**17  # of a number that is written out
 MAX_TERMS = 10_000  # of sums and products, together
-PARSING = ConversionConfig(lowercase_symbols=False)
+PARSING = {"convert_degrees": False, "normalization_config": None}
+PARSING["conversion_config"] = ConversionConfig(lowercase_symbols=False)
+POINTS = [(2, 40, 1), (-3000, 3000, 1009), (100, 3000, 1009), (1000, 1020, 1009)] * 3  # ranges for the variables
 CONSTANTS = {"Pi": "pi", "Exp1": "e", "Infinity": "inf", "NegativeInfinity": "inf"}
 FUNCTION = re.compile("a?(?:sin|cos|tan|cot)h?|sec|csc|exp|log|gamma|factorial|binomial|sign|floor|ceiling|Abs|Mod")
 RENAMED = {"ceiling": "ceil", "Abs": "fabs", "Mod": "fmod"}
-RATIONAL = re.compile(r"([+-]?)(?:([0-9]+(?:\.[0-9]*)?)|([0-9]+)/([0-9]+)|\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\})")
 INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
 SETS = re.compile(r"\\(?:mathbb|emptyset)(?![a-zA-Z])")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    r"""
+    """
     The comparison of a prediction with a reference answer.
 
     Attributes:
         equal: True if they are the same; `None` for status `ungraded` only.
         status: how that was decided.
-            `exact`, `integer`, `rational`: by the text alone, as the same text, as whole numbers or as fractions;
-            `number`: values, exact or to a precision that grows with the numbers in them;
-            `expression`: values at several points for the variables;
+            `exact`, `rational`: by the text alone, as the same text or as whole numbers, decimals and fractions;
+            `number`, `expression`: by values, of an expression with variables at several points;
             `text`: words, or what cannot be read as mathematics and is not the same text;
-            `unit`: two units or moduli that contradict each other, or words that change a number;
+            `unit`: units or moduli that contradict each other, or words that change a number;
             `set`, `tuple`: element by element, in any order or in order; an interval is a tuple;
             `kind`: one is a number and the other is not, a set and the other a tuple, and the like;
-            `math_verify`: by math-verify's `verify`;
+            `math_verify`, `release`: by math-verify's `verify`, as a part of the grader or as all of it;
             `no_answer`, `no_gold`: there is no prediction, or no reference answer (not equal);
-            `too_large`: numbers or texts beyond the limits of `opsd.grading` (not equal);
-            `timeout`, `memory`, `crashed`: the worker was ended at its time limit, reached its memory limit, or
-            ended for another reason (not equal);
-            `ungraded`: a reference answer of type `description` that is not one mathematical expression;
-            `release`: by the released grader.
+            `too_large`: beyond the limits of `opsd.grading`, or without a value at enough points (not equal);
+            `timeout`, `memory`, `crashed`: the worker reached a limit or ended for another reason (not equal);
+            `ungraded`: a reference answer of type `description` that is not one mathematical expression.
         seconds: the processor time that it took.
     """
 
@@ -100,20 +87,14 @@ class _Evaluation:
         self.double_factorials = double_factorials  # the parser reads n!! as (n!)!
         self.mp = mpmath.mp.clone()
         self.mp.prec = precision
-        self.magnitude = 0  # bits before the point of the largest number so far, or of the inverse of the smallest
-        self.terms = 0  # of sums and products
+        self.magnitude = self.terms = 0  # bits before the point of the largest number so far or its inverse; of sums
 
     def value(self, node: Basic) -> Any:
-        """
-        Return the value of `node`, an `mpf` or `mpc`, computed only while it stays small enough.
-
-        Raises:
-            TooLargeError, _UndefinedError, _UnsupportedError
-        """
+        """Return the value of `node`, an `mpf` or `mpc`, or raise one of the errors of this module."""
         kind = type(node).__name__
         try:
             result = self.mp.convert(self._compute(node, kind, node.args))
-        except (ValueError, ZeroDivisionError) as error:  # a pole
+        except (ValueError, ZeroDivisionError, TypeError) as error:  # a pole, or the order of complex numbers
             raise _UndefinedError from error
         if self.mp.isnan(result):
             raise _UndefinedError
@@ -132,7 +113,7 @@ class _Evaluation:
         if node.is_Symbol:
             return self._symbol(node.name)
         if kind in CONSTANTS:
-            return +getattr(self.mp, CONSTANTS[kind]) * (-1 if kind == "NegativeInfinity" else 1)
+            return self.mp.mpf(getattr(self.mp, CONSTANTS[kind])) * (-1 if kind == "NegativeInfinity" else 1)
         if kind in ("Sum", "Product") and len(arguments) == 2:
             return (sum if kind == "Sum" else math.prod)(self._series(arguments[0], *arguments[1]))
         if kind == "factorial" and self.double_factorials and type(arguments[0]).__name__ == "factorial":
@@ -141,9 +122,9 @@ class _Evaluation:
         if kind in ("Add", "Mul"):
             return (sum if kind == "Add" else math.prod)(values)
         if kind in ("Max", "Min"):
-            return (max if kind == "Max" else min)(map(self._real, values))
+            return (max if kind == "Max" else min)(map(self.mp.mpf, values))
         if kind in ("floor", "ceiling"):
-            nearest = self.mp.nint(self._real(values[0]))
+            nearest = self.mp.nint(self.mp.mpf(values[0]))
             if abs(values[0] - nearest) < self.mp.mpf(2) ** (-self.mp.prec // 2):  # below it by rounding alone
                 return nearest
         if kind == "Pow":
@@ -167,11 +148,6 @@ class _Evaluation:
         if name.startswith("bar{") and (inner := _tree(name[4:-1])) is not None:  # \overline{3+4i} is no symbol
             return self.mp.conj(self.value(inner))
         raise _UnsupportedError  # bound, by an integral or a limit
-
-    def _real(self, value: Any) -> Any:
-        if self.mp.im(value) or self.mp.isinf(value):
-            raise _UndefinedError
-        return value
 
     def _power(self, base: Any, exponent: Any) -> Any:
         if base == 0:
@@ -202,14 +178,8 @@ class _Evaluation:
         return values
 
 
-def _points(names: list[str]) -> Iterator[dict[str, Fraction]]:
-    """Values for variables; the same at every call."""
-    generator = random.Random(0)
-    for low, high, denominator in [(2, 40, 1), (-3000, 3000, 1009), (100, 3000, 1009), (1000, 1020, 1009)] * 3:
-        yield {name: Fraction(generator.randrange(low, high), denominator) for name in names}
-
-
 def _equal_at(point: dict[str, Fraction], trees: list[Basic], double_factorials: bool) -> bool:
+    """Compare to a precision that grows with the numbers on the way."""
     precision, needed = 0, 400
     while needed > precision:
         precision = needed
@@ -226,10 +196,8 @@ def _equal_at(point: dict[str, Fraction], trees: list[Basic], double_factorials:
 GROUP = r"(\{(?:[^{}]|(?2))*+\})"
 READINGS = [  # what the parser does not read, or reads as something else; in this order
     (r"(\\sqrt|\^)\s*(\((?:[^()]|(?2))*+\))", r"\1{\2}"),  # \sqrt(2), x^(y)
-    (
-        r"(\\sqrt\s*\[[^\[\]]*\]|\\(?:frac|binom|sqrt)(?![a-zA-Z]))\s*(?![\[{])(\\[a-zA-Z]+|[\w.])",
-        r"\1{\2}",
-    ),  # \frac12
+    # \frac12, \sqrt3
+    (r"(\\sqrt\s*\[[^\[\]]*\]|\\(?:frac|binom|sqrt)(?![a-zA-Z]))\s*(?![\[{])(\\[a-zA-Z]+|[\w.])", r"\1{\2}"),
     (rf"(\\(?:frac|binom)\s*{GROUP})\s*(?!\{{)(\\[a-zA-Z]+|\w)", r"\1{\3}"),  # \frac{1}2
     (r"((?<![\w.^])\d[\d.]*|\)) *(?=[({])", r"\1\\cdot "),  # 3(1/2) is 3.5
     (r"\) *(?=\d|\\frac)", r")\\cdot "),
@@ -255,13 +223,7 @@ def _tree(text: str) -> Basic | MatrixBase | None:
     unevaluated = sympy.evaluate(False) if re.search(r"\\(?:binom|Gamma)", text) else nullcontext()
     try:
         with unevaluated:
-            tree = latex2sympy(
-                text,
-                is_real=not should_treat_as_complex(text),
-                convert_degrees=False,
-                normalization_config=None,
-                conversion_config=PARSING,
-            )
+            tree = latex2sympy(text, is_real=not should_treat_as_complex(text), **PARSING)
     except MemoryError:
         raise
     except Exception:  # what the parser raises for text that is no mathematics, also from within sympy
@@ -276,23 +238,21 @@ def _same_expression(prediction: str, gold: str) -> tuple[bool, str]:
     if all(isinstance(tree, Expr) for tree in trees):
         names = {symbol.name for tree in trees for symbol in tree.free_symbols}
         names = sorted(name for name in names if name != "i" and not re.match(r"bar\{.*\d", name))
-        status, points, too_large = "expression" if names else "number", 0, False
+        status, points, generator = "expression" if names else "number", 0, random.Random(0)
         try:
-            for point in _points(names) if names else [{}]:
-                try:
+            for low, high, denominator in POINTS if names else POINTS[:1]:
+                point = {name: Fraction(generator.randrange(low, high), denominator) for name in names}
+                with suppress(_UndefinedError, TooLargeError):
                     if not _equal_at(point, trees, "!!" in prediction + gold):
                         return False, status
                     points += 1
-                except _UndefinedError:
-                    continue
-                except TooLargeError:
-                    too_large = True
-            if points >= (3 if names else 1):
-                return True, status
-            if too_large:
-                raise TooLargeError
+            enough = points >= (3 if names else 1)
+            return enough, status if enough else "too_large"
         except _UnsupportedError:
             pass
+    with suppress(NotImplementedError):  # two equations without a solution are the same to math-verify
+        if all(isinstance(tree, sympy.Eq) for tree in trees) and not sympy.solve(trees[1]):
+            return False, "math_verify"
     return verify(trees[1], trees[0], allow_set_relation_comp=True, timeout_seconds=None), "math_verify"
 
 
@@ -300,9 +260,8 @@ def _same_expression(prediction: str, gold: str) -> tuple[bool, str]:
 
 
 def _same_value(prediction: ParsedAnswer, gold: ParsedAnswer) -> tuple[bool, str]:
-    if prediction.unit != gold.unit and (
-        (prediction.unit and gold.unit) or prediction.unit_required or gold.unit_required
-    ):
+    required = prediction.unit_required or gold.unit_required or (prediction.unit and gold.unit)
+    if required and prediction.unit != gold.unit:
         return False, "unit"
     texts = prediction.text, gold.text
     if texts[0] == texts[1] != "" and prediction.percent == gold.percent:
@@ -314,7 +273,7 @@ def _same_value(prediction: ParsedAnswer, gold: ParsedAnswer) -> tuple[bool, str
         return equal, status
     # 50% is the same as 50 where the question asks for a percentage, but also as 0.5.
     return _same_expression(
-        *(rf"\frac{{{answer.text}}}{{100}}" if answer.percent else answer.text for answer in (prediction, gold))
+        *(f"({answer.text})/100" if answer.percent else answer.text for answer in (prediction, gold))
     )
 
 
@@ -365,9 +324,6 @@ def compare_texts(prediction: str | None, gold: str | None, answer_type: str | N
     texts = [without_spaces(text) for text in (prediction, gold)]
     if texts[0] == texts[1]:
         return True, "exact"
-    if all(integers := [INTEGER.fullmatch(text) for text in texts]):
-        signed = [(match[1] == "-" and match[2] != "0", match[2]) for match in integers]
-        return signed[0] == signed[1], "integer"
     if None not in (rationals := [_rational(text) for text in texts]):
         return rationals[0] == rationals[1], "rational"
     return None
@@ -381,12 +337,12 @@ def _is_prose(gold: str) -> bool:
 
 
 def _rational(text: str) -> Fraction | None:
-    match = RATIONAL.fullmatch(text) if len(text) < sys.get_int_max_str_digits() else None
-    if match is None:
-        return None
-    sign, *parts = match.groups()
-    numerator, denominator = [*map(Fraction, filter(None, parts)), Fraction(1)][:2]
-    return None if denominator == 0 else Fraction(f"{sign}1") * numerator / denominator
+    """The value of a whole number, a decimal or a fraction."""
+    text = re.sub(r"^([+-]?)\\[dt]?frac\{(\d+)\}\{(\d+)\}$", r"\1\2/\3", text)
+    if len(text) < sys.get_int_max_str_digits() and re.fullmatch(r"[+-]?\d+(?:\.\d*|/\d+)?", text):
+        with suppress(ZeroDivisionError):
+            return Fraction(text)
+    return None
 
 
 def _compare_structures(prediction: str, gold: str, answer_type: str | None) -> tuple[bool, str]:
@@ -394,13 +350,10 @@ def _compare_structures(prediction: str, gold: str, answer_type: str | None) -> 
         texts = normalize(prediction), normalize(gold)
         if texts[0] and without_spaces(texts[0]) == without_spaces(texts[1]):
             return True, "exact"
-        first = None
-        for thousands in {"number": (True,), "set": (False,)}.get(answer_type, (True, False)):
-            verdict = _same(*(parse_answer(text, thousands) for text in texts))
-            first = first or verdict
-            if verdict[0] or not any(map(has_thousands, texts)):
-                return verdict
-        return first
+        flags = {"number": (True,), "set": (False,)}.get(answer_type, (True, False))
+        readings = dict.fromkeys(tuple(parse_answer(text, thousands=flag) for text in texts) for flag in flags)
+        verdicts = [_same(*reading) for reading in readings]
+        return next((verdict for verdict in verdicts if verdict[0]), verdicts[0])
     except TooLargeError:
         return False, "too_large"
 
@@ -409,10 +362,8 @@ def grade(prediction: Answer, gold: Answer, *, grader: str = "strict", answer_ty
     """
     Compare a prediction with a reference answer, in this process and without a limit on time and memory.
 
-    This is what the workers of a `GradingPool` run.
-
     `strict`: the text first; then the structure (lists, sets, tuples, intervals, units, names as in `x=5`), whose values
-    are compared exactly or to a high precision, at several points if there are variables; the rest goes to math-verify.
+    are compared exactly or to a high precision, at several points if there are variables; the rest by math-verify.
     Decimals are exact: 0.333 is not 1/3.
 
     `release`: math-verify's `parse` of both between dollars and its `verify`, with their default settings, time limits
@@ -420,14 +371,11 @@ def grade(prediction: Answer, gold: Answer, *, grader: str = "strict", answer_ty
 
     Args:
         prediction: the extracted answer; `None`, for none, equals nothing.
-        gold: the reference answer.
-        grader: one of `GRADERS`.
-        answer_type: how to read the answers, as AMO-Bench has it: for `number` the comma in `1,234` separates
-            thousands, for `set` elements (else, either); `description` may be `ungraded`. `release` ignores it.
+        answer_type: as AMO-Bench has it: `number` makes the comma in `1,234` a thousands separator, `set` makes it a
+            separator of elements (else, either); `description` may be `ungraded`. `release` ignores it.
 
     Raises:
-        TypeError: for answers that are neither text nor number.
-        ValueError: for an unknown grader or a float that is not exact.
+        TypeError, ValueError: for answers that `answer_text` refuses, and for an unknown grader.
     """
     if grader not in GRADERS:
         raise ValueError(f"grader {grader!r}: must be one of {', '.join(GRADERS)}")

@@ -40,7 +40,7 @@ def answer_text(value: Answer) -> str | None:
     return str(int(value)) if value == np.round(value) and math.isfinite(value) else str(value)
 
 
-def closing_brace(text: str, start: int) -> int | None:
+def _closing_brace(text: str, start: int) -> int | None:
     r"""Return the index of the brace that closes the one at `start`, or `None`. `\{` and `\}` do not count."""
     depth = 0
     for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, start):
@@ -74,7 +74,7 @@ def extract_answer(text: str, thinking: bool = False, method: str = "final") -> 
         raise ValueError(f"extraction method {method!r}: must be one of {', '.join(EXTRACT_METHODS)}")
     if method == "release":
         start = text.rfind(r"\boxed{")
-        end = closing_brace(re.sub(r"\\(?=[{}])", " ", text), start + len(r"\boxed")) if start >= 0 else None
+        end = _closing_brace(re.sub(r"\\(?=[{}])", " ", text), start + len(r"\boxed")) if start >= 0 else None
         return None if end is None else text[start + len(r"\boxed{") : end].strip()
     _, end_of_thought, text = text.rpartition("</think>")
     if not end_of_thought and (thinking or "<think>" in text):
@@ -82,7 +82,7 @@ def extract_answer(text: str, thinking: bool = False, method: str = "final") -> 
     boxes: list[str] = []
     limit = start_of_next = len(text)
     for match in reversed(list(BOX.finditer(text))):
-        end = closing_brace(text, match.start(1)) if match[1] else match.end()
+        end = _closing_brace(text, match.start(1)) if match[1] else match.end()
         if end is None or end > limit:  # never closed, or around a box that has been read
             continue
         between = text[end + len(match[1] or "") : start_of_next]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import regex as re  # for balanced brackets
 
-from opsd.grading.extract import closing_brace, extract_answer
+from opsd.grading.extract import extract_answer
 
 MAX_CHARACTERS = 1500  # of an answer that is to be parsed, each run of digits counted as one
 MAX_DEPTH = 25  # of nested brackets
@@ -20,36 +20,29 @@ class TooLargeError(Exception):
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    r"""
-    The structure of an answer.
+    """The structure of an answer."""
 
-    Attributes:
-        kind: `value`, `set` or `tuple` (with `items`), or `relation` (an equation, an inequality or a condition).
-        text: the source in the notation of `normalize`; of a value, without its unit.
-        brackets: of a tuple or an interval, such as `"(]"`; `"{}"` of a set in braces; `":"` of a ratio such as 1:2:3.
-        name: what stands left of "=".
-        relation: the whole equation or inequality, if it is one.
-        computation: the earlier members of a chain such as `2^3=8`, which must have the value of the last.
-        unit: the unit or counted noun after a value.
-        unit_required: True if the value is another one without `unit`, as for `5 tenths`.
-        percent: True after a percent sign.
-    """
-
-    kind: str
-    text: str
+    kind: str  # `value`, `set` or `tuple` (with items), or `relation` (an equation, an inequality or a condition)
+    text: str  # the source in the notation of `normalize`; of a value, without its unit
     items: tuple["ParsedAnswer", ...] = ()
-    brackets: str = ""
-    name: str = ""
-    relation: str = ""
-    computation: tuple[str, ...] = ()
-    unit: str = ""
-    unit_required: bool = False
+    brackets: str = (
+        ""  # of a tuple or an interval, such as "(]"; "{}" of a set in braces; ":" of a ratio such as 1:2:3
+    )
+    name: str = ""  # what stands left of "="
+    relation: str = ""  # the whole equation or inequality, if it is one
+    computation: tuple[
+        str, ...
+    ] = ()  # earlier members of a chain such as 2^3=8, which must have the value of the last
+    unit: str = ""  # the unit or the counted noun after a value
+    unit_required: bool = False  # the value is another one without `unit`, as for "5 tenths"
     percent: bool = False
 
 
 # ---- One notation ----
 
 BALANCED = r"(?P<b>[(\[{](?:[^()\[\]{}]|(?&b))*+[)\]}])"  # intervals mix ( and [
+DOUBLED = r"\{(\{(?:[^{}]|(?1))*+\})\}|\((\((?:[^()]|(?2))*+\))\)"
+BOXED = r"^[\s$]*\\(?:boxed|fbox|framebox)\s*\{((?:[^{}]|(\{(?:[^{}]|(?2))*+\}))*+)\}"
 SYMBOLS = {
     **{"−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/"},
     **{"≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp "},
@@ -87,7 +80,7 @@ REWRITES = [  # in this order
     (r"\*\*(?=\S)(.*?\S)\*\*(?!\w)", r"\1"),
     (r"[,;.]?\s*\$?\s*(?:\\text\s*\{)?\s*\bwhere\b.*", ""),  # an explanation of what the answer has said
     (r"\{?([^{}]*?)\s*\\choose\s*([^{}]*)\}?", r"\\binom{\1}{\2}"),
-    (r"<=|>=|!=|\.\.\.", lambda match: {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne "}.get(match[0], r"\ldots ")),
+    (r"<=|>=|(?<=\s)!=|\.\.\.", lambda match: {"<=": r"\le ", ">=": r"\ge ", "!=": r"\ne "}.get(match[0], r"\ldots ")),
     (r"\\\{\s*\\\}", r"\\emptyset "),
     (rf"\\mathbb\s*\{{?\s*([RZNQC]){END}\s*\}}?", r"\\mathbb{\1}"),
     (r"\(\s*-\s*\\infty\s*,\s*\+?\\infty\s*\)", r"\\mathbb{R}"),
@@ -155,16 +148,12 @@ def normalize(text: str) -> str:
     text = " ".join(text.split())
     if len(re.sub(r"\d+", "0", text)) > MAX_CHARACTERS:
         raise TooLargeError
-    doubled = None
-    while doubled != text:
-        doubled, text = text, re.sub(r"\{(\{(?:[^{}]|(?1))*+\})\}|\((\((?:[^()]|(?2))*+\))\)", r"\1\2", text)
-    while match := re.match(r"[\s$]*\\(?:boxed|fbox|framebox)\s*(?=\{)", text):
-        end = closing_brace(text, match.end())
-        if end is None:
-            break
-        text = text[match.end() + 1 : end] + text[end + 1 :]
+    before = None
+    while before != text:  # boxes and doubled brackets
+        before, text = text, re.sub(BOXED, r"\1", re.sub(DOUBLED, r"\1\2", text))
     if r"\boxed" in text or r"\fbox" in text:
         text = extract_answer(text) or text
+    text = re.sub(r"([√∛])\s*([\d.]+)", r"\1{\2}", text)
     text = re.sub("}\0[_^]{|\0", "", "".join(map(_plain, text)))  # x¹² is x^{12}
     dollars = re.findall(r"(?<!\\)\$", text)
     text = re.sub(r"(?<!\\)\$", r"\\$" if len(dollars) == 1 else " ", text)  # a single one is the currency
@@ -174,6 +163,7 @@ def normalize(text: str) -> str:
     text = SCALE.sub(lambda match: rf"\cdot 10^{{{SCALES[match[2]]}}}{match[1]}", text)
     if not re.search("matrix|array|cases", text):
         text = ENVIRONMENT.sub("", text).replace(r"\\", ";")
+    text = re.sub(rf"^\s*{TEXT}\s*$", r"\1", text)
     words = " ".join(re.sub(TEXT, r" \1 ", text).strip(" .").lower().split())
     for meaning, pattern in WHOLE_ANSWERS.items():
         if re.fullmatch(pattern, words):
@@ -187,6 +177,7 @@ def normalize(text: str) -> str:
 # ---- Units ----
 
 SHORT_UNITS = re.compile("[cdkm]?m|[km]?g|[cdm]?[lL]|ms|ft|in|yd|mi|lb|oz|hr|yr|cc|ha|[kM]?Hz|k[WJN]|k?Pa|eV")
+PURE_UNITS = {"degree", "radian", "bit", "byte"}  # the other units without a dimension are numbers
 LETTER_UNITS = set("mgshlLNJWVKCF")
 PLURAL = re.compile(r"\w*[^s]s|people|(?:wo)?men|children|dice|mice")
 # Plural or not, these change the number before them or are no nouns.
@@ -197,8 +188,7 @@ NOT_COUNTED = re.compile(
 ADJECTIVE = r"(?:(?:real|distinct|different|possible|total|whole|ordered) )?"
 WORD = rf"(?:{TEXT}|[a-zA-Zμ]+\.?|{CURRENCY})(?:\s*\^\s*(?:\{{\s*-?\d\s*\}}|\d))?"
 UNIT = re.compile(
-    rf"(?P<number>.*?(?:[\d)}}]|\\pi|\\infty)!*)(?P<unit>\s*{WORD}(?:\s*(?:/|\\cdot|\\times)?\s*{WORD})*\s*)",
-    re.DOTALL,
+    rf"(?P<number>.*?(?:[\d)}}]|\\pi|\\infty)!*)(?P<unit>\s*{WORD}(?:\s*(?:/|\\cdot|\\times)?\s*{WORD})*\s*)"
 )
 PERCENT = re.compile(r"\s*(?:\\?%|percent|\\text\s*\{\s*percent\s*\})$")
 PREFIX_CURRENCY = re.compile(rf"([+-]?)\s*(?:US\s*)?({CURRENCY})\s*(?=[+-]?\s*[\d\\(])")
@@ -227,12 +217,7 @@ def _is_unit(word: str, in_text: bool, spaced: bool) -> bool:
         return False
     readings = _registry().parse_unit_name(word) or _registry().parse_unit_name(word.lower())
     for prefix, name, _ in readings:
-        is_pure_number = _registry().parse_units(name).dimensionless and name not in (
-            "degree",
-            "radian",
-            "bit",
-            "byte",
-        )
+        is_pure_number = _registry().parse_units(name).dimensionless and name not in PURE_UNITS
         spelled_out = word.lower().startswith(prefix) and len(word) > 2  # else, it may be a product of variables
         known = spelled_out or (len(word) > 1 and SHORT_UNITS.fullmatch(word)) or (spaced and word in LETTER_UNITS)
         if not is_pure_number and (in_text or known):
@@ -270,7 +255,6 @@ OR = rf"\\(?:cup|lor|vee){END}|\bor\b"
 SEPARATOR = rf"(?:[,;]\s*)?(?:{OR}|\band\b|\\(?:land|wedge){END})|[,;]"
 RELATION = rf"\\(?:equiv|le|ge|ne|in){END}|:?=|[<>]"
 THOUSANDS = re.compile(rf"{BALANCED}(*SKIP)(*FAIL)|(?<![\d.,])([1-9]\d{{0,2}}(?:,\d{{3}})+)(?![\d,])")
-INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
 TIME = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 SPACE = re.compile(r"(\\[a-zA-Z]+\s(?=[a-zA-Z])|\d\s+(?=\d))|\s+")  # except those that mean something: \pi r, 1 2
 PREFIX = re.compile(
@@ -288,11 +272,6 @@ RULE = re.compile(
 def without_spaces(text: str) -> str:
     """Return `text` without the spaces that mean nothing in LaTeX."""
     return SPACE.sub(r"\1", text.strip())
-
-
-def has_thousands(text: str) -> bool:
-    """True if `text` has a number such as 1,234 outside of brackets, which may be two."""
-    return THOUSANDS.search(text) is not None
 
 
 def parse_answer(text: str, thousands: bool = False) -> ParsedAnswer:
@@ -343,7 +322,7 @@ def _substitute(name: str, value: str, text: str) -> str:
 def _progression(parts: list[str]) -> list[str]:
     r"""`0, 2, 4, \ldots, 30` written out, if it is an arithmetic progression of integers."""
     *head, dots, last = parts
-    if dots != r"\ldots" or not all(INTEGER.fullmatch(part) for part in [*head, last]):
+    if dots != r"\ldots" or not all(re.fullmatch(r"-?\d+", part) for part in [*head, last]):
         return parts
     first, step, last = int(head[0]), int(head[1]) - int(head[0]), int(last)
     if step == 0 or abs((last - first) // step) >= MAX_ELEMENTS:
@@ -376,7 +355,7 @@ def _parse_one(text: str) -> ParsedAnswer:
     if relations and set(relations) <= {"=", ":=", r"\in", r"\equiv"}:
         if _is_name(parts[0]):
             return replace(parse_answer(parts[-1]), name=without_spaces(parts[0]), relation=text)
-        if all(parts) and not any(re.search(r"(?<!\\)\b[a-zA-Z]\b", part) for part in parts):
+        if all(parts) and not any(re.search(rf"(?<![\\a-zA-Z])[a-zA-Z]{END}", part) for part in parts):
             return replace(parse_answer(parts[-1]), computation=tuple(parts[:-1]))
     if relations:
         return ParsedAnswer("relation", text, relation=text)

@@ -64,15 +64,14 @@ class _Worker:
             self.process = None
 
 
-class GradingPool:
+class GradingPool(contextlib.AbstractContextManager):
     """
     Worker processes that grade answers. A worker that exceeds its limits is killed and replaced.
 
     A worker is a program of its own. It imports neither torch nor vLLM nor the caller's main program, and inherits no
-    open file of the caller's. So it is safe beside an engine, from any thread, and with several pools at a time.
-    Workers start when there is work that the text alone does not decide, and end with the pool or its process. The
-    kernel keeps their limit on processor time, so that a verdict depends neither on the load of the machine nor on what
-    a worker hangs in. Also a context manager.
+    open file. So it is safe beside an engine, from any thread, and with several pools at a time. Workers start when
+    there is work that the text alone does not decide, and end with the pool or its process. The kernel keeps the limit
+    on processor time, so that a verdict does not depend on the load of the machine. Also a context manager.
 
     Args:
         workers: how many at most; `None`: one for each CPU core, up to 8.
@@ -85,11 +84,7 @@ class GradingPool:
     """
 
     def __init__(
-        self,
-        workers: int | None = None,
-        timeout: float = 10.0,
-        memory_limit_gib: float = 2.0,
-        grader: str = "strict",
+        self, workers: int | None = None, timeout: float = 10.0, memory_limit_gib: float = 2.0, grader: str = "strict"
     ):
         workers = min(os.cpu_count(), 8) if workers is None else workers
         for name, value in (("workers", workers), ("timeout", timeout), ("memory_limit_gib", memory_limit_gib)):
@@ -98,10 +93,9 @@ class GradingPool:
         if grader not in GRADERS:
             raise ValueError(f"grader {grader!r}: must be one of {', '.join(GRADERS)}")
         self.grader = grader
-        self._workers = [_Worker(timeout, memory_limit_gib, grader) for _ in range(workers)]
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()  # so that no more start than are needed
-        for worker in self._workers:
-            self._idle.put(worker)
+        for _ in range(workers):
+            self._idle.put(_Worker(timeout, memory_limit_gib, grader))
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
 
     def submit(self, prediction: Answer, gold: Answer, answer_type: str | None = None) -> "Future[Verdict]":
@@ -137,11 +131,8 @@ class GradingPool:
     def close(self) -> None:
         """End the workers after what they are grading. What still waits in the queue is cancelled."""
         self._threads.shutdown(cancel_futures=True)
-        for worker in self._workers:
-            worker.stop()
-
-    def __enter__(self) -> "GradingPool":
-        return self
+        while not self._idle.empty():
+            self._idle.get().stop()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
