@@ -1,9 +1,9 @@
 r"""
 Equality of answers: by their text, their structure, their values, and else by math-verify.
 
-math-verify's parser reads the values. Its `verify` decides what is not made of numbers, variables and functions only:
-equations, inequalities, matrices, complements, integrals. It does not decide the rest: it compares floats to 6 decimals
-and other numbers to 15 digits, computes 10^{10^{10}} if asked, and takes (3,2) and (2,1) for the same empty interval.
+math-verify's parser reads the values. Its `verify` decides what is not made of numbers, variables and functions only,
+such as equations, inequalities, matrices and integrals. It does not decide the rest, because it compares floats to 6
+decimals and other numbers to 15 digits, and computes 10^{10^{10}} if asked.
 """
 
 import functools
@@ -36,7 +36,6 @@ PARSING["conversion_config"] = ConversionConfig(lowercase_symbols=False)
 POINTS = [(2, 40, 1), (-3000, 3000, 1009), (100, 3000, 1009), (1000, 1020, 1009)] * 3  # ranges for the variables
 CONSTANTS = {"Pi": "pi", "Exp1": "e", "Infinity": "inf", "NegativeInfinity": "inf"}
 FUNCTION = re.compile("a?(?:sin|cos|tan|cot)h?|sec|csc|exp|log|gamma|factorial|binomial|sign|floor|ceiling|Abs|Mod")
-RENAMED = {"ceiling": "ceil", "Abs": "fabs", "Mod": "fmod"}
 INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
 SETS = re.compile(r"\\(?:mathbb|emptyset)(?![a-zA-Z])")
 
@@ -87,7 +86,8 @@ class _Evaluation:
         self.double_factorials = double_factorials  # the parser reads n!! as (n!)!
         self.mp = mpmath.mp.clone()
         self.mp.prec = precision
-        self.magnitude = self.terms = 0  # bits before the point of the largest number so far or its inverse; of sums
+        self.magnitude = 0  # bits before the point of the largest number so far or its inverse
+        self.terms = 0  # of sums and products so far
 
     def value(self, node: Basic) -> Any:
         """Return the value of `node`, an `mpf` or `mpc`, or raise one of the errors of this module."""
@@ -132,11 +132,11 @@ class _Evaluation:
         elif kind == "UnevaluatedExpr":
             return values[0]
         elif FUNCTION.fullmatch(kind):
-            result = getattr(self.mp, RENAMED.get(kind, kind))(*values)
+            result = getattr(self.mp, {"ceiling": "ceil", "Abs": "fabs", "Mod": "fmod"}.get(kind, kind))(*values)
         else:
             raise _UnsupportedError
-        # At a point for real variables, functions of real values must be real.
-        if self.point and self.mp.im(result) and not any(map(self.mp.im, values)):
+        # Of several variables, only values that stay real count: \sqrt{a}\sqrt{b} is taken for \sqrt{ab}.
+        if len(self.point) > 1 and self.mp.im(result) and not any(map(self.mp.im, values)):
             raise _UndefinedError
         return result
 
@@ -188,7 +188,10 @@ def _equal_at(point: dict[str, Fraction], trees: list[Basic], double_factorials:
         needed = 4 * evaluation.magnitude + 300
     if evaluation.mp.isinf(prediction) or evaluation.mp.isinf(gold):
         return prediction == gold
-    return abs(prediction - gold) < evaluation.mp.mpf(2) ** (-3 * evaluation.magnitude - 200)
+    equal = abs(prediction - gold) < evaluation.mp.mpf(2) ** (-3 * evaluation.magnitude - 200)
+    if not equal and point and evaluation.mp.im(prediction) and evaluation.mp.im(gold):
+        raise _UndefinedError  # where neither is real, they may be branches of the same, as of \sqrt{1/x}
+    return equal
 
 
 # ---- Expressions ----
@@ -204,8 +207,8 @@ READINGS = [  # what the parser does not read, or reads as something else; in th
     (r"(?<![\w.])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),  # a mixed number
     (r"(?<=\\[a-zA-Z]+)(?=\d)", " "),  # \lfloor2
     (r"(?<![a-zA-Z\\])d(?=\\(?!int))", "{d}"),  # d\pi is a differential
+    (r"(\d+)\.(\d+)", lambda match: rf"{{\frac{{{match[1]}{match[2]}}}{{{10 ** len(match[2])}}}}}"),  # 15 digits of it
 ]
-DECIMAL = re.compile(r"(\d+)\.(\d+)")  # 15 digits of it
 
 
 @functools.lru_cache(maxsize=1024)
@@ -214,17 +217,16 @@ def _tree(text: str) -> Basic | MatrixBase | None:
     number = _rational(text)  # saves the parser seconds for long numbers
     if number is not None:
         return sympy.Rational(number.numerator, number.denominator)
-    if re.search(r"mod|:|(?<![\w^])\d+\s+\d", text) or not re.fullmatch(rf"(?:[^()\[\]{{}}]|{BALANCED})*+", text):
+    if re.search(r"mod|[:']|(?<![\w^])\d+\s+\d", text) or not re.fullmatch(rf"(?:[^()\[\]{{}}]|{BALANCED})*+", text):
         return None
     for pattern, replacement in READINGS:
         text = re.sub(pattern, replacement, text)
-    text = DECIMAL.sub(lambda match: rf"{{\frac{{{match[1]}{match[2]}}}{{{10 ** len(match[2])}}}}}", text)
     # Left alone, the parser evaluates these, however large they are.
     unevaluated = sympy.evaluate(False) if re.search(r"\\(?:binom|Gamma)", text) else nullcontext()
     try:
         with unevaluated:
             tree = latex2sympy(text, is_real=not should_treat_as_complex(text), **PARSING)
-    except MemoryError:
+    except (MemoryError, SystemError):  # the interpreter raises either if it is out of memory
         raise
     except Exception:  # what the parser raises for text that is no mathematics, also from within sympy
         return None
@@ -250,6 +252,12 @@ def _same_expression(prediction: str, gold: str) -> tuple[bool, str]:
             return enough, status if enough else "too_large"
         except _UnsupportedError:
             pass
+    for node in (
+        node for tree in trees for node in sympy.preorder_traversal(tree)
+    ):  # math-verify computes what it sees
+        if isinstance(node, (sympy.Pow, sympy.factorial, sympy.binomial, sympy.gamma)):
+            with suppress(_UndefinedError, _UnsupportedError):
+                _Evaluation({symbol.name: Fraction(2) for symbol in node.free_symbols}, 100, False).value(node)
     with suppress(NotImplementedError):  # two equations without a solution are the same to math-verify
         if all(isinstance(tree, sympy.Eq) for tree in trees) and not sympy.solve(trees[1]):
             return False, "math_verify"
@@ -279,15 +287,14 @@ def _same_value(prediction: ParsedAnswer, gold: ParsedAnswer) -> tuple[bool, str
 
 def _same(prediction: ParsedAnswer, gold: ParsedAnswer) -> tuple[bool, str]:
     answers = prediction, gold
-    for answer in answers:  # a computation that is wrong is no answer
-        if not all(_same_expression(part, answer.text)[0] for part in answer.computation):
-            return False, "kind"
     kinds = {answer.kind for answer in answers}
     if prediction.relation and gold.relation and not prediction.name == gold.name != "":
         if without_spaces(prediction.relation) == without_spaces(gold.relation):
             return True, "exact"
         return _same_expression(prediction.relation, gold.relation)
-    # math-verify would take the last side of an equation for its value: 4 for x^2=4.
+    for answer in answers:  # a computation that is wrong is no answer, and neither is x^2=4, to math-verify a 4
+        if not all(_same_expression(part, answer.text)[0] for part in answer.computation):
+            return False, "kind"
     if any(answer.kind == "relation" and not INEQUALITY.search(answer.text) for answer in answers):
         return False, "kind"
     is_set = [answer.kind == "relation" or SETS.match(answer.text) is not None for answer in answers]
@@ -317,8 +324,12 @@ def compare_texts(prediction: str | None, gold: str | None, answer_type: str | N
     """Return `equal` and `status` as far as the texts decide them in linear time, else `None`."""
     if gold is None or not gold.strip():
         return False, "no_gold"
-    if answer_type == "description" and _is_prose(gold):
-        return None, "ungraded"
+    if answer_type == "description":
+        prose = True
+        with suppress(TooLargeError):
+            prose = re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", normalize(gold)) is not None
+        if prose:
+            return None, "ungraded"
     if prediction is None or not prediction.strip():
         return False, "no_answer"
     texts = [without_spaces(text) for text in (prediction, gold)]
@@ -327,13 +338,6 @@ def compare_texts(prediction: str | None, gold: str | None, answer_type: str | N
     if None not in (rationals := [_rational(text) for text in texts]):
         return rationals[0] == rationals[1], "rational"
     return None
-
-
-def _is_prose(gold: str) -> bool:
-    try:
-        return re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", normalize(gold)) is not None
-    except TooLargeError:
-        return True
 
 
 def _rational(text: str) -> Fraction | None:
@@ -362,15 +366,11 @@ def grade(prediction: Answer, gold: Answer, *, grader: str = "strict", answer_ty
     """
     Compare a prediction with a reference answer, in this process and without a limit on time and memory.
 
-    `strict`: the text first; then the structure (lists, sets, tuples, intervals, units, names as in `x=5`), whose values
-    are compared exactly or to a high precision, at several points if there are variables; the rest by math-verify.
-    Decimals are exact: 0.333 is not 1/3.
-
-    `release`: math-verify's `parse` of both between dollars and its `verify`, with their default settings, time limits
-    (5 seconds per step) and faults. This is how the released evaluation is understood. It works in the main thread only.
+    `strict`: by the text, the structure and the values, exactly or to a high precision, and else by math-verify.
+    Decimals are exact: 0.333 is not 1/3. `release`: math-verify's `parse` of both between dollars and its `verify`,
+    with their defaults and faults, as the released evaluation is understood; in the main thread only.
 
     Args:
-        prediction: the extracted answer; `None`, for none, equals nothing.
         answer_type: as AMO-Bench has it: `number` makes the comma in `1,234` a thousands separator, `set` makes it a
             separator of elements (else, either); `description` may be `ungraded`. `release` ignores it.
 

@@ -45,7 +45,7 @@ DOUBLED = r"\{(\{(?:[^{}]|(?1))*+\})\}|\((\((?:[^()]|(?2))*+\))\)"
 BOXED = r"^[\s$]*\\(?:boxed|fbox|framebox)\s*\{((?:[^{}]|(\{(?:[^{}]|(?2))*+\}))*+)\}"
 SYMBOLS = {
     **{"−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/"},
-    **{"≤": r"\le ", "≥": r"\ge ", "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp "},
+    **{"≤": r"\le ", "≥": r"\ge ", "≦": r"\le ", "≧": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp "},
     **{"∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "°": r"^\circ ", "º": r"^\circ ", "∅": r"\emptyset "},
     **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∖": r"\setminus ", "∣": "|", "≡": r"\equiv ", "∶": ":"},
     **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ", "⟩": r"\rangle "},
@@ -67,7 +67,7 @@ COMMANDS = {  # what each command is replaced by; the argument of a face or a bo
     **{"<": "lt", ">": "gt", "|": "mid vert lvert rvert", ":": "colon", "(": "langle", ")": "rangle"},
 }
 COMMANDS = {rf"\{name}": replacement for replacement, names in COMMANDS.items() for name in names.split()}
-TEXT = r"\\text\s*\{([^{}]*)\}"
+TEXT = r"\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 END = r"(?![a-zA-Z])"
 REWRITES = [  # in this order
     (r"\\(?:[hv]?phantom|[hv]space|tag|label)\*?\s*\{[^{}]*\}|\\(?:text)?color\s*\{[^{}]*\}", ""),
@@ -89,7 +89,7 @@ REWRITES = [  # in this order
     (rf"\^\s*\{{?\s*\\text\s*\{{\s*(?:st|nd|rd|th)\s*\}}\s*\}}?|(?<=\d)(?:st|nd|rd|th){END}", ""),
     (r"\\text\s*\{\s*,?\s*(and|or)\s*,?\s*\}", r" \1 "),
     (r"\\text\s*\{\s*only\s*\}\s*$|\bonly\s*$", ""),
-    (r"(?<=\d)\s*(?:\\text\s*\{|\s)\s*([ap])\.?\s?m\.?\s*\}?$", r"\\text{\1m}"),
+    (r"(?<=\d)\s*(?:\\text\s*\{|\s)\s*(?i:([ap])\.?\s?m)\.?\s*\}?$", lambda match: rf"\text{{{match[1].lower()}m}}"),
     (rf"(?<![a-zA-Z\\])infinity{END}", r"\\infty "),
     (rf"(?<![a-zA-Z\\])(pi|sqrt|sin|cos|tan|ln|log|exp){END}", r"\\\1 "),
     (r"\*\*", "^"),
@@ -98,13 +98,13 @@ REWRITES = [  # in this order
     (r"(?<![\w.}])\.(?=\d|\\(?:overline|bar|dot)\b)", "0."),
     (r"(?<=\d)\.(?!\d|\\(?:overline|bar|dot)\b)", ""),
     (r"(?<=\d)[eE]([+-]?\d+)(?!\w)", r"\\cdot 10^{\1}"),
+    (r"\.(\d*?)(?:(\d)\2{2,}|(\d{2,}?)\3+)\s*\\ldots", r".\1\\overline{\2\3}"),
     (r"(?<![\d.])(\d+) +(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),
 ]
 REPEATING = re.compile(
     r"(\d*)\.(\d*)(?:\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))|\\dot\s*\{?(\d)\}?(?:(\d*)\\dot\s*\{?(\d)\}?)?)"
 )
 SCALE = re.compile(rf"(?<=\d)(\s*\\text\s*\{{|)\s*\b({'|'.join(SCALES)})\b\s*")
-ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}|&")
 WHOLE_ANSWERS = {
     r"\emptyset": r"(?:there (?:is|are) )?no (?:real |integer |such )?(?:solution|value|root)s?(?: exists?)?"
     r"|(?:the )?empty set",
@@ -123,8 +123,8 @@ def _plain(character: str) -> str:
     if match := re.fullmatch("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", name):
         letter = match[2].replace("LAMDA", "lambda").lower()
         return rf"\{letter if match[1] == 'SMALL' else letter.capitalize()} "
-    tag, *codes = unicodedata.decomposition(character).split() or [""]
-    text = "".join(_plain(chr(int(code, 16))) for code in codes[tag[:1] not in ("", "<") :]) or character
+    tag, text = unicodedata.decomposition(character).split(" ")[0], unicodedata.normalize("NFKC", character)
+    text = text if text == character else "".join(map(_plain, text))
     if tag == "<fraction>":
         return r"\frac{{{}}}{{{}}}".format(*text.split("/"))
     return {"<super>": f"^{{{text}}}\0", "<sub>": f"_{{{text}}}\0"}.get(tag, text)
@@ -139,12 +139,7 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def normalize(text: str) -> str:
-    """
-    Return `text` in one notation: LaTeX without delimiters, styles, sizes and spacing commands.
-
-    Raises:
-        TooLargeError: for a text of more than `MAX_CHARACTERS` or with brackets deeper than `MAX_DEPTH`.
-    """
+    """Return `text` in one notation: LaTeX without delimiters, styles, sizes and spacing; or raise `TooLargeError`."""
     text = " ".join(text.split())
     if len(re.sub(r"\d+", "0", text)) > MAX_CHARACTERS:
         raise TooLargeError
@@ -162,7 +157,9 @@ def normalize(text: str) -> str:
     text = REPEATING.sub(_fraction, text)
     text = SCALE.sub(lambda match: rf"\cdot 10^{{{SCALES[match[2]]}}}{match[1]}", text)
     if not re.search("matrix|array|cases", text):
-        text = ENVIRONMENT.sub("", text).replace(r"\\", ";")
+        text = re.sub(r"\\(?:begin|end)\{(?:aligned|align\*?|gathered|split|equation\*?)\}|&", "", text).replace(
+            r"\\", ";"
+        )
     text = re.sub(rf"^\s*{TEXT}\s*$", r"\1", text)
     words = " ".join(re.sub(TEXT, r" \1 ", text).strip(" .").lower().split())
     for meaning, pattern in WHOLE_ANSWERS.items():
@@ -176,25 +173,21 @@ def normalize(text: str) -> str:
 
 # ---- Units ----
 
-SHORT_UNITS = re.compile("[cdkm]?m|[km]?g|[cdm]?[lL]|ms|ft|in|yd|mi|lb|oz|hr|yr|cc|ha|[kM]?Hz|k[WJN]|k?Pa|eV")
+SHORT_UNITS = re.compile("[cdkm]m|[km]g|[cdm][lL]|ms|ft|in|yd|mi|lb|oz|hr|yr|cc|ha|[kM]?Hz|k[WJN]|k?Pa|eV")
 PURE_UNITS = {"degree", "radian", "bit", "byte"}  # the other units without a dimension are numbers
+WORDS_OF_UNITS = {"square", "cubic", "per"}
 LETTER_UNITS = set("mgshlLNJWVKCF")
 PLURAL = re.compile(r"\w*[^s]s|people|(?:wo)?men|children|dice|mice")
 # Plural or not, these change the number before them or are no nouns.
 NOT_COUNTED = re.compile(
-    r"(?:half|halve|score|gross|dozen|ten|lakh|crore|quarter|third|minu|plu|les|i|wa|ha|doe|thi|unles|alway|hundred|"
-    r"thousand|\w*illion|\w*th)s?"
+    r"(?:half|halve|score|gross|dozen|ten|lakh|crore|quarter|third|hundred|thousand|\w*illion|minu|plu|les|i|wa|ha|doe|thi|"
+    r"unles|alway|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w*illion)th)s?"
 )
 ADJECTIVE = r"(?:(?:real|distinct|different|possible|total|whole|ordered) )?"
 WORD = rf"(?:{TEXT}|[a-zA-Zμ]+\.?|{CURRENCY})(?:\s*\^\s*(?:\{{\s*-?\d\s*\}}|\d))?"
 UNIT = re.compile(
     rf"(?P<number>.*?(?:[\d)}}]|\\pi|\\infty)!*)(?P<unit>\s*{WORD}(?:\s*(?:/|\\cdot|\\times)?\s*{WORD})*\s*)"
 )
-PERCENT = re.compile(r"\s*(?:\\?%|percent|\\text\s*\{\s*percent\s*\})$")
-PREFIX_CURRENCY = re.compile(rf"([+-]?)\s*(?:US\s*)?({CURRENCY})\s*(?=[+-]?\s*[\d\\(])")
-DEGREE = re.compile(r"\s*(?:\^\\circ|\\text\s*\{\s*degrees?\s*\}|\bdegrees?)$")
-BASE = re.compile(r"(\([\dA-F]+\)|\d[\dA-F]*)\s*_\s*\{?(\d+)\}?")
-TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 
 
 @functools.cache
@@ -211,16 +204,12 @@ def _registry():
 
 
 def _is_unit(word: str, in_text: bool, spaced: bool) -> bool:
-    if word in ("square", "cubic", "per"):
-        return True
-    if NOT_COUNTED.fullmatch(word) or (len(word) == 1 and word not in LETTER_UNITS):
-        return False
-    readings = _registry().parse_unit_name(word) or _registry().parse_unit_name(word.lower())
-    for prefix, name, _ in readings:
-        is_pure_number = _registry().parse_units(name).dimensionless and name not in PURE_UNITS
+    if word in WORDS_OF_UNITS or NOT_COUNTED.fullmatch(word) or (len(word) == 1 and word not in LETTER_UNITS):
+        return word in WORDS_OF_UNITS
+    known = in_text or SHORT_UNITS.fullmatch(word) or (spaced and word in LETTER_UNITS)
+    for prefix, name, _ in _registry().parse_unit_name(word) or _registry().parse_unit_name(word.lower()):
         spelled_out = word.lower().startswith(prefix) and len(word) > 2  # else, it may be a product of variables
-        known = spelled_out or (len(word) > 1 and SHORT_UNITS.fullmatch(word)) or (spaced and word in LETTER_UNITS)
-        if not is_pure_number and (in_text or known):
+        if (known or spelled_out) and (name in PURE_UNITS or not _registry().parse_units(name).dimensionless):
             return True
     return False
 
@@ -236,10 +225,12 @@ def _unit(text: str) -> tuple[str, bool]:
     for sign, name in CURRENCIES.items():
         text = text.replace(rf"\{sign}" if sign == "$" else sign, f" {name} ")
     text = re.sub(TEXT, r" \1 ", re.sub(r"\\(?:cdot|times)", " ", text))
-    text = re.sub(r"\bsq\b\.?", "square", re.sub(r"\bcu\b\.?", "cubic", re.sub(r"[{}]|\bUS(?= dollar)", "", text)))
+    text = re.sub(r"\bcu\b\.?", "cubic", re.sub(r"[{}]|\bUS(?= dollar)", "", text))
+    text = re.sub(r"\bsq(?:uared)?\b\.?(?=\s*[a-zA-Z])", "square", text)
     text = " ".join(re.sub(r"(?<=[a-zA-Z])\.", "", text).split())
     words = re.findall(r"[a-zA-Zμ]+", text)
     is_product = re.fullmatch(r"(?:[a-zA-Zμ]+(?: *\^ *-?\d)?[ /]*)+", text.removeprefix("/")) is not None
+    is_product = is_product and not WORDS_OF_UNITS.issuperset(words)
     if is_product and all(_is_unit(word, in_text, spaced or len(words) > 1) for word in words):
         known = _registry().parse_unit_name
         text = re.sub(r"[a-zA-Zμ]+", lambda match: match[0] if known(match[0]) else match[0].lower(), text)
@@ -255,18 +246,14 @@ OR = rf"\\(?:cup|lor|vee){END}|\bor\b"
 SEPARATOR = rf"(?:[,;]\s*)?(?:{OR}|\band\b|\\(?:land|wedge){END})|[,;]"
 RELATION = rf"\\(?:equiv|le|ge|ne|in){END}|:?=|[<>]"
 THOUSANDS = re.compile(rf"{BALANCED}(*SKIP)(*FAIL)|(?<![\d.,])([1-9]\d{{0,2}}(?:,\d{{3}})+)(?![\d,])")
-TIME = re.compile(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?")
 SPACE = re.compile(r"(\\[a-zA-Z]+\s(?=[a-zA-Z])|\d\s+(?=\d))|\s+")  # except those that mean something: \pi r, 1 2
 PREFIX = re.compile(
     r"(?:\\text\s*\{[^{}]*(?::|\bis|(?i:answer|solution))\s*\}|[a-zA-Z ]*\b(?:is\b|(?i:answer|solution|result)\s*(?:is|:|=)))"
     r"\s*:?(?=.)|(?:\\text\s*\{\s*)?\b(?:approximately|about|exactly)\b\s*\}?"
 )
-PARAMETER = re.compile(
-    r"[,;]?\s*(?:\\text\s*\{[^{}]*\}|\bfor\b)?\s*\(?\s*([a-zA-Z])\s*\\in\s*(?:\\mathbb\{([ZN])\}|([ZN]))\s*\)?$"
-)
-RULE = re.compile(
-    r"(.+?)\s*[:|]\s*(-?\d+)\s*(<|\\le)\s*([a-zA-Z])\s*(<|\\le)\s*(-?\d+)\s*(?:,\s*\4\s*\\in\s*\\mathbb\{[ZN]\}\s*)?"
-)
+PARAMETER = re.compile(r"[,;]?\s*(?:\\text\{[^{}]*\})?\s*\(?([a-zA-Z])\s*\\in\s*(?:\\mathbb)?\{?([ZN])\}?\)?$")
+RULE = re.compile(r"(.+?)[:|](-?\d+)(<|\\le ?)([a-zA-Z])(<|\\le ?)(-?\d+)(?:,\4\\in\\mathbb\{[ZN]\})?")
+PROGRESSION = re.compile(r"(-?\d+),(-?\d+),(?:-?\d+,)*\\ldots,(-?\d+)")
 
 
 def without_spaces(text: str) -> str:
@@ -275,13 +262,7 @@ def without_spaces(text: str) -> str:
 
 
 def parse_answer(text: str, thousands: bool = False) -> ParsedAnswer:
-    """
-    Return the structure of a normalized answer.
-
-    Args:
-        text: what `normalize` returned.
-        thousands: True to read 1,234 outside of brackets as one number, False to read it as two.
-    """
+    """Return the structure of a normalized answer; `thousands`: 1,234 outside of brackets is one number and not two."""
     if thousands:
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     while _is_bracketed(text, "({"):
@@ -289,13 +270,11 @@ def parse_answer(text: str, thousands: bool = False) -> ParsedAnswer:
             break
         text = text[1:-1].strip()
     if match := PARAMETER.search(text):  # 2k\pi, k\in\mathbb{Z}: the name of k means nothing
-        rule = _substitute(match[1], r"\kappa ", text[: match.start()])
+        rule = re.sub(rf"(?<![a-zA-Z\\]){match[1]}{END}", r"\\kappa ", text[: match.start()])
         if rule.strip() and rule != text[: match.start()]:
-            return replace(parse_answer(rule), unit=f"for integers {match[2] or match[3]}", unit_required=True)
+            return replace(parse_answer(rule), unit=f"for integers {match[2]}", unit_required=True)
     parts, separators = _split(text, SEPARATOR)
     parts = [part for part in parts if part] or [""]
-    if r"\ldots" in parts[2:-1]:
-        parts = _progression(parts)
     answers = []
     for part in parts:
         signs = ["+-", "-+"] if re.search(rf"\\(?:pm|mp){END}", part) else ["+-"]
@@ -315,27 +294,17 @@ def _split(text: str, separator: str) -> tuple[list[str], list[str]]:
     return [part.strip() for part in pieces[::3]], pieces[2::3]
 
 
-def _substitute(name: str, value: str, text: str) -> str:
-    return re.sub(rf"(?<![a-zA-Z\\]){name}(?![a-zA-Z])", lambda _: value, text)
-
-
-def _progression(parts: list[str]) -> list[str]:
-    r"""`0, 2, 4, \ldots, 30` written out, if it is an arithmetic progression of integers."""
-    *head, dots, last = parts
-    if dots != r"\ldots" or not all(re.fullmatch(r"-?\d+", part) for part in [*head, last]):
-        return parts
-    first, step, last = int(head[0]), int(head[1]) - int(head[0]), int(last)
-    if step == 0 or abs((last - first) // step) >= MAX_ELEMENTS:
-        return parts
-    numbers = [*map(str, range(first, last + (1 if step > 0 else -1), step))]
-    return numbers if numbers[: len(head)] == head and numbers[-1] == str(last) else parts
-
-
-def _rule(inner: str) -> list[str] | None:
-    r"""The elements of `\{2k : 0 \le k \le 15\}`: values of a rule at all integers of a range."""
-    match = RULE.fullmatch(inner)
-    numbers = range(int(match[2]) + (match[3] == "<"), int(match[6]) + (match[5] != "<")) if match else ()
-    return [_substitute(match[4], f"({k})", match[1]) for k in numbers] if 0 < len(numbers) <= MAX_ELEMENTS else None
+def _elements(inner: str) -> list[str]:
+    r"""The elements of `\{2k : 0 \le k \le 15\}` or `\{0, 2, 4, \ldots, 30\}`; empty if the set is of another form."""
+    if (match := RULE.fullmatch(inner)) and int(match[6]) - int(match[2]) < MAX_ELEMENTS:
+        numbers = range(int(match[2]) + (match[3] == "<"), int(match[6]) + (match[5] != "<"))
+        return [re.sub(rf"(?<![a-zA-Z\\]){match[4]}{END}", f"({number})", match[1]) for number in numbers]
+    if (match := PROGRESSION.fullmatch(inner)) and int(match[2]) > int(match[1]):
+        numbers = range(int(match[1]), int(match[3]) + 1, int(match[2]) - int(match[1]))
+        written_out = ",".join(map(str, numbers)) if len(numbers) < MAX_ELEMENTS else ""
+        if written_out.startswith(inner.split(r"\ldots")[0]) and written_out.endswith(f",{match[3]}"):
+            return written_out.split(",")
+    return []
 
 
 def _is_name(text: str) -> bool:
@@ -355,16 +324,16 @@ def _parse_one(text: str) -> ParsedAnswer:
     if relations and set(relations) <= {"=", ":=", r"\in", r"\equiv"}:
         if _is_name(parts[0]):
             return replace(parse_answer(parts[-1]), name=without_spaces(parts[0]), relation=text)
-        if all(parts) and not any(re.search(rf"(?<![\\a-zA-Z])[a-zA-Z]{END}", part) for part in parts):
-            return replace(parse_answer(parts[-1]), computation=tuple(parts[:-1]))
+        if all(parts) and not re.search(rf"(?<![\\a-zA-Z])[a-zA-Z]{END}", parts[-1]):
+            is_equation = re.search(rf"(?<![\\a-zA-Z])[a-zA-Z]{END}", text) is not None
+            return replace(parse_answer(parts[-1]), computation=tuple(parts[:-1]), relation=text * is_equation)
     if relations:
         return ParsedAnswer("relation", text, relation=text)
     if text.startswith(r"\{") and text.endswith(r"\}") and _is_bracketed(text[1:-2] + "}", "{"):
-        inner = text[2:-2].strip()
-        elements = _rule(inner)
-        if elements is None and len(_split(inner, "[:|]")[0]) == 2:
+        elements = _elements(without_spaces(text[2:-2]))
+        if not elements and len(_split(text[2:-2], "[:|]")[0]) == 2:
             return ParsedAnswer("relation", text, relation=text.replace("|", ":"))
-        answer = parse_answer(inner if elements is None else ",".join(elements))
+        answer = parse_answer(",".join(elements) or text[2:-2].strip())
         return replace(answer, items=tuple(dict.fromkeys(answer.items)), brackets="{}") if answer.items else answer
     if _is_bracketed(text, "(["):
         parts, _ = _split(text[1:-1], SEPARATOR)
@@ -376,16 +345,16 @@ def _parse_one(text: str) -> ParsedAnswer:
 def _parse_value(text: str) -> ParsedAnswer:
     """A single value, with its unit, or a ratio of values."""
     currency, unit, required = "", "", False
-    if match := PREFIX_CURRENCY.match(text):
+    if match := re.match(rf"([+-]?)\s*(?:US\s*)?({CURRENCY})\s*(?=[+-]?\s*[\d\\(])", text):
         currency, text = match[2], match[1] + text[match.end() :]
-    percent = PERCENT.search(text)
+    percent = re.search(r"\s*(?:\\?%|percent|\\text\s*\{\s*percent\s*\})$", text)
     if percent:
         text = text[: percent.start()]
-    elif TRIGONOMETRIC.search(text):
+    elif re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])", text):
         text = re.sub(r"(\d+(?:\.\d+)?)\s*\^\\circ", r"\\frac{\1\\pi}{180}", text)
-    elif match := DEGREE.search(text):
+    elif match := re.search(r"\s*(?:\^\\circ|\\text\s*\{\s*degrees?\s*\}|\bdegrees?)$", text):
         text, unit = text[: match.start()], "degree"
-    elif match := BASE.fullmatch(text):
+    elif match := re.fullmatch(r"(\([\dA-F]+\)|\d[\dA-F]*)\s*_\s*\{?(\d+)\}?", text):
         text, unit = match[1], f"base {match[2]}"
     elif match := UNIT.fullmatch(text):
         found, is_required = _unit(f"{currency}{match['unit']}")
@@ -394,7 +363,7 @@ def _parse_value(text: str) -> ParsedAnswer:
     if currency and not unit:
         unit, _ = _unit(currency)
     first, *others = _split(text, ":")[0]
-    if others and all([first, *others]) and not TIME.fullmatch(without_spaces(text)):
+    if others and all([first, *others]) and not re.fullmatch(r"\d{1,2}:[0-5]\d(?::[0-5]\d)?", without_spaces(text)):
         quotients = [_parse_value(f"({first})/({other})") for other in others]
         return quotients[0] if len(quotients) == 1 else ParsedAnswer("tuple", text, tuple(quotients), ":")
     text = re.sub(TEXT, r" \1 ", text).strip()

@@ -21,7 +21,6 @@ from opsd.grading.extract import Answer, answer_text
 
 START_SECONDS = 600  # enough for a worker's imports on any machine
 STANDSTILL = 20  # a worker whose answer takes so many times its limit without using a processor is ended, too
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 class _Worker:
@@ -36,7 +35,9 @@ class _Worker:
     def grade(self, prediction: str | None, gold: str | None, answer_type: str | None) -> Verdict:
         if self.process is None or self.process.poll() is not None:
             self.stop()
-            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=PROJECT)
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parents[2]
+            )
             if not self._reply(START_SECONDS):
                 self.stop()
                 raise RuntimeError(f"the grading worker does not start: {' '.join(self.command)}")
@@ -77,10 +78,6 @@ class GradingPool(contextlib.AbstractContextManager):
         workers: how many at most; `None`: one for each CPU core, up to 8.
         timeout: seconds of processor time for each answer, after which its status is `timeout`.
         memory_limit_gib: address space of a worker.
-        grader: one of `GRADERS`.
-
-    Raises:
-        ValueError: for limits that are not positive and an unknown grader.
     """
 
     def __init__(
@@ -100,13 +97,9 @@ class GradingPool(contextlib.AbstractContextManager):
 
     def submit(self, prediction: Answer, gold: Answer, answer_type: str | None = None) -> "Future[Verdict]":
         """
-        Grade in the background; arguments as in `grade`.
+        Grade in the background; arguments and errors as of `grade`.
 
-        The future's result is a verdict, whatever happens to the worker. Its exception is a `RuntimeError` if no worker
-        can be started.
-
-        Raises:
-            TypeError, ValueError: for answers that `answer_text` refuses.
+        The future's result is a verdict, whatever happens to the worker, or a `RuntimeError` if none can be started.
         """
         start = time.thread_time()
         prediction, gold = answer_text(prediction), answer_text(gold)
@@ -154,7 +147,7 @@ def work(grader: str, timeout: float, memory_limit_gib: float) -> None:
         prediction, gold, answer_type = json.loads(line)
         try:
             verdict = grade(prediction, gold, grader=grader, answer_type=answer_type)
-        except MemoryError:
+        except (MemoryError, SystemError):
             verdict = Verdict(False, "memory", time.thread_time() - start)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(asdict(verdict)), file=replies, flush=True)
