@@ -55,9 +55,8 @@ class Verdict:
             `set`, `tuple`: element by element, in any order or in order; an interval is a tuple;
             `kind`: one is a number and the other is not, a set and the other a tuple, and the like;
             `math_verify`, `release`: by math-verify's `verify`, as a part of the grader or as all of it;
-            `no_answer`, `no_gold`: there is no prediction, or no reference answer (not equal);
-            `too_large`: beyond the limits of `opsd.grading`, or without a value at enough points (not equal);
-            `timeout`, `memory`, `crashed`: the worker reached a limit or ended for another reason (not equal);
+            not equal because of `no_answer`, `no_gold` (no reference answer), `too_large` (beyond the limits of this
+            package, or without a value at enough points), `timeout`, `memory` or `crashed` (of the worker);
             `ungraded`: a reference answer of type `description` that is not one mathematical expression.
         seconds: the processor time that it took.
     """
@@ -65,9 +64,6 @@ class Verdict:
     equal: bool | None
     status: str
     seconds: float
-
-
-# ---- Values of expressions ----
 
 
 class _UndefinedError(Exception):
@@ -194,8 +190,6 @@ def _equal_at(point: dict[str, Fraction], trees: list[Basic], double_factorials:
     return equal
 
 
-# ---- Expressions ----
-
 GROUP = r"(\{(?:[^{}]|(?2))*+\})"
 READINGS = [  # what the parser does not read, or reads as something else; in this order
     (r"(\\sqrt|\^)\s*(\((?:[^()]|(?2))*+\))", r"\1{\2}"),  # \sqrt(2), x^(y)
@@ -264,9 +258,6 @@ def _same_expression(prediction: str, gold: str) -> tuple[bool, str]:
     return verify(trees[1], trees[0], allow_set_relation_comp=True, timeout_seconds=None), "math_verify"
 
 
-# ---- Structures ----
-
-
 def _same_value(prediction: ParsedAnswer, gold: ParsedAnswer) -> tuple[bool, str]:
     required = prediction.unit_required or gold.unit_required or (prediction.unit and gold.unit)
     if required and prediction.unit != gold.unit:
@@ -315,9 +306,6 @@ def _same(prediction: ParsedAnswer, gold: ParsedAnswer) -> tuple[bool, str]:
             return False, "tuple" if in_order else "set"
         remaining.remove(match)
     return not remaining, "tuple" if in_order else "set"
-
-
-# ---- Whole answers ----
 
 
 def compare_texts(prediction: str | None, gold: str | None, answer_type: str | None) -> tuple[bool | None, str] | None:

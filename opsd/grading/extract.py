@@ -23,8 +23,8 @@ def answer_text(value: Answer) -> str | None:
     """
     Return a reference answer as text; `None` and NaN, which mark a missing answer, give `None`.
 
-    A whole number loses its decimal point (`25.0` is `"25"`). What was a float32 on its way keeps the digits that it was
-    written with: `0.10000000149011612` is `"0.1"`.
+    A whole number loses its decimal point (`25.0` is `"25"`). What was a float32 on its way keeps the digits that it
+    was written with: `0.10000000149011612` is `"0.1"`.
 
     Raises:
         TypeError: for anything but text and numbers.
@@ -52,11 +52,9 @@ def extract_answer(text: str, thinking: bool = False, method: str = "final") -> 
     Return the final answer of a response, stripped, or `None` if there is none.
 
     `final`: the last complete, non-empty `\boxed{...}`, `\boxed {...}`, `\boxed 7`, `\fbox{...}` or `\framebox{...}`
-    after the last `</think>`; of nested boxes the innermost. Boxes of one line that are separated only by commas, `and`,
-    `or` and the like form one list, joined by commas.
-
-    `release`, as the released evaluation is understood: the last `\boxed{` of the whole response, thoughts included, up
-    to the brace that closes it; escaped braces count as braces.
+    after the last `</think>`; of nested boxes the innermost. Boxes of one line with only commas, `and`, `or` and the
+    like between them form one list. `release`, as the released evaluation is understood: the last `\boxed{` of the
+    whole response, thoughts included, up to the brace that closes it; escaped braces count as braces.
 
     Args:
         text: the response, without its prompt.

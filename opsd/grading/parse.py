@@ -57,9 +57,9 @@ CURRENCY = r"(?:\\\$|[€£¥₹¢₩])"
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 COMMANDS = {  # what each command is replaced by; the argument of a face or a box stays in its braces
     r"\text": "mathrm mathsf mathtt mbox hbox emph textrm textbf textit textsf texttt textup textnormal operatorname",
-    "": "bm boldsymbol pmb mathbf mathit mathord mathop mathbin mathcal mathscr underline rm bf it sf tt tiny small large "
-    "Large LARGE huge Huge displaystyle textstyle scriptstyle limits checkmark blacksquare qed left right middle big Big "
-    "bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm",
+    "": "bm boldsymbol pmb mathbf mathit mathord mathop mathbin mathcal mathscr underline displaystyle textstyle rm "
+    "bf it sf tt tiny small large Large LARGE huge Huge scriptstyle scriptscriptstyle limits checkmark blacksquare qed "
+    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm",
     " ": "quad qquad space",
     **{r"\frac": "dfrac tfrac cfrac sfrac nicefrac", r"\binom": "dbinom tbinom", r"\ldots ": "dots cdots dotsc dotsb"},
     **{r"\le ": "leq leqslant leqq", r"\ge ": "geq geqslant geqq", r"\ne ": "neq", r"\log_{10}": "lg"},
@@ -248,8 +248,9 @@ RELATION = rf"\\(?:equiv|le|ge|ne|in){END}|:?=|[<>]"
 THOUSANDS = re.compile(rf"{BALANCED}(*SKIP)(*FAIL)|(?<![\d.,])([1-9]\d{{0,2}}(?:,\d{{3}})+)(?![\d,])")
 SPACE = re.compile(r"(\\[a-zA-Z]+\s(?=[a-zA-Z])|\d\s+(?=\d))|\s+")  # except those that mean something: \pi r, 1 2
 PREFIX = re.compile(
-    r"(?:\\text\s*\{[^{}]*(?::|\bis|(?i:answer|solution))\s*\}|[a-zA-Z ]*\b(?:is\b|(?i:answer|solution|result)\s*(?:is|:|=)))"
-    r"\s*:?(?=.)|(?:\\text\s*\{\s*)?\b(?:approximately|about|exactly)\b\s*\}?"
+    r"(?:\\text\s*\{[^{}]*(?::|\bis|(?i:answer|solution))\s*\}"
+    r"|[a-zA-Z ]*\b(?:is\b|(?i:answer|solution|result)\s*[:=]))\s*:?(?=.)"
+    r"|(?:\\text\s*\{\s*)?\b(?:approximately|about|exactly)\b\s*\}?"
 )
 PARAMETER = re.compile(r"[,;]?\s*(?:\\text\{[^{}]*\})?\s*\(?([a-zA-Z])\s*\\in\s*(?:\\mathbb)?\{?([ZN])\}?\)?$")
 RULE = re.compile(r"(.+?)[:|](-?\d+)(<|\\le ?)([a-zA-Z])(<|\\le ?)(-?\d+)(?:,\4\\in\\mathbb\{[ZN]\})?")
@@ -262,7 +263,7 @@ def without_spaces(text: str) -> str:
 
 
 def parse_answer(text: str, thousands: bool = False) -> ParsedAnswer:
-    """Return the structure of a normalized answer; `thousands`: 1,234 outside of brackets is one number and not two."""
+    """Return the structure of a normalized answer. `thousands`: read 1,234 outside of brackets as one number."""
     if thousands:
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     while _is_bracketed(text, "({"):
@@ -308,7 +309,7 @@ def _elements(inner: str) -> list[str]:
 
 
 def _is_name(text: str) -> bool:
-    r"""True if `text` can stand left of an answer, as in `x=5`, `f(2)=5`, `m+n=5`, unlike that of `2x=5` or `x^2=5`."""
+    r"""True if `text` can stand left of an answer, as in `x=5`, `f(2)=5`, `m+n=5`, unlike `2x=5` or `x^2=5`."""
     text = re.sub(r"\^\s*\{?-1\}?\s*(?=\()", "", text)  # f^{-1}(3)
     if re.search(rf"[\^<>]|\\(?:sqrt|infty|pi|pm){END}|^[+-]", text):
         return False
