@@ -99,6 +99,28 @@ def test_unknown_methods_are_refused():
 
 
 ANSWERS = [  # prediction, gold, equal, what it is about
+    (r"\ln|x+1|", r"\ln(x+1)", False, "a function that is real where the other is not"),
+    (r"2\ln|x|", r"\ln(x^2)", True, "a function that is real where the other is"),
+    (r"\sqrt{4/n}", r"\frac{2}{\sqrt{n}}", True, "branches of one function where neither is real"),
+    ("x≧2", r"[2,\infty)", True, "Unicode and full-width forms"),
+    ("0.1666...", r"\frac16", True, "repeating decimals"),
+    ("0.121212...", r"\frac{4}{33}", True, "repeating decimals"),
+    ("3.1415...", r"\pi", False, "repeating decimals"),
+    (r"9.8\,\mathrm{m\,s^{-2}}", "9.8", True, "units, currencies, counted nouns, and words that change a number"),
+    ("9 squared feet", "9 ft^2", True, "units, currencies, counted nouns, and words that change a number"),
+    ("5 months", "5", True, "units, currencies, counted nouns, and words that change a number"),
+    ("7 sevenths", "7", False, "units, currencies, counted nouns, and words that change a number"),
+    (r"\sum_{k=1}^{4} k=10", "10", True, "a computation that ends in its value"),
+    (r"\sum_{k=1}^{4} k=11", "11", False, "a computation that ends in its value"),
+    ("f'", "f", False, "close, but another answer"),
+    ("3:00 PM", "3:00 pm", True, "other notations"),
+    (r"x+1=10^{10^{10}}", "x=5y", False, "a number that math-verify must not compute"),
+    (
+        r"\begin{pmatrix}9^{9^{9^9}}\\1\end{pmatrix}",
+        r"\begin{pmatrix}1\\1\end{pmatrix}",
+        False,
+        "a number that math-verify must not compute",
+    ),
     (".75", "3/4", True, "a decimal with a leading or a trailing point"),
     ("$x=.125$", r"\frac18", True, "a decimal with a leading or a trailing point"),
     ("[.25,.5)", r"[\frac14,\frac12)", True, "a decimal with a leading or a trailing point"),

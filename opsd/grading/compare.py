@@ -33,7 +33,7 @@ MAX_DIGITS = 2**17  # of a number that is written out
 MAX_TERMS = 10_000  # of sums and products, together
 PARSING = {"convert_degrees": False, "normalization_config": None}
 PARSING["conversion_config"] = ConversionConfig(lowercase_symbols=False)
-POINTS = [(2, 40, 1), (-3000, 3000, 1009), (100, 3000, 1009), (1000, 1020, 1009)] * 3  # ranges for the variables
+POINTS = [(2, 40, 1), (-30_000, -3000, 1009), (100, 3000, 1009), (1000, 1020, 1009)] * 3  # ranges for the variables
 CONSTANTS = {"Pi": "pi", "Exp1": "e", "Infinity": "inf", "NegativeInfinity": "inf"}
 FUNCTION = re.compile("a?(?:sin|cos|tan|cot)h?|sec|csc|exp|log|gamma|factorial|binomial|sign|floor|ceiling|Abs|Mod")
 INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")

@@ -58,8 +58,8 @@ SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 1
 COMMANDS = {  # what each command is replaced by; the argument of a face or a box stays in its braces
     r"\text": "mathrm mathsf mathtt mbox hbox emph textrm textbf textit textsf texttt textup textnormal operatorname",
     "": "bm boldsymbol pmb mathbf mathit mathord mathop mathbin mathcal mathscr underline displaystyle textstyle rm "
-    "bf it sf tt tiny small large Large LARGE huge Huge scriptstyle scriptscriptstyle limits checkmark blacksquare qed "
-    "left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm",
+    "bf it sf tt small large Large LARGE huge Huge scriptstyle scriptscriptstyle limits checkmark qed blacksquare "
+    "tiny left right middle big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm",
     " ": "quad qquad space",
     **{r"\frac": "dfrac tfrac cfrac sfrac nicefrac", r"\binom": "dbinom tbinom", r"\ldots ": "dots cdots dotsc dotsb"},
     **{r"\le ": "leq leqslant leqq", r"\ge ": "geq geqslant geqq", r"\ne ": "neq", r"\log_{10}": "lg"},
