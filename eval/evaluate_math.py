@@ -47,7 +47,6 @@ from eval.engine import (
     start_engine,
     visible_devices,
 )
-from eval.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
 from eval.report import accuracy_table, plot_accuracy, report_tables
 from eval.run_files import (
     Sample,
@@ -61,6 +60,7 @@ from eval.run_files import (
     stored_settings,
 )
 from eval.scores import elect, estimate, pass_at_k, pass_sizes, vote_classes
+from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
 from opsd.vllm_engine import stop_engine
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from eval.grading import Answer, GradingPool, answer_text, extract_answer
+from opsd.grading import Answer, GradingPool, answer_text, extract_answer
 
 REWARDS = ("math", "exact_match")
 GRADE_WORKERS = 4  # for each training process

@@ -33,7 +33,7 @@ from transformers.trainer_utils import sort_checkpoints
 from eval.benchmarks import find_benchmark, load_questions
 from eval.engine import Sampling, start_engine
 from eval.evaluate_math import evaluate
-from eval.grading import GradingPool
+from opsd.grading import GradingPool
 from opsd.vllm_engine import stop_engine
 from quickstart import addition
 from quickstart.base_model import BaseModelConfig, ablation_base, build_base_model

@@ -31,9 +31,9 @@ from eval.engine import (
     start_engine,
 )
 from eval.evaluate_math import evaluate, main, paired_differences, request_key, score, score_all
-from eval.grading import GradingPool
 from eval.report import plot_accuracy, report_tables
 from eval.run_files import Sample, open_samples
+from opsd.grading import GradingPool
 from opsd.vllm_engine import stop_engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -403,9 +403,9 @@ def test_regrade_gives_the_verdicts_of_the_flags(finished_run, tmp_path, capsys)
     with pytest.raises(SystemExit):
         main(["--regrade", str(finished_run), "--output_file", str(regraded)])
     assert "--overwrite" in capsys.readouterr().err
-    main(["--regrade", str(finished_run), "--extract", "release", "--grader", "legacy", "--grade_workers", "1"])
+    main(["--regrade", str(finished_run), "--extract", "release", "--grader", "release", "--grade_workers", "1"])
     report = json.loads(finished_run.read_text())
-    assert (report["settings"]["extract"], report["settings"]["grader"]) == ("release", "legacy")
+    assert (report["settings"]["extract"], report["settings"]["grader"]) == ("release", "release")
     assert all(sample.status != "lost" for sample in read_samples(finished_run).values())
 
 

@@ -1,19 +1,19 @@
 """Extraction of final answers and their comparison: tables of cases; the workers that compare them."""
 
 import json
-import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from eval.grading import GradingPool, answer_text, extract_answer, grade, is_equal, main
+from eval.grading import main
+from opsd.grading import GradingPool, answer_text, extract_answer, grade
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared" / "data"
-HANGING = (r"\Gamma(10^8)", "5")  # for minutes within math-verify
+HANGING = (r"\int_0^1 x^x \sin(x^x) e^{x^x} \, dx", "5")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,9 @@ HANGING = (r"\Gamma(10^8)", "5")  # for minutes within math-verify
         (r"$\boxed7$.", "7"),
         (r"\(\boxed \frac{1}{2}\)", r"\frac{1}{2}"),
         (r"\fbox{7}", "7"),
+        (r"\framebox{7}", "7"),
+        (r"\boxed{7\ }", "7"),  # the space is no part of the answer, and neither is its backslash
+        (r"\boxed{x+1\,}", "x+1"),
         (r"\boxedness{7}", None),
         (r"$x=\boxed{1}$ or $x = \boxed{2}$", "1, 2"),
         (r"\boxed{1}, \boxed{2} and \boxed{3}.", "1, 2, 3"),
@@ -80,224 +83,547 @@ def test_extract_answer_of_a_thinking_model(text, expected):
         ("1", None),
     ],
 )
-def test_legacy_extraction(text, expected):
+def test_release_extraction(text, expected):
     assert extract_answer(text, thinking=True, method="release") == expected
 
 
 def test_unknown_methods_are_refused():
     with pytest.raises(ValueError, match="'first': must be one of final, release"):
         extract_answer("", method="first")
-    with pytest.raises(ValueError, match="'fast': must be one of strict, legacy"):
+    with pytest.raises(ValueError, match="'fast': must be one of strict, release"):
         grade("1", "1", grader="fast")
-    with pytest.raises(ValueError, match="'fast': must be one of strict, legacy"):
+    with pytest.raises(ValueError, match="'fast': must be one of strict, release"):
         GradingPool(grader="fast")
     with pytest.raises(ValueError, match="workers 0: must be more than 0"):
         GradingPool(workers=0)
 
 
-EQUAL = [
-    (r"2\pi r", r"\pi r \cdot 2"),
-    (r"\sin x \cos x", r"\frac{1}{2}\sin(2x)"),
-    ("y = 2x + 3", "2x - y + 3 = 0"),
-    ("x+y=1", "y+x=1"),
-    (r"\lfloor2d\rfloor + 1", r"1 + \lfloor 2d \rfloor"),
-    (r"\frac12", "0.5"),
-    ("0.5", r"\frac12"),
-    ("1/2", r"\dfrac{1}{2}"),
-    (r"\pm 3", r"\{3,-3\}"),
-    ("3, -3", r"\pm 3"),
-    ("√2", r"\sqrt{2}"),
-    ("2√3", r"\sqrt{12}"),
-    ("√(2+1)", r"\sqrt 3"),
-    ("x²", "x^2"),
-    ("π/2", r"\frac{\pi}{2}"),
-    ("1,000,000", "1000000"),
-    ("1{,}000", "1000"),
-    (r"1\,000", "1000"),
-    (r"\$12.50", "12.5"),
-    (r"\$1,200", "1200"),
-    ("$12$", "12"),
-    ("€5", "5"),
-    ("12 dollars", r"\$12"),
-    ("5 cm", "5"),
-    (r"5\text{ cm}", "5 cm"),
-    (r"5\mathrm{~cm}^2", "5"),
-    (r"90^\circ", "90"),
-    (r"\sin 30^\circ", r"\frac12"),
-    (r"\tan 45^\circ", "1"),
-    ("30 degrees", r"30^\circ"),
-    ("x = 5", "5"),
-    ("5", "x=5"),
-    ("f(x)=2x+1", "1+2x"),
-    ("a_n=2^n", "2^{n}"),
-    ("(x+1)^2", "x^2+2x+1"),
-    (r"\sqrt{x^2}", "|x|"),
-    (r"\sqrt{a}\sqrt{b}", r"\sqrt{ab}"),
-    ("n(n+1)/2", r"\binom{n+1}{2}"),
-    (r"\frac{n(n+1)}{2}", r"\sum_{k=1}^{n} k"),
-    ("n!", r"\prod_{k=1}^n k"),
-    (r"\binom{10}{3}", "120"),
-    (r"\binom52", "10"),
-    ("(-1)^n", "(-1)^{n+2}"),
-    (r"\lfloor x\rfloor+1", r"1+\lfloor x \rfloor"),
-    (r"e^{i\pi}", "-1"),
-    ("(2+i)^2", "3+4i"),
-    ("2i+3", "3+2i"),
-    (r"\log_2 8", "3"),
-    (r"\ln e^2", "2"),
-    (r"\sqrt[3]{-8}", "-2"),
-    ("(1,2]", "(1, 2]"),
-    (r"x\ge 2", r"[2,\infty)"),
-    (r"2\le x", r"[2,\infty)"),
-    (r"x \in [1,2)", r"1\le x<2"),
-    ("-1<x<1", "(-1,1)"),
-    ("1>x>-1", "(-1,1)"),
-    ("(1,2),(3,4)", "(3,4),(1,2)"),
-    ("(x,y)=(1,2)", "(1,2)"),
-    ("3, 4", "(3,4)"),
-    (r"\{1,2,3\}", "3,2,1"),
-    (r"\emptyset", r"\varnothing"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
-    (r"\begin{pmatrix}1/2\\3\end{pmatrix}", r"\begin{pmatrix}\frac12\\3\end{pmatrix}"),
-    (r"3\frac{1}{2}", "3.5"),
-    ("3 1/2", r"\frac72"),
-    ("3(1/2)", r"\frac32"),
-    ("(2)(3)", "6"),
-    (r"2\left(3\right)", "6"),
-    ("1.5e3", "1500"),
-    (r"1.5 \times 10^3", "1500"),
-    ("6.02e-3", "0.00602"),
-    ("101_2", "101_{2}"),
-    (r"\text{east}", "East"),
-    (r"\text{Infinitely many}", r"\infty"),
-    ("infinitely many solutions", "Infinitely many."),
-    (r"+\infty", r"\infty"),
-    ("52!!", r"2^{26}\cdot 26!"),
-    ("5!!", "15"),
-    ("x^2+y^2=1", "y^2+x^2=1"),
-    ("12!", "479001600"),
-    (r"25\%", r"\frac14"),
-    ("1:2", "1:2"),
-    (r"\frac{1}{2}, \frac13", "0.5, 1/3"),
-    (r"1 \text{ and } 2", "1, 2"),
-    (r"x=1 \text{ or } x=2", "1,2"),
-    ("a=1, b=2", "b=2, a=1"),
-    (r"\text{The answer is } 5", "5"),
-    (r"\frac{\sqrt3}2", r"\frac{\sqrt{3}}{2}"),
-    ("x^{1/3}", r"\sqrt[3]{x}"),
-    ("2^{-3}", "0.125"),
-    (r"\cos\frac{\pi}{7}-\cos\frac{2\pi}{7}+\cos\frac{3\pi}{7}", r"\frac12"),
-    (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3"),
-    (r"\sqrt2\sqrt3-\sqrt6", "0"),
-    (r"5\%", "0.05"),
-    (r"1-\frac{1}{e}", r"\frac{e-1}{e}"),
-    (r"\arctan 1", r"\frac{\pi}{4}"),
-    (r"2\pi\text{ cm}", r"2\pi"),
-    ("1.0", "1"),
-    ("007", "7"),
-    ("y=2x+3", "y=3+2x"),
-    (r"\max(2,3)", "3"),
-    (r"\left(\frac{1}{2},\ \infty\right)", r"(0.5,\infty)"),
-    (r"\mathbb{R}\setminus\{0\}", r"\mathbb{R} \setminus \{0\}"),
-    (r"\boxed{5}", "5"),
-    ("5.", "5"),
-    (r"\{2, 4, \ldots, 10\}", r"\{2,4,6,8,10\}"),
-    (r"\{n^2 \mid 1\le n\le 4, n\in\mathbb{Z}\}", "1,4,9,16"),
-    (r"\text{Yes}", "yes"),
-    (r"\frac{a+b}{c}", r"\frac{a}{c}+\frac{b}{c}"),
+ANSWERS = [  # prediction, gold, equal, what it is about
+    (r"\ln|x+1|", r"\ln(x+1)", False, "a function that is real where the other is not"),
+    (r"2\ln|x|", r"\ln(x^2)", True, "a function that is real where the other is"),
+    (r"\sqrt{4/n}", r"\frac{2}{\sqrt{n}}", True, "branches of one function where neither is real"),
+    ("x≧2", r"[2,\infty)", True, "Unicode and full-width forms"),
+    ("0.1666...", r"\frac16", True, "repeating decimals"),
+    ("0.121212...", r"\frac{4}{33}", True, "repeating decimals"),
+    ("3.1415...", r"\pi", False, "repeating decimals"),
+    (r"9.8\,\mathrm{m\,s^{-2}}", "9.8", True, "units, currencies, counted nouns, and words that change a number"),
+    ("9 squared feet", "9 ft^2", True, "units, currencies, counted nouns, and words that change a number"),
+    ("5 months", "5", True, "units, currencies, counted nouns, and words that change a number"),
+    ("7 sevenths", "7", False, "units, currencies, counted nouns, and words that change a number"),
+    (r"\sum_{k=1}^{4} k=10", "10", True, "a computation that ends in its value"),
+    (r"\sum_{k=1}^{4} k=11", "11", False, "a computation that ends in its value"),
+    ("f'", "f", False, "close, but another answer"),
+    ("3:00 PM", "3:00 pm", True, "other notations"),
+    (r"x+1=10^{10^{10}}", "x=5y", False, "a number that math-verify must not compute"),
+    (
+        r"\begin{pmatrix}9^{9^{9^9}}\\1\end{pmatrix}",
+        r"\begin{pmatrix}1\\1\end{pmatrix}",
+        False,
+        "a number that math-verify must not compute",
+    ),
+    (".75", "3/4", True, "a decimal with a leading or a trailing point"),
+    ("$x=.125$", r"\frac18", True, "a decimal with a leading or a trailing point"),
+    ("[.25,.5)", r"[\frac14,\frac12)", True, "a decimal with a leading or a trailing point"),
+    (r".2\sqrt{5}", r"\frac{\sqrt5}{5}", True, "a decimal with a leading or a trailing point"),
+    ("-.8", "-0.8", True, "a decimal with a leading or a trailing point"),
+    (r"\{.1,.2\}", r"\{0.2,0.1\}", True, "a decimal with a leading or a trailing point"),
+    (".75", "75", False, "a decimal with a leading or a trailing point"),
+    (r"\$.99", "99", False, "a decimal with a leading or a trailing point"),
+    (".04", "4", False, "a decimal with a leading or a trailing point"),
+    (r".5\%", "0.5", True, "a decimal with a leading or a trailing point"),
+    ("1.", "1", True, "a decimal with a leading or a trailing point"),
+    (r"3.\times 10^4", "30000", True, "a decimal with a leading or a trailing point"),
+    (r"6.02\cdot10^{23}", "6.02e23", True, "a decimal with a leading or a trailing point"),
+    ("7.25E2", "725", True, "a decimal with a leading or a trailing point"),
+    ("2, 3, and 7", "2,3,7", True, "lists with 'and' and 'or'"),
+    ("2 and 3", "2,3", True, "lists with 'and' and 'or'"),
+    ("x=2 or x=-4", "2,-4", True, "lists with 'and' and 'or'"),
+    (r"(0,1), (1,0), \text{ and } (2,3)", "(0,1),(1,0),(2,3)", True, "lists with 'and' and 'or'"),
+    ("red, green, and blue", "green, blue, red", True, "lists with 'and' and 'or'"),
+    ("2, 3, and 8", "2,3,7", False, "lists with 'and' and 'or'"),
+    ("P, Q and R", "P, Q, R", True, "lists with 'and' and 'or'"),
+    ("3 or 3", "3", True, "lists with 'and' and 'or'"),
+    (r"\frac{9}{4}=2.25", "9/4", True, "a computation that ends in its value"),
+    ("3+4+5=12", "12", True, "a computation that ends in its value"),
+    (r"12=3\cdot4", "12", True, "a computation that ends in its value"),
+    (r"\sqrt{49}=7", "7", True, "a computation that ends in its value"),
+    ("g^{-1}(2)=11", "11", True, "a computation that ends in its value"),
+    ("2+2=5", "5", False, "a computation that ends in its value"),
+    ("2+2=5", "4", False, "a computation that ends in its value"),
+    ("3x=12", "12", False, "a computation that ends in its value"),
+    ("x^2=9", "9", False, "a computation that ends in its value"),
+    ("a+b+c=12", "12", True, "a computation that ends in its value"),
+    (r"\log_3 81=4", "4", True, "a computation that ends in its value"),
+    ("6!=720", "720", True, "a computation that ends in its value"),
+    (r"S=\frac12\cdot6\cdot8=24", "24", True, "a computation that ends in its value"),
+    (r"\angle ABC=30^\circ", "30", True, "a computation that ends in its value"),
+    ("45 mph", "45", True, "units, currencies, counted nouns, and words that change a number"),
+    ("12 in^2", "12", True, "units, currencies, counted nouns, and words that change a number"),
+    ("12 cubic feet", "12", True, "units, currencies, counted nouns, and words that change a number"),
+    (r"3\text{ kg}", "3", True, "units, currencies, counted nouns, and words that change a number"),
+    (r"2.5\ \mathrm{kg\,m/s^2}", "2.5", True, "units, currencies, counted nouns, and words that change a number"),
+    (r"8\text{ L}", "8", True, "units, currencies, counted nouns, and words that change a number"),
+    ("8 gallons", "8", True, "units, currencies, counted nouns, and words that change a number"),
+    ("9 yd", "9 yards", True, "units, currencies, counted nouns, and words that change a number"),
+    ("9 kg", "9 kilograms", True, "units, currencies, counted nouns, and words that change a number"),
+    ("3 sq ft", "3 square feet", True, "units, currencies, counted nouns, and words that change a number"),
+    ("9 kg", "9 g", False, "units, currencies, counted nouns, and words that change a number"),
+    ("9 m", "9 m^2", False, "units, currencies, counted nouns, and words that change a number"),
+    ("20 minutes", "20 hours", False, "units, currencies, counted nouns, and words that change a number"),
+    ("4 thirds", "4", False, "units, currencies, counted nouns, and words that change a number"),
+    ("4 dozen", "4", False, "units, currencies, counted nouns, and words that change a number"),
+    ("4 cubed", "4", False, "units, currencies, counted nouns, and words that change a number"),
+    ("4 mod 7", "4", False, "units, currencies, counted nouns, and words that change a number"),
+    ("4 over 9", "4", False, "units, currencies, counted nouns, and words that change a number"),
+    ("3 minus 1", "3", False, "units, currencies, counted nouns, and words that change a number"),
+    ("£20", "20", True, "units, currencies, counted nouns, and words that change a number"),
+    ("20 euros", "€20", True, "units, currencies, counted nouns, and words that change a number"),
+    ("75¢", "75", True, "units, currencies, counted nouns, and words that change a number"),
+    ("75¢", "$75", False, "units, currencies, counted nouns, and words that change a number"),
+    ("€20", r"\$20", False, "units, currencies, counted nouns, and words that change a number"),
+    (r"\$3\text{ million}", "3000000", True, "units, currencies, counted nouns, and words that change a number"),
+    (r"3\text{ million}", "3", False, "units, currencies, counted nouns, and words that change a number"),
+    ("12 marbles", "12", True, "units, currencies, counted nouns, and words that change a number"),
+    ("7 ways", "7", True, "units, currencies, counted nouns, and words that change a number"),
+    (r"15\text{ people}", "15", True, "units, currencies, counted nouns, and words that change a number"),
+    ("2ab", "2", False, "units, currencies, counted nouns, and words that change a number"),
+    ("3cd", "3", False, "units, currencies, counted nouns, and words that change a number"),
+    ("4 not possible", "4", False, "units, currencies, counted nouns, and words that change a number"),
+    ("less than 9", "9", False, "units, currencies, counted nouns, and words that change a number"),
+    ("9 or fewer", "9", False, "units, currencies, counted nouns, and words that change a number"),
+    ("at most 9", "9", False, "units, currencies, counted nouns, and words that change a number"),
+    ("36π cm²", r"36\pi", True, "units, currencies, counted nouns, and words that change a number"),
+    (
+        r"36\pi\text{ square inches}",
+        r"36\pi",
+        True,
+        "units, currencies, counted nouns, and words that change a number",
+    ),
+    (r"10\sqrt{3}\ \text{m}", r"10\sqrt{3}", True, "units, currencies, counted nouns, and words that change a number"),
+    ("100 degrees", "100", True, "units, currencies, counted nouns, and words that change a number"),
+    ("72°F", "72", True, "units, currencies, counted nouns, and words that change a number"),
+    ("1 hour", "1", True, "units, currencies, counted nouns, and words that change a number"),
+    ("3 boys", "3 girls", False, "units, currencies, counted nouns, and words that change a number"),
+    ("200 USD", "200", True, "units, currencies, counted nouns, and words that change a number"),
+    ("60 mi/hr", "60", True, "units, currencies, counted nouns, and words that change a number"),
+    ("8 oz", "8 ounces", True, "units, currencies, counted nouns, and words that change a number"),
+    ("3N", "3", False, "units, currencies, counted nouns, and words that change a number"),
+    ("7 more", "7", False, "units, currencies, counted nouns, and words that change a number"),
+    (r"12\,\mathrm{cm}", "12", True, "units, currencies, counted nouns, and words that change a number"),
+    (r"12~\text{cm}^3", "12", True, "units, currencies, counted nouns, and words that change a number"),
+    ("４２", "42", True, "Unicode and full-width forms"),
+    ("ｘ＝４", "4", True, "Unicode and full-width forms"),
+    ("［１，２）", "[1,2)", True, "Unicode and full-width forms"),
+    ("3；4", "3,4", True, "Unicode and full-width forms"),
+    ("¾", "0.75", True, "Unicode and full-width forms"),
+    ("1⅔", "5/3", True, "Unicode and full-width forms"),
+    ("x³", "x^3", True, "Unicode and full-width forms"),
+    ("y₂", "y_2", True, "Unicode and full-width forms"),
+    ("2×3", "6", True, "Unicode and full-width forms"),
+    ("8÷2", "4", True, "Unicode and full-width forms"),
+    ("√16", "4", True, "Unicode and full-width forms"),
+    ("∛27", "3", True, "Unicode and full-width forms"),
+    ("π²", r"\pi^2", True, "Unicode and full-width forms"),
+    ("−½", "-0.5", True, "Unicode and full-width forms"),
+    ("α+β", r"\alpha+\beta", True, "Unicode and full-width forms"),
+    ("⌈2.1⌉", "3", True, "Unicode and full-width forms"),
+    ("5°", "5", True, "Unicode and full-width forms"),
+    ("25℃", "25", True, "Unicode and full-width forms"),
+    ("｛1，2｝", r"\{1,2\}", True, "Unicode and full-width forms"),
+    ("‘7’", "7", True, "Unicode and full-width forms"),
+    ("１．５", "1.5", True, "Unicode and full-width forms"),
+    ("10⁻³", "0.001", True, "Unicode and full-width forms"),
+    ("x ≤ 2", r"(-\infty,2]", True, "Unicode and full-width forms"),
+    ("A ∪ B", r"A\cup B", True, "Unicode and full-width forms"),
+    ("∅", r"\text{no solution}", True, "Unicode and full-width forms"),
+    (r"\textcolor{green}{12}", "12", True, "faces, sizes, colours, marks"),
+    (r"\boldsymbol{x^2}", "x^2", True, "faces, sizes, colours, marks"),
+    (r"{\large 12}", "12", True, "faces, sizes, colours, marks"),
+    (r"\mathbf{12}", "12", True, "faces, sizes, colours, marks"),
+    (r"\underline{12}", "12", True, "faces, sizes, colours, marks"),
+    (r"\displaystyle\frac34", "0.75", True, "faces, sizes, colours, marks"),
+    (r"\sf 12", "12", True, "faces, sizes, colours, marks"),
+    ("`12`", "12", True, "faces, sizes, colours, marks"),
+    ("**x=3**", "3", True, "faces, sizes, colours, marks"),
+    (r"12\ \checkmark", "12", True, "faces, sizes, colours, marks"),
+    (r"\sfrac{3}{4}", "3/4", True, "faces, sizes, colours, marks"),
+    (r"\bm{\frac{1}{3}}", "1/3", True, "faces, sizes, colours, marks"),
+    (r"\textbf{12}", "12", True, "faces, sizes, colours, marks"),
+    (r"\mathsf{B}", "B", True, "faces, sizes, colours, marks"),
+    (r"\textbf{(B)}", "B", True, "faces, sizes, colours, marks"),
+    (r"\text{(B) }", "(B)", True, "faces, sizes, colours, marks"),
+    (r"\framebox{7}", "7", True, "faces, sizes, colours, marks"),
+    (r"\left. 7 \right.", "7", True, "faces, sizes, colours, marks"),
+    (r"\hspace{1em}7", "7", True, "faces, sizes, colours, marks"),
+    (r"\tag{1} 7", "7", True, "faces, sizes, colours, marks"),
+    (r"0.\overline{27}", r"\frac{3}{11}", True, "repeating decimals"),
+    (r"1.\overline{6}", "5/3", True, "repeating decimals"),
+    (r"0.2\bar{3}", r"\frac{7}{30}", True, "repeating decimals"),
+    (r".\overline{9}", "1", True, "repeating decimals"),
+    (r"0.\overline{3}", "0.3", False, "repeating decimals"),
+    (r"0.\overline{12}", r"0.1\overline{2}", False, "repeating decimals"),
+    (r"0.\dot{1}4285\dot{7}", r"\frac17", True, "repeating decimals"),
+    (r"\overline{AB}", r"\overline{AB}", True, "repeating decimals"),
+    (r"(-\infty,+\infty)", r"\mathbb{R}", True, "sets, intervals and inequalities"),
+    ("all real numbers", r"(-\infty,\infty)", True, "sets, intervals and inequalities"),
+    ("no real solutions", r"\emptyset", True, "sets, intervals and inequalities"),
+    (r"x\neq 3", r"(-\infty,3)\cup(3,\infty)", True, "sets, intervals and inequalities"),
+    (r"\mathbb{R}\setminus\{3\}", r"x\ne3", True, "sets, intervals and inequalities"),
+    (r"x\ne3", r"x\ne4", False, "sets, intervals and inequalities"),
+    (r"x\ge0", r"[0,\infty)", True, "sets, intervals and inequalities"),
+    ("x>0", r"[0,\infty)", False, "sets, intervals and inequalities"),
+    (r"0<x\le 1", "(0,1]", True, "sets, intervals and inequalities"),
+    (r"0<x\le 1", "[0,1]", False, "sets, intervals and inequalities"),
+    ("x<1", "y<1", False, "sets, intervals and inequalities"),
+    (r"(-2,1)\cup(1,3)", r"(1,3)\cup(-2,1)", True, "sets, intervals and inequalities"),
+    (r"x\in(0,1)", "0<x<1", True, "sets, intervals and inequalities"),
+    ("x>5 or x<1", r"(-\infty,1)\cup(5,\infty)", True, "sets, intervals and inequalities"),
+    ("none", "0", False, "sets, intervals and inequalities"),
+    ("no solution", "0", False, "sets, intervals and inequalities"),
+    ("(3,2)", "(2,1)", False, "sets, intervals and inequalities"),
+    ("(3,2)", r"\emptyset", False, "sets, intervals and inequalities"),
+    ("x<1", r"x\le1", False, "sets, intervals and inequalities"),
+    (r"4\times10^{-5}", ".00004", True, "other notations"),
+    (r"{6\choose 2}", "15", True, "other notations"),
+    (r"\binom{6}{2}=15", "15", True, "other notations"),
+    ("(1011)_2", "1011_2", True, "other notations"),
+    ("1011_2", "1011_3", False, "other notations"),
+    ("2:3", "4:6", True, "other notations"),
+    ("2:3", "3:2", False, "other notations"),
+    ("2:3:4", "4:6:8", True, "other notations"),
+    ("12:30", "12:45", False, "other notations"),
+    (r"\lg 1000", "3", True, "other notations"),
+    ("3^-2", "1/9", True, "other notations"),
+    (r"k\pi, k\in\mathbb{Z}", r"n\pi, n\in\mathbb{Z}", True, "other notations"),
+    (r"2k\pi, k\in\mathbb{Z}", r"n\pi, n\in\mathbb{Z}", False, "other notations"),
+    ("12,000,000", "12000000", True, "other notations"),
+    ("12 000", "12000", True, "other notations"),
+    ("12{,}000.5", "12000.5", True, "other notations"),
+    ("1,2,3", "123", False, "other notations"),
+    ("12,345,6", "123456", False, "other notations"),
+    ("2nd", "2", True, "other notations"),
+    (r"17^{\text{th}}", "17", True, "other notations"),
+    ("i", "-i", False, "other notations"),
+    ("3-4i", r"\overline{3+4i}", True, "other notations"),
+    ("|1+i|", r"\sqrt2", True, "other notations"),
+    (r"e^{i\pi/2}", "i", True, "other notations"),
+    (r"\frac{1}{1-i}", r"\frac{1+i}{2}", True, "other notations"),
+    (r"\begin{pmatrix}1\\0\end{pmatrix}", r"\begin{pmatrix}0\\1\end{pmatrix}", False, "other notations"),
+    (r"\begin{bmatrix}1&0\\0&1\end{bmatrix}", r"\begin{pmatrix}1&0\\0&1\end{pmatrix}", True, "other notations"),
+    (r"\langle1,2\rangle", "(1,2)", True, "other notations"),
+    ("x+y=3", "y=3-x", True, "other notations"),
+    ("2x+2y=6", "x+y=3", True, "other notations"),
+    ("x+y=3", "x+y=4", False, "other notations"),
+    ("x^2+y^2=4", "x^2+y^2=-4", False, "other notations"),
+    ("0=1", "0=2", False, "other notations"),
+    ("e^x=0", "e^x=-1", False, "other notations"),
+    ("y=x^2", "x=y^2", False, "other notations"),
+    ("y=3x", "y=-3x", False, "other notations"),
+    ("2^{100}", "2^{100}+1", False, "other notations"),
+    (r"\frac{1}{10^{40}}", "0", False, "other notations"),
+    (r"\sqrt{10^{30}+1}", "10^{15}", False, "other notations"),
+    ("0.333", "1/3", False, "other notations"),
+    ("3.1416", r"\pi", False, "other notations"),
+    (r"\pi\approx3.14", r"\pi", True, "other notations"),
+    ("99^{99^{99}}", "1", False, "other notations"),
+    ("(10^8)!", "1", False, "other notations"),
+    (r"\binom{10^8}{10^7}", "1", False, "other notations"),
+    (r"\Gamma(10^9)", "1", False, "other notations"),
+    (r"\sum_{k=1}^{10^8}k", "1", False, "other notations"),
+    (r"\prod_{k=1}^{10^9}k", "1", False, "other notations"),
+    ("x^{10^{12}}", "x", False, "other notations"),
+    (r"\sin(10^{10^5})", "0", False, "other notations"),
+    ("Tuesday", "tuesday", True, "other notations"),
+    ("Tuesday", "Thursday", False, "other notations"),
+    ("yes", "no", False, "other notations"),
+    ("A", "B", False, "other notations"),
+    (r"\text{C and D}", "C, D", True, "other notations"),
+    ("AB", "BA", True, "other notations"),
+    ("True", "False", False, "other notations"),
+    (r"\text{odd}", "odd", True, "other notations"),
+    ("", "5", False, "other notations"),
+    ("$", "5", False, "other notations"),
+    ("5", "", False, "other notations"),
+    ("\\", "5", False, "other notations"),
+    ("{", "5", False, "other notations"),
+    ("5}", "5", False, "other notations"),
+    (r"\frac{}{}", "5", False, "other notations"),
+    (r"\text{}", "5", False, "other notations"),
+    ("5!", "120", True, "other notations"),
+    ("5!!", "15", True, "other notations"),
+    ("0!", "1", True, "other notations"),
+    ("-3^2", "-9", True, "other notations"),
+    ("(-3)^2", "9", True, "other notations"),
+    (r"\sqrt[3]{-27}", "-3", True, "other notations"),
+    ("(-8)^{1/3}", "-2", True, "other notations"),
+    (r"\lfloor -2.5\rfloor", "-3", True, "other notations"),
+    (r"\gcd(12,18)", "6", True, "other notations"),
+    (r"\log_{2}{32}", "5", True, "other notations"),
+    (r"\log 1000", "3", True, "other notations"),
+    (r"\tan 60^\circ", r"\sqrt3", True, "other notations"),
+    (r"\sin 30", "0.5", False, "other notations"),
+    (r"\arcsin 1", r"\frac{\pi}{2}", True, "other notations"),
+    (r"\cos^{-1}0", r"\frac{\pi}{2}", True, "other notations"),
+    ("50%", "0.5", True, "other notations"),
+    ("50%", "5", False, "other notations"),
+    (r"50\%", r"\frac12", True, "other notations"),
+    ("1/2%", "0.005", True, "other notations"),
+    ("m=2,n=3", "n=3,m=2", True, "other notations"),
+    ("m=2,n=3", "m=3,n=2", False, "other notations"),
+    ("x=1", "y=1", False, "other notations"),
+    ("(2,3)", "2,3", True, "other notations"),
+    ("(2,3)", "3,2", False, "other notations"),
+    ("[2,3]", "(2,3)", False, "other notations"),
+    (r"\boxed{5}\text{ meters}", "5", True, "other notations"),
+    (r"\text{Answer: }5", "5", True, "other notations"),
+    ("The answer is 5", "5", True, "other notations"),
+    ("answer = 5", "5", True, "other notations"),
+    ("5, where x is prime", "5", True, "other notations"),
+    (r"\frac{x+1}{2}", r"\frac{1+x}{2}", True, "other notations"),
+    (r"\frac{x+1}{2}", r"\frac{x-1}{2}", False, "other notations"),
+    ("x^{2000000}-x^{2000000}+3", "3", True, "other notations"),
+    ("a_1", "a_2", False, "other notations"),
+    ("f(x)=3x", "3x", True, "other notations"),
+    ("7 R 2", "7", False, "other notations"),
+    ("7r2", "7", False, "other notations"),
+    (r"2\pi r", r"\pi r \cdot 2", True, "the same, written in another way"),
+    (r"\sin x \cos x", r"\frac{1}{2}\sin(2x)", True, "the same, written in another way"),
+    ("y = 2x + 3", "2x - y + 3 = 0", True, "the same, written in another way"),
+    ("x+y=1", "y+x=1", True, "the same, written in another way"),
+    (r"\lfloor2d\rfloor + 1", r"1 + \lfloor 2d \rfloor", True, "the same, written in another way"),
+    (r"\frac12", "0.5", True, "the same, written in another way"),
+    ("0.5", r"\frac12", True, "the same, written in another way"),
+    ("1/2", r"\dfrac{1}{2}", True, "the same, written in another way"),
+    (r"\pm 3", r"\{3,-3\}", True, "the same, written in another way"),
+    ("3, -3", r"\pm 3", True, "the same, written in another way"),
+    ("√2", r"\sqrt{2}", True, "the same, written in another way"),
+    ("2√3", r"\sqrt{12}", True, "the same, written in another way"),
+    ("√(2+1)", r"\sqrt 3", True, "the same, written in another way"),
+    ("x²", "x^2", True, "the same, written in another way"),
+    ("π/2", r"\frac{\pi}{2}", True, "the same, written in another way"),
+    ("1,000,000", "1000000", True, "the same, written in another way"),
+    ("1{,}000", "1000", True, "the same, written in another way"),
+    (r"1\,000", "1000", True, "the same, written in another way"),
+    (r"\$12.50", "12.5", True, "the same, written in another way"),
+    (r"\$1,200", "1200", True, "the same, written in another way"),
+    ("$12$", "12", True, "the same, written in another way"),
+    ("€5", "5", True, "the same, written in another way"),
+    ("12 dollars", r"\$12", True, "the same, written in another way"),
+    ("5 cm", "5", True, "the same, written in another way"),
+    (r"5\text{ cm}", "5 cm", True, "the same, written in another way"),
+    (r"5\mathrm{~cm}^2", "5", True, "the same, written in another way"),
+    (r"90^\circ", "90", True, "the same, written in another way"),
+    (r"\sin 30^\circ", r"\frac12", True, "the same, written in another way"),
+    (r"\tan 45^\circ", "1", True, "the same, written in another way"),
+    ("30 degrees", r"30^\circ", True, "the same, written in another way"),
+    ("x = 5", "5", True, "the same, written in another way"),
+    ("5", "x=5", True, "the same, written in another way"),
+    ("f(x)=2x+1", "1+2x", True, "the same, written in another way"),
+    ("a_n=2^n", "2^{n}", True, "the same, written in another way"),
+    ("(x+1)^2", "x^2+2x+1", True, "the same, written in another way"),
+    (r"\sqrt{x^2}", "|x|", True, "the same, written in another way"),
+    (r"\sqrt{a}\sqrt{b}", r"\sqrt{ab}", True, "the same, written in another way"),
+    ("n(n+1)/2", r"\binom{n+1}{2}", True, "the same, written in another way"),
+    (r"\frac{n(n+1)}{2}", r"\sum_{k=1}^{n} k", True, "the same, written in another way"),
+    ("n!", r"\prod_{k=1}^n k", True, "the same, written in another way"),
+    (r"\binom{10}{3}", "120", True, "the same, written in another way"),
+    (r"\binom52", "10", True, "the same, written in another way"),
+    ("(-1)^n", "(-1)^{n+2}", True, "the same, written in another way"),
+    (r"\lfloor x\rfloor+1", r"1+\lfloor x \rfloor", True, "the same, written in another way"),
+    (r"e^{i\pi}", "-1", True, "the same, written in another way"),
+    ("(2+i)^2", "3+4i", True, "the same, written in another way"),
+    ("2i+3", "3+2i", True, "the same, written in another way"),
+    (r"\log_2 8", "3", True, "the same, written in another way"),
+    (r"\ln e^2", "2", True, "the same, written in another way"),
+    (r"\sqrt[3]{-8}", "-2", True, "the same, written in another way"),
+    ("(1,2]", "(1, 2]", True, "the same, written in another way"),
+    (r"x\ge 2", r"[2,\infty)", True, "the same, written in another way"),
+    (r"2\le x", r"[2,\infty)", True, "the same, written in another way"),
+    (r"x \in [1,2)", r"1\le x<2", True, "the same, written in another way"),
+    ("-1<x<1", "(-1,1)", True, "the same, written in another way"),
+    ("1>x>-1", "(-1,1)", True, "the same, written in another way"),
+    ("(1,2),(3,4)", "(3,4),(1,2)", True, "the same, written in another way"),
+    ("(x,y)=(1,2)", "(1,2)", True, "the same, written in another way"),
+    ("3, 4", "(3,4)", True, "the same, written in another way"),
+    (r"\{1,2,3\}", "3,2,1", True, "the same, written in another way"),
+    (r"\emptyset", r"\varnothing", True, "the same, written in another way"),
+    (
+        r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        True,
+        "the same, written in another way",
+    ),
+    (
+        r"\begin{pmatrix}1/2\\3\end{pmatrix}",
+        r"\begin{pmatrix}\frac12\\3\end{pmatrix}",
+        True,
+        "the same, written in another way",
+    ),
+    (r"3\frac{1}{2}", "3.5", True, "the same, written in another way"),
+    ("3 1/2", r"\frac72", True, "the same, written in another way"),
+    ("3(1/2)", r"\frac32", True, "the same, written in another way"),
+    ("(2)(3)", "6", True, "the same, written in another way"),
+    (r"2\left(3\right)", "6", True, "the same, written in another way"),
+    ("1.5e3", "1500", True, "the same, written in another way"),
+    (r"1.5 \times 10^3", "1500", True, "the same, written in another way"),
+    ("6.02e-3", "0.00602", True, "the same, written in another way"),
+    ("101_2", "101_{2}", True, "the same, written in another way"),
+    (r"\text{east}", "East", True, "the same, written in another way"),
+    (r"\text{Infinitely many}", r"\infty", True, "the same, written in another way"),
+    ("infinitely many solutions", "Infinitely many.", True, "the same, written in another way"),
+    (r"+\infty", r"\infty", True, "the same, written in another way"),
+    ("52!!", r"2^{26}\cdot 26!", True, "the same, written in another way"),
+    ("x^2+y^2=1", "y^2+x^2=1", True, "the same, written in another way"),
+    ("12!", "479001600", True, "the same, written in another way"),
+    (r"25\%", r"\frac14", True, "the same, written in another way"),
+    ("1:2", "1:2", True, "the same, written in another way"),
+    (r"\frac{1}{2}, \frac13", "0.5, 1/3", True, "the same, written in another way"),
+    (r"1 \text{ and } 2", "1, 2", True, "the same, written in another way"),
+    (r"x=1 \text{ or } x=2", "1,2", True, "the same, written in another way"),
+    ("a=1, b=2", "b=2, a=1", True, "the same, written in another way"),
+    (r"\text{The answer is } 5", "5", True, "the same, written in another way"),
+    (r"\frac{\sqrt3}2", r"\frac{\sqrt{3}}{2}", True, "the same, written in another way"),
+    ("x^{1/3}", r"\sqrt[3]{x}", True, "the same, written in another way"),
+    ("2^{-3}", "0.125", True, "the same, written in another way"),
+    (r"\cos\frac{\pi}{7}-\cos\frac{2\pi}{7}+\cos\frac{3\pi}{7}", r"\frac12", True, "the same, written in another way"),
+    (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3", True, "the same, written in another way"),
+    (r"\sqrt2\sqrt3-\sqrt6", "0", True, "the same, written in another way"),
+    (r"5\%", "0.05", True, "the same, written in another way"),
+    (r"1-\frac{1}{e}", r"\frac{e-1}{e}", True, "the same, written in another way"),
+    (r"\arctan 1", r"\frac{\pi}{4}", True, "the same, written in another way"),
+    (r"2\pi\text{ cm}", r"2\pi", True, "the same, written in another way"),
+    ("1.0", "1", True, "the same, written in another way"),
+    ("007", "7", True, "the same, written in another way"),
+    ("y=2x+3", "y=3+2x", True, "the same, written in another way"),
+    (r"\max(2,3)", "3", True, "the same, written in another way"),
+    (r"\left(\frac{1}{2},\ \infty\right)", r"(0.5,\infty)", True, "the same, written in another way"),
+    (r"\mathbb{R}\setminus\{0\}", r"\mathbb{R} \setminus \{0\}", True, "the same, written in another way"),
+    (r"\boxed{5}", "5", True, "the same, written in another way"),
+    ("5.", "5", True, "the same, written in another way"),
+    (r"\{2, 4, \ldots, 10\}", r"\{2,4,6,8,10\}", True, "the same, written in another way"),
+    (r"\{n^2 \mid 1\le n\le 4, n\in\mathbb{Z}\}", "1,4,9,16", True, "the same, written in another way"),
+    (r"\text{Yes}", "yes", True, "the same, written in another way"),
+    (r"\frac{a+b}{c}", r"\frac{a}{c}+\frac{b}{c}", True, "the same, written in another way"),
+    ("y = 2x + 3", "2x + y + 3 = 0", False, "close, but another answer"),
+    (r"\frac{1}{2006!}", r"\frac{1}{2004!}", False, "close, but another answer"),
+    (r"\sqrt{10^{40}+1}", "10^{20}", False, "close, but another answer"),
+    (r"\sqrt{10^{400}+1}", "10^{200}", False, "close, but another answer"),
+    (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}", False, "close, but another answer"),
+    (r"\frac{\sqrt{2}}{2006!}", r"\frac{\sqrt{2}}{2004!}", False, "close, but another answer"),
+    ("0.333333", r"\frac13", False, "close, but another answer"),
+    ("3.14159265358979323846", r"\pi", False, "close, but another answer"),
+    ("3", r"\pm 3", False, "close, but another answer"),
+    (r"5\text{ cm}^2", r"5\text{ cm}", False, "close, but another answer"),
+    (r"5\text{ or more}", "5", False, "close, but another answer"),
+    (r"5\text{ million}", "5", False, "close, but another answer"),
+    (r"\text{at least } 5", "5", False, "close, but another answer"),
+    (r"\text{more than }5", "5", False, "close, but another answer"),
+    ("5 million", "5", False, "close, but another answer"),
+    ("2x = 4", "4", False, "close, but another answer"),
+    ("x^2=4", "4", False, "close, but another answer"),
+    ("(x+1)^2", "x^2+2x+2", False, "close, but another answer"),
+    ("|x|", "x", False, "close, but another answer"),
+    (r"\sqrt{x^2}", "x", False, "close, but another answer"),
+    ("(-1)^n", "(-1)^{n+1}", False, "close, but another answer"),
+    (r"\cos(\pi n)", "(-1)^n", False, "close, but another answer"),
+    (r"\lfloor x \rfloor", r"\lceil x \rceil - 1", False, "close, but another answer"),
+    ("2i+3", "3-2i", False, "close, but another answer"),
+    ("(1,2]", "(1,2)", False, "close, but another answer"),
+    ("x>2", r"[2,\infty)", False, "close, but another answer"),
+    ("(1,2),(3,4)", "(1,3),(2,4)", False, "close, but another answer"),
+    ("4, 3", "(3,4)", False, "close, but another answer"),
+    (r"\{3,4\}", "(3,4)", False, "close, but another answer"),
+    (r"\{1,2,3\}", r"\{1,2,3,4\}", False, "close, but another answer"),
+    (r"\{1,1\}", r"\{1,2\}", False, "close, but another answer"),
+    (
+        r"\begin{pmatrix}1&2\\3&4\end{pmatrix}",
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}",
+        False,
+        "close, but another answer",
+    ),
+    (r"3\frac12", r"\frac32", False, "close, but another answer"),
+    ("3(1/2)", r"\frac72", False, "close, but another answer"),
+    ("(2)(3)", "5", False, "close, but another answer"),
+    ("1 2", "12", False, "close, but another answer"),
+    ("1 2", "3", False, "close, but another answer"),
+    ("10_2", "10_3", False, "close, but another answer"),
+    ("east", "seat", False, "close, but another answer"),
+    ("ab", "ac", False, "close, but another answer"),
+    ("AB", "ab", False, "close, but another answer"),
+    ("A", "a", False, "close, but another answer"),
+    ("finitely many", "Infinitely many.", False, "close, but another answer"),
+    ("not infinite", r"\infty", False, "close, but another answer"),
+    (r"\infty", r"-\infty", False, "close, but another answer"),
+    ("1", r"\infty", False, "close, but another answer"),
+    ("x^2+y^2=1", "y^2+x^2=2", False, "close, but another answer"),
+    (r"x\equiv 3 \pmod 7", "3", False, "close, but another answer"),
+    ("10^{10^{10}}", "10^{10^{10}}+1", False, "close, but another answer"),
+    ("1000000000!", "5", False, "close, but another answer"),
+    ("x^{10^{9}}", "x", False, "close, but another answer"),
+    (r"25\%", r"0.25\%", False, "close, but another answer"),
+    ("3:4", "4:3", False, "close, but another answer"),
+    ("a=1, b=2", "a=2, b=1", False, "close, but another answer"),
+    (r"\text{none}", "0", False, "close, but another answer"),
+    (r"\frac10", r"\frac20", False, "close, but another answer"),
+    ("0/0", "1", False, "close, but another answer"),
+    (r"\text{The answer is not } 5", "5", False, "close, but another answer"),
+    (r"e^{\pi\sqrt{163}}", "262537412640768744", False, "close, but another answer"),
+    ("10^{-50}", "0", False, "close, but another answer"),
+    (r"\frac{\sqrt{2}}{10^{80}}", "0", False, "close, but another answer"),
+    (r"\text{Yes}", "no", False, "close, but another answer"),
+    ("x<2", "y<2", False, "close, but another answer"),
+    ("2", r"\frac{2", False, "close, but another answer"),
 ]
 
-DIFFERENT = [
-    ("y = 2x + 3", "2x + y + 3 = 0"),
-    (r"\frac{1}{2006!}", r"\frac{1}{2004!}"),
-    (r"\sqrt{10^{40}+1}", "10^{20}"),
-    (r"\sqrt{10^{400}+1}", "10^{200}"),
-    (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"),
-    (r"\frac{\sqrt{2}}{2006!}", r"\frac{\sqrt{2}}{2004!}"),
-    ("0.333333", r"\frac13"),
-    ("3.14159265358979323846", r"\pi"),
-    ("3", r"\pm 3"),
-    (r"5\text{ cm}^2", r"5\text{ cm}"),
-    (r"5\text{ or more}", "5"),
-    (r"5\text{ million}", "5"),
-    (r"\text{at least } 5", "5"),
-    (r"\text{more than }5", "5"),
-    ("5 million", "5"),
-    ("2x = 4", "4"),
-    ("x^2=4", "4"),
-    ("x=1", "y=1"),
-    ("(x+1)^2", "x^2+2x+2"),
-    ("|x|", "x"),
-    (r"\sqrt{x^2}", "x"),
-    ("(-1)^n", "(-1)^{n+1}"),
-    (r"\cos(\pi n)", "(-1)^n"),
-    (r"\lfloor x \rfloor", r"\lceil x \rceil - 1"),
-    ("2i+3", "3-2i"),
-    ("(1,2]", "(1,2)"),
-    ("x>2", r"[2,\infty)"),
-    ("(1,2),(3,4)", "(1,3),(2,4)"),
-    ("4, 3", "(3,4)"),
-    (r"\{3,4\}", "(3,4)"),
-    (r"\{1,2,3\}", r"\{1,2,3,4\}"),
-    (r"\{1,1\}", r"\{1,2\}"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}"),
-    (r"3\frac12", r"\frac32"),
-    ("3(1/2)", r"\frac72"),
-    ("(2)(3)", "5"),
-    ("1 2", "12"),
-    ("1 2", "3"),
-    ("10_2", "10_3"),
-    ("east", "seat"),
-    ("ab", "ac"),
-    ("AB", "ab"),
-    ("A", "a"),
-    ("finitely many", "Infinitely many."),
-    ("not infinite", r"\infty"),
-    (r"\infty", r"-\infty"),
-    ("1", r"\infty"),
-    ("x^2+y^2=1", "y^2+x^2=2"),
-    (r"x\equiv 3 \pmod 7", "3"),
-    ("10^{10^{10}}", "10^{10^{10}}+1"),
-    ("1000000000!", "5"),
-    ("x^{10^{9}}", "x"),
-    (r"25\%", r"0.25\%"),
-    ("3:4", "4:3"),
-    ("a=1, b=2", "a=2, b=1"),
-    (r"\text{none}", "0"),
-    (r"\frac10", r"\frac20"),
-    ("0/0", "1"),
-    (r"\text{The answer is not } 5", "5"),
-    (r"e^{\pi\sqrt{163}}", "262537412640768744"),
-    ("10^{-50}", "0"),
-    (r"\frac{\sqrt{2}}{10^{80}}", "0"),
-    (r"\text{Yes}", "no"),
-    ("x<2", "y<2"),
-    ("2", r"\frac{2"),
-]
+
+@pytest.mark.parametrize(("prediction", "gold", "equal", "about"), ANSWERS)
+def test_answers(prediction, gold, equal, about):
+    for one, other in ((prediction, gold), (gold, prediction)):
+        verdict = grade(one, other)
+        assert verdict.equal is equal, f"{about}: {one!r} and {other!r}, decided by {verdict.status}"
 
 
-@pytest.mark.parametrize(("prediction", "gold"), EQUAL)
-def test_equal_answers(prediction, gold):
-    assert grade(prediction, gold).equal is True
-    assert grade(gold, prediction).equal is True
-
-
-@pytest.mark.parametrize(("prediction", "gold"), DIFFERENT)
-def test_different_answers(prediction, gold):
-    assert grade(prediction, gold).equal is False
-    assert grade(gold, prediction).equal is False
+@pytest.mark.parametrize(
+    ("prediction", "gold", "equal", "reason"),
+    [
+        (r"\frac{1}{2006!}", r"\frac{1}{2004!}", False, "small numbers are compared to 15 digits"),
+        (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}", False, "small numbers are compared to 15 digits"),
+        (r"\sqrt{10^{40}+1}", "10^{20}", False, "large numbers are compared to 15 digits"),
+        ("0.4444444", r"\frac{4}{9}", False, "decimals are compared to 6 digits"),
+        ("x^2=4", "4", False, "the last side of an equation is taken for its value"),
+        ("2x=6", "6", False, "the last side of an equation is taken for its value"),
+        ("e^x=0", "e^x=-1", False, "two equations without a solution have the same solutions"),
+        ("e^x=-3", "e^{2x}=-3", False, "two equations without a solution have the same solutions"),
+        ("3(1/2)", "3.5", False, "a product is read as a mixed number"),
+        ("5(1/4)", "5.25", False, "a product is read as a mixed number"),
+        ("5!!", "15", True, "a double factorial is read as the factorial of a factorial"),
+        ("7!!", "105", True, "a double factorial is read as the factorial of a factorial"),
+        (r"\overline{3+4i}", "3-4i", True, "a conjugate is read as a symbol"),
+        (r"\overline{1-2i}", "1+2i", True, "a conjugate is read as a symbol"),
+        (r"\sqrt[3]{-8}", "-2", True, "roots of negative numbers are not real"),
+        (r"\sqrt[5]{-32}", "-2", True, "roots of negative numbers are not real"),
+        (r"d\pi", r"\pi d", True, "d before a command is read as a differential"),
+        (r"d\sqrt{2}", r"\sqrt{2}d", True, "d before a command is read as a differential"),
+        ("5 cents", r"\$5", False, "units are dropped, whichever they are"),
+        (r"5\text{ billion}", "5", False, "any word after a number is dropped"),
+    ],
+)
+def test_corrections_of_math_verify(prediction, gold, equal, reason):
+    """Where math-verify alone is wrong; a correction whose line fails here, as a new version is right, may go."""
+    assert grade(prediction, gold).equal is equal, reason
+    assert grade(prediction, gold, grader="release").equal is not equal, reason
 
 
 @pytest.mark.parametrize(
     ("prediction", "gold", "equal", "status"),
     [
         ("9" * 5000, "9" * 5000, True, "exact"),  # beyond what Python converts to an integer
-        ("9" * 5000, "9" * 4999 + "8", False, "integer"),
+        ("9" * 5000, "9" * 4999 + "8", False, "text"),
         ("10^{10^{10}}", "10^{10^{10}}", True, "exact"),
         (" ( 1, 2 ) ", "(1,2)", True, "exact"),
-        ("007", "7", True, "integer"),
-        ("-0", "0", True, "integer"),
-        (25.0, "025", True, "integer"),
+        ("007", "7", True, "rational"),
+        ("-0", "0", True, "rational"),
+        (25.0, "025", True, "rational"),
         (0.5, "1/2", True, "rational"),
         (r"\frac{1}{3}", "0.333", False, "rational"),
         (r"\sqrt{4}", 2, True, "number"),
@@ -306,6 +632,8 @@ def test_different_answers(prediction, gold):
         ("(1, 2)", "(2, 1)", False, "tuple"),
         ("(1, 2)", "3", False, "kind"),
         ("x=1", "y=1", False, "math_verify"),
+        ("x>1", r"(1,\infty)", True, "math_verify"),
+        ("2+2=5", "5", False, "kind"),
         (r"5\text{ m}", r"5\text{ cm}", False, "unit"),
         ("Yes", "no way", False, "text"),
         (r"\frac{1}{2", "1/2", False, "text"),
@@ -318,7 +646,7 @@ def test_different_answers(prediction, gold):
         ("(10^9)!", "5", False, "too_large"),
         (r"\binom{10^9}{5 \cdot 10^8}", "5", False, "too_large"),
         (r"\sum_{k=1}^{10^9} k", "5", False, "too_large"),
-        ("x" * 2000, "5", False, "too_large"),
+        ("x" * 20_000, "5", False, "too_large"),
         ("(" * 500 + "1" + ")" * 500, "1", True, "exact"),
         (r"\frac{1}{1+" * 60 + "1" + "}" * 60, "1", False, "too_large"),
     ],
@@ -358,18 +686,6 @@ def test_answer_type(prediction, gold, answer_type, equal):
     verdict = grade(prediction, gold, answer_type=answer_type)
     assert verdict.equal is equal
     assert (verdict.status == "ungraded") == (equal is None)
-
-
-def test_the_legacy_grader_has_the_faults_of_the_release():
-    for prediction, gold in [
-        (r"\frac{1}{2006!}", r"\frac{1}{2004!}"),
-        (r"\frac{1}{2^{98}}", r"\frac{1}{2^{99}}"),
-        (r"\sqrt{10^{40}+1}", "10^{20}"),
-        ("0.4444444", r"\frac{4}{9}"),
-    ]:
-        assert grade(prediction, gold, grader="legacy").equal
-    assert not grade("√2", r"\sqrt{2}", grader="legacy").equal
-    assert grade(r"\frac12", "0.5", grader="legacy").status == "legacy"
 
 
 @pytest.fixture(scope="module")
@@ -423,19 +739,17 @@ def test_a_worker_without_memory_is_no_error():
 
 
 def test_a_worker_that_does_not_start_is_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
     with GradingPool(workers=1) as pool:
-        monkeypatch.setattr(pool._workers[0], "command", [sys.executable, "-c", "exit(1)"])
         assert pool.submit("1", "1").result().equal  # needs no worker
         with pytest.raises(RuntimeError, match="does not start"):
             pool.submit("x+1", "1+x").result()
 
 
-def test_is_equal():
-    assert is_equal(5, 5.0)
-    assert not is_equal(None, "x")
-    code = "import sys; from eval.grading import is_equal; assert 'torch' not in sys.modules; "
-    code += "assert is_equal('x+1', '1+x'); assert not is_equal('x+1', 'x')"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)  # and its pool closes with the process
+def test_a_worker_loads_neither_torch_nor_the_callers_program():
+    code = "import sys; from opsd.grading import GradingPool; assert 'torch' not in sys.modules; "
+    code += "pool = GradingPool(1); assert pool.submit('x+1', '1+x').result().equal"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)  # and its worker ends with the process
 
 
 def run_main(capsys, *arguments):
@@ -464,13 +778,20 @@ def test_command_line(tmp_path, capsys):
     ]
 
 
+def test_command_line_reads_what_editors_write(tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes('\ufeff{"pred": "7", "gold": "7\u2028"}\r\n\n{"pred": 1, "gold": 2}\n'.encode())
+    assert [line["equal"] for line in run_main(capsys, "--pairs", path)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 2: Expecting"),
-        ("3", "line 2: not an object"),
-        ('{"pred": "1"}', "line 2: no 'gold'; each line needs 'pred' and 'gold'"),
+        ("3", "line 2: each line needs an object with gold and pred"),
+        ('{"pred": "1"}', "line 2: each line needs an object with gold and pred"),
         ('{"pred": ["1"], "gold": "1"}', "line 2: an answer is text or a number, not list"),
+        ('{"pred": "1", "gold": 1e20}', "line 2: the answer 1e+20 is a float of 2**53 or more, not exact"),
     ],
 )
 def test_command_line_refuses_bad_lines(line, message, tmp_path, capsys):
@@ -481,45 +802,12 @@ def test_command_line_refuses_bad_lines(line, message, tmp_path, capsys):
     assert f"{path}, {message}" in capsys.readouterr().err
 
 
-def test_labelled_pairs(pool):
-    path = SHARED / "grading" / "pairs.jsonl"
-    if not path.exists():
-        pytest.skip(f"no {path.name}")
-    pairs = [json.loads(line) for line in path.read_text().splitlines()]
-    verdicts = pool.grade_all((pair["pred"], pair["gold"]) for pair in pairs)
-    wrong = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.equal != pair["equal"]]
-    assert len(wrong) <= 3
-    assert not [pair for pair in wrong if not pair["equal"]]  # no false positive
-    assert "timeout" not in {verdict.status for verdict in verdicts}
-
-
-def test_labelled_responses(pool):
-    path = SHARED / "grading" / "extract_cases.jsonl"
-    if not path.exists():
-        pytest.skip(f"no {path.name}")
-    cases = [json.loads(line) for line in path.read_text().splitlines()]
-    cases = [case for case in cases if case["correct"] is not None]
-    verdicts = pool.grade_all((extract_answer(case["response"]), case["gold"]) for case in cases)
-    assert [verdict.equal for verdict in verdicts] == [case["correct"] for case in cases]
-
-
-@pytest.mark.parametrize(("benchmark", "count"), [("aime24", 30), ("amo-bench", 39)])
-def test_golds_equal_themselves(benchmark, count, pool):
-    pandas = pytest.importorskip("pandas")
-    files = list((SHARED / "eval" / benchmark / "data").glob("*.parquet"))
-    if not files:
-        pytest.skip(f"no {benchmark}")
-    rows = pandas.read_parquet(files[0]).to_dict("records")
-    rows = [row for row in rows if row.get("answer_type") != "description"]
-    assert len(rows) == count
-    cases = []
-    for row in rows:
-        gold, answer_type = row["answer"], row.get("answer_type")
-        bare = extract_answer(gold) or gold
-        cases += [(prediction, gold, answer_type) for prediction in (gold, bare, rf"\boxed{{{bare}}}")]
-        if re.fullmatch(r"-?\d+", bare):
-            cases.append((int(bare), gold, answer_type))
-    assert all(verdict.equal for verdict in pool.grade_all(cases))
+def test_command_line_names_a_file_that_is_not_utf_8(tmp_path, capsys):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes('{"pred": "é", "gold": "1"}'.encode("latin-1"))
+    with pytest.raises(SystemExit):
+        main(["--pairs", str(path)])
+    assert f"{path}: not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -531,15 +819,30 @@ def test_golds_equal_themselves(benchmark, count, pool):
         (0.5, "0.5"),
         (-3.0, "-3"),
         (float("nan"), None),
+        (np.float32("nan"), None),
         (float("inf"), "inf"),
         (None, None),
+        (np.int64(2**60 + 1), "1152921504606846977"),
+        (2**70 + 1, "1180591620717411303425"),
+        (np.float64(25), "25"),
+        (np.float32(0.1), "0.1"),
+        (0.10000000149011612, "0.1"),  # the same, after `tolist()` or a data set
+        ("0.30000001192092896", "0.3"),
+        (0.1259765625, "0.1259765625"),  # 129/1024 is a float32, too, but has these digits
+        (1 / 3, "0.3333333333333333"),
     ],
 )
 def test_answer_text(value, expected):
     assert answer_text(value) == expected
 
 
-@pytest.mark.parametrize("value", [True, [1, 2], {"answer": 1}])
+@pytest.mark.parametrize("value", [True, np.bool_(True), [1, 2], {"answer": 1}])
 def test_answer_text_refuses_what_is_no_answer(value):
-    with pytest.raises(TypeError, match="text or a number"):
+    with pytest.raises(TypeError, match="an answer is text or a number, not .*; write it as text"):
+        answer_text(value)
+
+
+@pytest.mark.parametrize("value", [2.0**53, -1e300, np.float32(2**24)])
+def test_answer_text_refuses_floats_that_have_lost_digits(value):
+    with pytest.raises(ValueError, match=r"is a float of 2\*\*(53|24) or more, not exact; write it as text"):
         answer_text(value)

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from trl import GRPOConfig
 
 from data_collator import REASONING_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT, TRANSITION_PROMPT, fill_template
-from eval.grading import extract_answer
 from grpo_train import GRPOArguments
+from opsd.grading import extract_answer
 from opsd.run.arguments import parse_arguments
 from opsd_train import OPSDArguments
 from opsd_trainer import OPSDConfig

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from eval.grading import GradingPool
 from eval.scores import elect, estimate, pass_at_k, pass_sizes, vote_classes
+from opsd.grading import GradingPool
 
 
 def test_pass_at_k_equals_enumeration():

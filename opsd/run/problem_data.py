@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from eval.grading import answer_text
+from opsd.grading import answer_text
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,153 @@
+"""Worker processes that grade, with limits on time and memory."""
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from opsd.grading.compare import GRADERS, MAX_DIGITS, Verdict, compare_texts, grade
+from opsd.grading.extract import Answer, answer_text
+
+START_SECONDS = 600  # enough for a worker's imports on any machine
+STANDSTILL = 20  # a worker whose answer takes so many times its limit without using a processor is ended, too
+
+
+class _Worker:
+    """A process that grades one answer at a time. It starts when first asked, and anew after each that ended it."""
+
+    def __init__(self, timeout: float, memory_limit_gib: float, grader: str):
+        self.timeout = timeout
+        program = f"from {__name__} import work; work({grader!r}, {timeout}, {memory_limit_gib})"
+        self.command = [sys.executable, "-c", program]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def grade(self, prediction: str | None, gold: str | None, answer_type: str | None) -> Verdict:
+        if self.process is None or self.process.poll() is not None:
+            self.stop()
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parents[2]
+            )
+            if not self._reply(START_SECONDS):
+                self.stop()
+                raise RuntimeError(f"the grading worker does not start: {' '.join(self.command)}")
+        start = time.perf_counter()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps([prediction, gold, answer_type]).encode() + b"\n")
+            self.process.stdin.flush()
+        reply = self._reply(STANDSTILL * self.timeout)
+        if reply:
+            return Verdict(**json.loads(reply))
+        in_time = reply is not None and self.process.wait() != -signal.SIGPROF
+        self.stop()
+        return Verdict(False, "crashed" if in_time else "timeout", min(self.timeout, time.perf_counter() - start))
+
+    def _reply(self, seconds: float) -> bytes | None:
+        """A line from the process, empty if it has ended; `None` if there is none in time."""
+        poll = select.poll()
+        poll.register(self.process.stdout, select.POLLIN)
+        return self.process.stdout.readline() if poll.poll(1000 * seconds) else None
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate()
+            self.process = None
+
+
+class GradingPool(contextlib.AbstractContextManager):
+    """
+    Worker processes that grade answers. A worker that exceeds its limits is killed and replaced.
+
+    A worker is a program of its own. It imports neither torch nor vLLM nor the caller's main program, and inherits no
+    open file. So it is safe beside an engine, from any thread, and with several pools at a time. Workers start when
+    there is work that the text alone does not decide, and end with the pool or its process. The kernel keeps the limit
+    on processor time, so that a verdict does not depend on the load of the machine. Also a context manager.
+
+    Args:
+        workers: how many at most; `None`: one for each CPU core, up to 8.
+        timeout: seconds of processor time for each answer, after which its status is `timeout`.
+        memory_limit_gib: address space of a worker.
+    """
+
+    def __init__(
+        self, workers: int | None = None, timeout: float = 10.0, memory_limit_gib: float = 2.0, grader: str = "strict"
+    ):
+        workers = min(os.cpu_count(), 8) if workers is None else workers
+        for name, value in (("workers", workers), ("timeout", timeout), ("memory_limit_gib", memory_limit_gib)):
+            if not value > 0:
+                raise ValueError(f"{name} {value}: must be more than 0")
+        if grader not in GRADERS:
+            raise ValueError(f"grader {grader!r}: must be one of {', '.join(GRADERS)}")
+        self.grader = grader
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()  # so that no more start than are needed
+        for _ in range(workers):
+            self._idle.put(_Worker(timeout, memory_limit_gib, grader))
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
+
+    def submit(self, prediction: Answer, gold: Answer, answer_type: str | None = None) -> "Future[Verdict]":
+        """
+        Grade in the background; arguments and errors as of `grade`.
+
+        The future's result is a verdict, whatever happens to the worker, or a `RuntimeError` if none can be started.
+        """
+        start = time.thread_time()
+        prediction, gold = answer_text(prediction), answer_text(gold)
+        decided = compare_texts(prediction, gold, answer_type) if self.grader == "strict" else None
+        if decided is None:
+            return self._threads.submit(self._grade, prediction, gold, answer_type)
+        future: Future[Verdict] = Future()
+        future.set_result(Verdict(*decided, time.thread_time() - start))
+        return future
+
+    def _grade(self, *answer: str | None) -> Verdict:
+        worker = self._idle.get()
+        try:
+            return worker.grade(*answer)
+        finally:
+            self._idle.put(worker)
+
+    def grade_all(self, answers: Iterable[tuple[Answer, Answer] | tuple[Answer, Answer, str | None]]) -> list[Verdict]:
+        """Return the verdicts on (prediction, gold) or (prediction, gold, answer_type), in their order."""
+        return [future.result() for future in [self.submit(*answer) for answer in answers]]
+
+    def close(self) -> None:
+        """End the workers after what they are grading. What still waits in the queue is cancelled."""
+        self._threads.shutdown(cancel_futures=True)
+        while not self._idle.empty():
+            self._idle.get().stop()
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def work(grader: str, timeout: float, memory_limit_gib: float) -> None:
+    """Read JSON lines [prediction, gold, answer_type]; write one line with the fields of the verdict for each."""
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no reply
+    resource.setrlimit(resource.RLIMIT_AS, (int(memory_limit_gib * 2**30),) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    sys.set_int_max_str_digits(MAX_DIGITS)
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time limit that this process has
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        # The signal ends the process, even within C code or if its parent was killed.
+        signal.setitimer(signal.ITIMER_PROF, timeout)
+        start = time.thread_time()
+        prediction, gold, answer_type = json.loads(line)
+        try:
+            verdict = grade(prediction, gold, grader=grader, answer_type=answer_type)
+        except (MemoryError, SystemError):
+            verdict = Verdict(False, "memory", time.thread_time() - start)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(asdict(verdict)), file=replies, flush=True)
