@@ -1,17 +1,34 @@
-"""What rollouts are learned from, without a model: grades, siblings, advantages, rationalizations, and refused settings."""
+"""The teacher's context: what it sees, what it writes first, how much each graded rollout counts; refused settings."""
 
-import threading
+import json
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from helpers import CPU, OPSD
-from transformers import AutoTokenizer
+from accelerate import Accelerator
+from helpers import (
+    CPU,
+    EMA,
+    LOGPROB_GAP,
+    OPSD,
+    Recorder,
+    copies,
+    is_right,
+    perturb_student,
+    rollout,
+    script_rollouts,
+    work_out,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_collator import ELLIPSIS, SelfDistillationDataCollator
-from opsd.rewards import Verifier, as_reference, group_advantages, pick_correct_peers
+from data_collator import ELLIPSIS, SelfDistillationDataCollator, start_rollouts
+from opsd.metrics import Metrics
+from opsd.rewards import group_advantages
+from opsd.rollouts import Completion
+from opsd.teacher_context import TeacherContext
 from opsd_train import OPSDArguments, needed_columns
-from opsd_trainer import OPSDTrainer
+from opsd_trainer import OPSDConfig
 
 FIRST = {"problem": "12+34", "solution": "Ones 6, tens 4, hence \\boxed{46}.", "answer": "46"}
 SECOND = {"problem": "20+30", "solution": "Ones 0, tens 5, hence \\boxed{50}.", "answer": "50"}
@@ -47,162 +64,143 @@ def configure(**settings):
     return OPSDConfig(**(CPU | OPSD | defaults | settings))
 
 
-class Sampler:
-    """Stands for the teacher: writes the same text behind each prompt, and keeps what it was asked."""
+class Writer:
+    """Stands for the sampler: writes the same text after each prompt, and keeps what it was asked."""
 
     def __init__(self, tokenizer, text):
-        self.ids, self.calls = tokenizer(text, add_special_tokens=False).input_ids, []
+        self.ids = tokenizer(text, add_special_tokens=False).input_ids
+        self.calls, self.settings = [], []
 
-    def __call__(self, prompts):
+    def sample(self, prompts, **settings):
         self.calls.append(prompts)
-        return [list(self.ids) for _ in prompts]
+        self.settings.append(settings)
+        return [Completion(list(self.ids), None) for _ in prompts]
+
+
+class Sums(Metrics):
+    """Keeps the sum and the number of the values of each mean."""
+
+    def __init__(self):
+        super().__init__(Accelerator(cpu=True))
+        self.sums = {}
+
+    def add(self, name, total, count):
+        sums = self.sums.setdefault(name, [0.0, 0.0])
+        sums[0], sums[1] = sums[0] + total, sums[1] + count
+
+
+BASE = SimpleNamespace(is_base=True, weights=None, active=lambda model: nullcontext())  # a teacher
 
 
 @pytest.fixture
-def teach(tokenizer):
-    """A function that gives the batch that `Lessons` makes of completions, given as texts; and the lessons themselves."""
+def build(tokenizer):
+    """A function that builds the context of completions, given as texts: rollouts, the context, sums of metrics."""
 
-    def teach(rows, texts, group_size=None, rationalizer=None, **settings):
+    def build(rows, texts, group_size=None, writer=None, teacher=BASE, **settings):
         group_size = len(rows) if group_size is None else group_size
         args = configure(num_generations=group_size, **settings)
-        collator = OPSDTrainer.make_collator(tokenizer, args)
-        lessons = Lessons(args, collator, tokenizer.convert_tokens_to_ids([END, "<|endoftext|>"]), rationalizer)
-        completions = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        return lessons(collator([row | collator.encode(row) for row in rows]), completions, group_size), lessons
+        collator = SelfDistillationDataCollator(tokenizer, **args.collator_settings)
+        end_ids = tokenizer.convert_tokens_to_ids([END, "<|endoftext|>"])
+        metrics = Sums()
+        context = TeacherContext(args, collator, writer, teacher, metrics, end_ids)
+        rollouts = start_rollouts([row | collator.encode(row) for row in rows])
+        for completed, text in zip(rollouts, texts, strict=True):
+            completed.completion_ids = tokenizer(text, add_special_tokens=False).input_ids
+            completed.is_truncated = not set(completed.completion_ids) & set(end_ids)
+        context.build(rollouts, group_size, model=None)
+        return rollouts, context, metrics.sums
 
-    return teach
+    return build
 
 
-def teacher_prompts(batch):
-    rows = zip(batch.teacher_prompt_ids, batch.teacher_prompt_mask, strict=True)
-    return [ids[mask.bool()].tolist() for ids, mask in rows]
+def teacher_prompts(rollouts):
+    return [rollout.teacher_prompt_ids for rollout in rollouts]
+
+
+def weights(rollouts):
+    return [rollout.weight for rollout in rollouts]
 
 
 def box(answer, text=""):
     return f"{text}\\boxed{{{answer}}}{END}"
 
 
-# Verification
+# Weights and advantages
 
 
-@pytest.mark.parametrize(
-    ("usable", "group_size", "expected"),
-    [
-        ([True, True, True], 3, [1, 2, 0]),  # the next one, and round the circle
-        ([True, False, False, True], 4, [3, 3, 3, 0]),
-        ([False, True, False], 3, [1, None, 1]),  # never itself
-        ([False, False], 2, [None, None]),
-        ([True, False, False, True], 2, [None, 0, 3, None]),  # not beyond the group
-        ([True], 1, [None]),
-        ([], 4, []),
-    ],
-)
-def test_siblings(usable, group_size, expected):
-    assert pick_correct_peers(usable, group_size) == expected
-
-
-def test_advantages_against_numpy():
-    correct = [True, False, False, True, True, True, True, False, True, True, True, True, False, False, False, False]
-    rewards = np.array(correct, dtype=float).reshape(4, 4)
-    expected = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, ddof=1, keepdims=True) + 1e-4)
-    advantages = group_advantages(correct, 4)
-    assert advantages == pytest.approx(expected.ravel().tolist())
-    assert advantages[0] > 0.0 > advantages[1]
-    assert advantages[8:] == [0.0] * 8  # all right, all wrong
-
-
-def test_what_has_no_answer_is_left_out_of_the_advantages():
-    with_gaps = group_advantages([True, None, False, False], 4)
-    assert with_gaps[1] == 0.0
-    assert [with_gaps[i] for i in (0, 2, 3)] == pytest.approx(group_advantages([True, False, False], 3))
-    assert group_advantages([None, True, None, None], 2) == [0.0] * 4
-
-
-@pytest.mark.parametrize(
-    ("completion", "reference"),
-    [
-        ("So \\boxed{5}", "So \\boxed{5}"),
-        ("<think>\nWell.\n</think>\n\nSo \\boxed{5} ", "So \\boxed{5}"),
-        ("<think>a</think>b</think>\nc", "c"),
-        ("<think>\nnever ends", "<think>\nnever ends"),
-    ],
-)
-def test_reference_of_a_completion(completion, reference):
-    assert as_reference(completion) == reference
-
-
-def test_verifier():
-    completions = [r"so \boxed{46}", r"so \boxed{47}", "so 46", r"\boxed{46.0}", r"\boxed{46}", r"\boxed{46}"]
-    verifier = Verifier(thinking=False)
-    assert verifier(completions, ["46", "46", "46", "46", None, " "]) == [True, False, False, True, None, None]
-
-
-@pytest.mark.parametrize(("thinking", "unfinished"), [(False, True), (True, False)])
-def test_thoughts_that_have_not_ended_have_no_answer_in_thinking_mode(thinking, unfinished):
-    verifier = Verifier(thinking)
-    completions = [r"\boxed{46}", r"\boxed{47}</think>\boxed{46}", r"\boxed{46}</think>\boxed{47}"]
-    assert verifier(completions, ["46"] * 3) == [unfinished, True, False]
-
-
-# Lessons
-
-
-def test_weights_follow_the_grades(teach):
+def test_weights_follow_the_grades(build):
     unknown = FIRST | {"problem": "1+1", "answer": None}
-    batch, lessons = teach(
+    rollouts, context, sums = build(
         [FIRST, FIRST, unknown, unknown],
         [box(46), box(64), box(2), box(3)],
         group_size=2,
         correct_weight=0.25,
         incorrect_weight=2.0,
     )
-    assert batch["correct"] == [True, False, None, None]
+    assert [rollout.is_correct for rollout in rollouts] == [True, False, None, None]
+    batch = context.collator(rollouts)
     assert batch.weights.tolist() == [0.25, 2.0, 1.0, 1.0] and batch.weights.dtype == torch.float32
-    assert "advantages" not in batch and "rationalization" not in batch
-    assert lessons.sums == {
+    assert batch.advantages.tolist() == [0.0] * 4
+    assert all(rollout.rationale_ids is None for rollout in rollouts)
+    assert sums == {
         "rewards/accuracy/mean": [1, 2],
         "rewards/ungraded_ratio": [2, 4],
-        "groups/none_correct_ratio": [0, 1],
-        "groups/all_correct_ratio": [0, 1],
+        "frac_reward_zero_std": [0, 1],  # of the groups with grades
     }
 
 
-def test_advantages_are_those_of_the_groups(teach):
-    batch, _ = teach(
+def test_groups_of_equal_rewards_are_counted(build):
+    """All right, none right, mixed, not graded, and a right one beside one that is not graded."""
+    unknown = FIRST | {"answer": None}
+    rows = [FIRST] * 6 + [unknown] * 2 + [FIRST, unknown]
+    texts = [box(46), box(46), box(1), box(2), box(46), box(1), box(46), box(1), box(46), box(46)]
+    _, _, sums = build(rows, texts, group_size=2, verify_rollouts=True)
+    assert sums["frac_reward_zero_std"] == [3, 4]
+
+
+def test_advantages_are_those_of_the_groups(build):
+    rollouts, context, _ = build(
         [FIRST] * 2 + [SECOND] * 2, [box(46), box(1), box(50), box(50)], group_size=2, policy_gradient_weight=0.5
     )
-    assert batch.advantages.tolist() == pytest.approx(group_advantages([True, False, True, True], 2))
-    assert batch.weights.tolist() == [1.0] * 4
+    advantages = context.collator(rollouts).advantages
+    assert advantages.tolist() == pytest.approx(group_advantages([True, False, True, True], 2))
+    assert weights(rollouts) == [1.0] * 4
 
 
-def test_nothing_is_graded_without_need(teach):
-    batch, lessons = teach([FIRST] * 2, [box(46), box(1)])
-    assert lessons.verifier is None and not {"correct", "weights", "advantages"} & set(batch)
+def test_nothing_is_graded_without_need(build):
+    rollouts, context, sums = build([FIRST] * 2, [box(46), box(1)])
+    assert context.verifier is None and sums == {}
+    for plain in rollouts:
+        assert (plain.is_correct, plain.weight, plain.advantage) == (None, 1.0, 0.0)
+        assert plain.teacher_prompt_ids == context.collator.encode(FIRST)["teacher_prompt_ids"]
 
 
-def test_teacher_sees_a_sibling(teach, tokenizer):
+# References
+
+
+def test_teacher_sees_a_correct_peer(build, tokenizer):
     """The text of another right rollout that has ended, without its thoughts and special tokens; never its own."""
     texts = [box(46, "one "), box(46, "<think>\nhm\n</think>\n\ntwo "), "cut \\boxed{46}", box(45, "wrong ")]
-    batch, lessons = teach([FIRST] * 4, texts, teacher_reference="rollout")
-    collator = lessons.collator
+    rollouts, context, sums = build([FIRST] * 4, texts, teacher_reference="rollout")
     references = ["two \\boxed{46}", "one \\boxed{46}", "one \\boxed{46}", "one \\boxed{46}"]
-    expected = [collator.encode_teacher(FIRST["problem"], text)["teacher_prompt_ids"] for text in references]
-    assert teacher_prompts(batch) == expected
-    assert batch.weights.tolist() == [1.0] * 4
-    prompt = tokenizer.decode(teacher_prompts(batch)[0])
+    encode = context.collator.encode_teacher
+    expected = [encode(FIRST["problem"], text)["teacher_prompt_ids"] for text in references]
+    assert teacher_prompts(rollouts) == expected
+    assert weights(rollouts) == [1.0] * 4
+    prompt = tokenizer.decode(rollouts[0].teacher_prompt_ids)
     assert "begins ---\ntwo \\boxed{46}\n---" in prompt and "hm" not in prompt and FIRST["solution"] not in prompt
-    assert lessons.sums["references/correct_peer_ratio"] == [4, 4] and lessons.sums["references/none_ratio"] == [0, 4]
-    assert lessons.sums["rewards/accuracy/mean"] == [3, 4]
+    assert sums["references/correct_peer_ratio"] == [4, 4] and sums["references/none_ratio"] == [0, 4]
+    assert sums["rewards/accuracy/mean"] == [3, 4]
 
 
-def test_groups_do_not_mix(teach, tokenizer):
+def test_groups_do_not_mix(build, tokenizer):
     texts = [box(1), box(46, "first "), box(50, "second "), box(1)]
-    batch, _ = teach([FIRST] * 2 + [SECOND] * 2, texts, group_size=2, teacher_reference="rollout")
-    first, own, other_own, second = map(tokenizer.decode, teacher_prompts(batch))
+    rollouts, _, _ = build([FIRST] * 2 + [SECOND] * 2, texts, group_size=2, teacher_reference="rollout")
+    first, own, other_own, second = map(tokenizer.decode, teacher_prompts(rollouts))
     assert "Problem: 12+34\n" in first and "first \\boxed{46}" in first
     assert "Problem: 20+30\n" in second and "second \\boxed{50}" in second
     assert "reference" not in own and "reference" not in other_own
-    assert batch.weights.tolist() == [1.0, 0.0, 0.0, 1.0]  # what alone is right has nothing to learn from
+    assert weights(rollouts) == [1.0, 0.0, 0.0, 1.0]  # what alone is right has nothing to learn from
 
 
 @pytest.mark.parametrize(
@@ -214,9 +212,9 @@ def test_groups_do_not_mix(teach, tokenizer):
         ("answer", None, None),
     ],
 )
-def test_without_a_sibling(teach, fallback, answer, reference):
+def test_without_a_correct_peer(build, fallback, answer, reference):
     """One rollout is right and cut off, the other wrong: neither is a reference."""
-    batch, lessons = teach(
+    rollouts, context, sums = build(
         [FIRST | {"answer": answer}] * 2,
         ["cut \\boxed{46}", box(7)],
         teacher_reference="rollout",
@@ -224,104 +222,315 @@ def test_without_a_sibling(teach, fallback, answer, reference):
         incorrect_weight=3.0,
     )
     has_reference = reference is not None
-    assert lessons.sums["references/none_ratio"] == [0 if has_reference else 2, 2]
-    assert batch.weights.tolist() == ([1.0, 3.0] if has_reference else [0.0, 0.0])
+    assert sums["references/none_ratio"] == [0 if has_reference else 2, 2]
+    assert weights(rollouts) == ([1.0, 3.0] if has_reference else [0.0, 0.0])
     if has_reference:
-        expected = lessons.collator.encode_teacher(FIRST["problem"], reference)["teacher_prompt_ids"]
-        assert teacher_prompts(batch) == [expected] * 2
+        expected = context.collator.encode_teacher(FIRST["problem"], reference)["teacher_prompt_ids"]
+        assert teacher_prompts(rollouts) == [expected] * 2
 
 
-def test_without_solutions_in_the_data(teach):
+def test_without_solutions_in_the_data(build):
     row = {name: FIRST[name] for name in ("problem", "answer")}
-    batch, lessons = teach([row] * 2, [box(46), box(1)], teacher_reference="rollout")
-    sibling = lessons.collator.encode_teacher("12+34", "\\boxed{46}")["teacher_prompt_ids"]
-    assert teacher_prompts(batch)[1] == sibling and batch.weights.tolist() == [0.0, 1.0]
+    rollouts, context, _ = build([row] * 2, [box(46), box(1)], teacher_reference="rollout")
+    expected = context.collator.encode_teacher("12+34", "\\boxed{46}")["teacher_prompt_ids"]
+    assert rollouts[1].teacher_prompt_ids == expected and weights(rollouts) == [0.0, 1.0]
 
 
-def test_long_references_are_cut_or_skipped(teach, tokenizer):
+def test_long_references_are_cut_or_skipped(build, tokenizer):
     """The same budget as for solutions: the middle goes, and with less than a quarter left all of it."""
     texts = [box(46, "begin " + "12+34=46. " * 100), box(1)]
     settings = {"teacher_reference": "rollout", "max_completion_length": 40}
-    batch, _ = teach([FIRST] * 2, texts, max_length=800, **settings)
-    text = tokenizer.decode(teacher_prompts(batch)[1])
-    assert ELLIPSIS in text and "begin 12+34" in text and len(teacher_prompts(batch)[1]) <= 760
-    assert batch.weights.tolist() == [0.0, 1.0]
-    batch, lessons = teach([FIRST] * 2, texts, max_length=250, **settings)
-    assert batch.weights.tolist() == [0.0, 0.0] and lessons.sums["references/none_ratio"] == [2, 2]
+    rollouts, _, sums = build([FIRST] * 2, texts, max_length=800, **settings)
+    prompt_ids = rollouts[1].teacher_prompt_ids
+    text = tokenizer.decode(prompt_ids)
+    assert ELLIPSIS in text and "begin 12+34" in text and len(prompt_ids) <= 760
+    assert weights(rollouts) == [0.0, 1.0] and sums["references/shortened_ratio"] == [1, 2]
+    rollouts, _, sums = build([FIRST] * 2, texts, max_length=250, **settings)
+    assert weights(rollouts) == [0.0, 0.0] and sums["references/none_ratio"] == [2, 2]
 
 
-# Rationalizations
+def write_groups(problem, occurrence):
+    """Four rollouts of a problem: one right, one right but cut off, one wrong; one right and preceded by a word."""
+    return (
+        work_out(problem),
+        work_out(problem).removesuffix(END) + "So " * 40,
+        work_out(problem, is_right=False),
+        "So " + work_out(problem),
+    )[occurrence % 4]
 
 
-def test_teachers_prompt_is_what_was_sampled_token_by_token(teach, tokenizer):
-    sampler = Sampler(tokenizer, f"<think>\nten and\n</think>six{END}")
-    sampler.ids[-1:-1] = tokenizer.convert_tokens_to_ids(list("assistant"))  # which the tokenizer would merge
-    rationalizer = Rationalizer(sampler, [tokenizer.convert_tokens_to_ids(END)])
-    batch, lessons = teach([FIRST, FIRST, SECOND], [box(1)] * 3, 1, rationalizer, reason_first=True)
-    collator = lessons.collator
+def test_own_rollouts_as_references_need_no_solutions(make_trainer, problems, tmp_path):
+    """The tokens of a rollout count if another one of its group is right; the teacher's prompt shows that one."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
+    trainer = make_trainer(
+        problems.remove_columns("solution"),
+        teacher_reference="rollout",
+        callbacks=[recorder := Recorder()],
+        **settings,
+    )
+    perturb_student(trainer)
+    places = {}
+
+    def write(problem, occurrence):
+        """In every other group a single rollout is right, which has no other one to learn from."""
+        place = places.setdefault(problem, len(places))
+        return write_groups(problem, occurrence) if place % 2 else work_out(problem, is_right=occurrence == 0)
+
+    script_rollouts(trainer, write)
+    steps = []
+    prepare_step = trainer.prepare_step
+
+    def keep(*arguments):
+        steps.append(prepare_step(*arguments))
+        return steps[-1]
+
+    trainer.prepare_step = keep
+    trainer.train()
+    num_with_reference = num_right = 0
+    for step, micro_batches in enumerate(steps, start=1):
+        lines = (tmp_path / "run" / "completions" / f"completions_{step:05d}.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        correct = torch.cat([is_right(trainer, inputs) for inputs in micro_batches]).tolist()
+        assert [record["correct"] for record in records] == correct
+        num_right += sum(correct)
+        for place, inputs in enumerate(micro_batches):
+            texts = [record["completion"] for record in records[4 * place :]]
+            for row in range(4):
+                circle = [(row + distance) % 4 for distance in (1, 2, 3)]
+                peer = next((i for i in circle if correct[4 * place + i] and texts[i].endswith(END)), None)
+                assert inputs.loss_mask[row].any() == (peer is not None)
+                if peer is not None:
+                    num_with_reference += 1
+                    prompt = trainer.processing_class.decode(inputs.teacher_prompt_ids[row])
+                    reference = prompt.split("begins ---\n")[1].split("\n---")[0]
+                    assert reference == texts[peer].removesuffix(END)
+    assert num_with_reference == 3 + 4 + 3 + 4
+    assert sum(recorder.values("rewards/accuracy/mean")) * 8 == num_right
+    assert sum(recorder.values("references/correct_peer_ratio")) * 8 == pytest.approx(num_with_reference)
+    for of_peers, none in zip(
+        recorder.values("references/correct_peer_ratio"), recorder.values("references/none_ratio"), strict=True
+    ):
+        assert of_peers + none == pytest.approx(1.0)
+    assert max(recorder.values("loss")) > 0.0
+
+
+# Rationales
+
+
+def test_teachers_prompt_is_what_was_sampled_token_by_token(build, tokenizer):
+    writer = Writer(tokenizer, f"<think>\nten and\n</think>six{END}")
+    writer.ids[-1:-1] = tokenizer.convert_tokens_to_ids(list("assistant"))  # which the tokenizer would merge
+    rollouts, context, sums = build([FIRST, FIRST, SECOND], [box(1)] * 3, 1, writer, reason_first=True)
+    collator = context.collator
     reasoning = [collator.encode(row)["reasoning_prompt_ids"] for row in (FIRST, SECOND)]
-    assert sampler.calls == [reasoning]  # equal prompts once
-    written = sampler.ids[:-1]
+    assert writer.calls == [reasoning]  # equal prompts once
+    written = writer.ids[:-1]
     assert tokenizer.encode(tokenizer.decode(written), add_special_tokens=False) != written
-    assert teacher_prompts(batch) == [reasoning[i] + written + collator.transition_ids for i in (0, 0, 1)]
+    assert teacher_prompts(rollouts) == [reasoning[i] + written + collator.transition_ids for i in (0, 0, 1)]
     assert tokenizer.convert_tokens_to_ids("<think>") in written
-    assert batch["rationalization"] == ["<think>\nten and\n</think>sixassistant"] * 3
-    assert rationalizer.num_tokens == 2 * len(sampler.ids)  # the end is sampled, too
-    assert lessons.sums == {
-        "rationales/mean_length": [3 * len(written), 3],
-        "rationales/clipped_ratio": [0, 3],
-        "rationales/empty_ratio": [0, 3],
-        "rationales/cached_ratio": [0, 3],
+    for taught in rollouts:
+        assert tokenizer.decode(taught.rationale_ids) == "<think>\nten and\n</think>sixassistant"
+    assert context.num_rationale_tokens == 2 * len(writer.ids)  # the end is sampled, too
+    assert sums == {
+        "rationales/mean_length": [2 * len(written), 2],
+        "rationales/clipped_ratio": [0, 2],
+        "rationales/empty_ratio": [0, 2],
     }
 
 
+def test_teacher_writes_with_its_own_weights_and_settings(build, tokenizer):
+    """Weights of the teacher's own reach the sampler while they are in place; those of the base are there already."""
+    writer, is_active = Writer(tokenizer, END), []
+
+    @contextmanager
+    def active(model):
+        is_active.append(True)
+        yield
+        is_active.pop()
+
+    sample, states = writer.sample, []
+    writer.sync_weights = lambda: states.append(("sync", *is_active))
+    writer.sample = lambda *args, **kwargs: states.append(("sample", *is_active)) or sample(*args, **kwargs)
+    for is_base in (True, False):
+        teacher = SimpleNamespace(is_base=is_base, weights=None if is_base else "an average", active=active)
+        settings = {"reasoning_generation_kwargs": {"top_p": 0.5}, "max_reasoning_length": 7}
+        build([FIRST], [box(1)], 1, writer, teacher, reason_first=True, **settings)
+        sampling = {"temperature": 0.7, "top_p": 0.5, "top_k": 20, "max_tokens": 7}
+        assert writer.settings.pop() == {"base": is_base} | sampling
+    assert states == [("sample", True), ("sync", True), ("sample", True)]
+
+
 @pytest.mark.parametrize("text", [END, f" \n\n{END}", " \n"])
-def test_empty_rationalizations_leave_the_prompt(teach, tokenizer, text):
-    rationalizer = Rationalizer(Sampler(tokenizer, text), [tokenizer.convert_tokens_to_ids(END)])
-    batch, lessons = teach([FIRST, SECOND], [box(1)] * 2, 1, rationalizer, reason_first=True)
-    plain = [lessons.collator.encode(row)["teacher_prompt_ids"] for row in (FIRST, SECOND)]
-    assert teacher_prompts(batch) == plain
-    assert lessons.sums["rationales/empty_ratio"] == [2, 2]
+def test_empty_rationales_leave_the_prompt(build, tokenizer, text):
+    writer = Writer(tokenizer, text)
+    rollouts, context, sums = build([FIRST, SECOND], [box(1)] * 2, 1, writer, reason_first=True)
+    plain = [context.collator.encode(row)["teacher_prompt_ids"] for row in (FIRST, SECOND)]
+    assert teacher_prompts(rollouts) == plain
+    assert sums["rationales/empty_ratio"] == [2, 2]
 
 
-def test_rationalizations_that_are_cut_off_are_closed(teach, tokenizer):
-    rationalizer = Rationalizer(Sampler(tokenizer, "because ten"), [tokenizer.convert_tokens_to_ids(END)])
-    batch, lessons = teach([FIRST], [box(1)], 1, rationalizer, reason_first=True)
-    text = tokenizer.decode(teacher_prompts(batch)[0])
+def test_rationales_that_are_cut_off_are_closed(build, tokenizer):
+    writer = Writer(tokenizer, "because ten")
+    rollouts, _, sums = build([FIRST], [box(1)], 1, writer, reason_first=True)
+    text = tokenizer.decode(rollouts[0].teacher_prompt_ids)
     assert text == REASONING_TEXT + NO_THINKING + "because ten" + TRANSITION_TEXT + NO_THINKING
-    assert lessons.sums["rationales/clipped_ratio"] == [1, 1]
+    assert sums["rationales/clipped_ratio"] == [1, 1]
 
 
-@pytest.mark.parametrize("reasoning_thinking", [False, True])
 @pytest.mark.parametrize("teacher_thinking", [False, True])
 @pytest.mark.parametrize("teacher_prefill", ["", "<think>\n"])
-def test_conversation(teach, tokenizer, reasoning_thinking, teacher_thinking, teacher_prefill):
-    rationalizer = Rationalizer(Sampler(tokenizer, f"because{END}"), [tokenizer.convert_tokens_to_ids(END)])
-    settings = {"reasoning_thinking": reasoning_thinking, "teacher_thinking": teacher_thinking}
-    settings |= {"teacher_prefill": teacher_prefill}
-    batch, _ = teach([FIRST], [box(1)], 1, rationalizer, reason_first=True, **settings)
-    text = REASONING_TEXT + ("" if reasoning_thinking else NO_THINKING) + "because"
+def test_conversation(build, tokenizer, teacher_thinking, teacher_prefill):
+    writer = Writer(tokenizer, f"because{END}")
+    settings = {"teacher_thinking": teacher_thinking, "teacher_prefill": teacher_prefill}
+    rollouts, _, _ = build([FIRST], [box(1)], 1, writer, reason_first=True, **settings)
+    text = REASONING_TEXT + NO_THINKING + "because"
     text += TRANSITION_TEXT + ("" if teacher_thinking else NO_THINKING) + teacher_prefill
-    assert tokenizer.decode(teacher_prompts(batch)[0]) == text
+    assert tokenizer.decode(rollouts[0].teacher_prompt_ids) == text
 
 
-def test_rollouts_are_rationalized_and_what_has_no_reference_is_not(teach, tokenizer):
-    sampler = Sampler(tokenizer, f"because{END}")
-    rationalizer = Rationalizer(sampler, [tokenizer.convert_tokens_to_ids(END)])
-    batch, lessons = teach(
-        [FIRST] * 3,
-        [box(46, "one "), box(1), box(2)],
-        None,
-        rationalizer,
-        reason_first=True,
-        teacher_reference="rollout",
-    )
-    ((prompt,),) = sampler.calls
+def test_rationales_are_about_the_peers_and_only_where_there_is_a_reference(build, tokenizer):
+    writer = Writer(tokenizer, f"because{END}")
+    texts = [box(46, "one "), box(1), box(2)]
+    rollouts, context, sums = build([FIRST] * 3, texts, writer=writer, reason_first=True, teacher_reference="rollout")
+    ((prompt,),) = writer.calls
     assert "begins ---\none \\boxed{46}\n---" in tokenizer.decode(prompt)
-    assert batch["rationalization"] == ["", "because", "because"] and batch.weights.tolist() == [0.0, 1.0, 1.0]
-    transition_ids = lessons.collator.transition_ids
-    assert teacher_prompts(batch)[1:] == [prompt + sampler.ids[:-1] + transition_ids] * 2
-    assert lessons.sums["rationales/mean_length"][1] == 2
+    assert [rollout.rationale_ids for rollout in rollouts] == [None, writer.ids[:-1], writer.ids[:-1]]
+    assert tokenizer.decode(writer.ids[:-1]) == "because" and weights(rollouts) == [0.0, 1.0, 1.0]
+    assert teacher_prompts(rollouts)[1:] == [prompt + writer.ids[:-1] + context.collator.transition_ids] * 2
+    assert sums["rationales/mean_length"] == [len(writer.ids) - 1, 1]
+
+
+def test_sampler_is_called_without_prompts_too(build, tokenizer):
+    """All processes call it together, and others may have prompts."""
+    writer = Writer(tokenizer, f"because{END}")
+    rollouts, context, sums = build(
+        [FIRST] * 2, [box(1)] * 2, writer=writer, reason_first=True, teacher_reference="rollout"
+    )
+    assert writer.calls == [[]] and context.num_rationale_tokens == 0
+    assert weights(rollouts) == [0.0, 0.0] and sums["rationales/mean_length"] == [0, 0]
+
+
+GREEDY = 1e-3  # nats: float32 rounds the logits by about 1e-5, and another policy is off by far more
+REASONING = {"reason_first": True, "max_reasoning_length": 16, "temperature": 1.3}
+REASONING |= {"reasoning_generation_kwargs": {"top_k": 1}}
+PHASES = ("rollout", "teacher", "student", "rationale")
+
+
+def written_tokens(trainer, inputs, size=3):
+    """Pairs of a request and the rationale that was written for it, read from the teacher's prompts."""
+    transition_ids = trainer.collator.transition_ids
+    pairs = []
+    for i in range(size):
+        ids = inputs.teacher_prompt_ids[i][inputs.teacher_prompt_mask[i].bool()].tolist()
+        example = trainer.train_dataset[i]
+        prompt = example["reasoning_prompt_ids"]
+        if ids == example["teacher_prompt_ids"]:  # nothing was written
+            pairs.append((prompt, []))
+            continue
+        assert ids[: len(prompt)] == prompt and ids[-len(transition_ids) :] == transition_ids
+        pairs.append((prompt, ids[len(prompt) : -len(transition_ids)]))
+    return pairs
+
+
+@torch.no_grad()
+def greedy_gap(trainer, model, inputs):
+    """
+    The largest gap, in nats, between a written token and the one that `model` finds most probable, by plain forward
+    passes without padding. A greedy sampler has a gap of 0, or of rounding where two tokens are as good.
+    """
+    gaps = []
+    for prompt, written in written_tokens(trainer, inputs):
+        ended = len(written) < trainer.args.max_reasoning_length
+        logits = model(torch.tensor([prompt + written])).logits[0, len(prompt) - 1 :]  # (written + 1, V)
+        gaps += [(row.max() - row[token]).item() for row, token in zip(logits, written, strict=False)]
+        if ended and written:  # by an end-of-sequence token; a rationale without text leaves no trace
+            gaps.append((logits[-1].max() - logits[-1][trainer.end_ids].max()).item())
+    return max(gaps)
+
+
+@contextmanager
+def own_weights_put_in(trainer):
+    """The model with the weights that the teacher has of its own."""
+    student = {name: trainer.model.get_parameter(name).detach().clone() for name in copies(trainer)}
+    for weights in (copies(trainer), student):
+        for name, weight in weights.items():
+            trainer.model.get_parameter(name).data.copy_(weight)
+        if weights is not student:
+            yield trainer.model
+
+
+def test_rationales_are_the_base_models(make_trainer, tiny_model_dir):
+    trainer = make_trainer(callbacks=[recorder := Recorder()], max_steps=1, **REASONING)
+    perturb_student(trainer)
+    trainer.model.train()
+    (inputs,) = rollout(trainer, size=3)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    lengths = [len(written) for _, written in written_tokens(trainer, inputs)]
+    assert min(lengths) > 0
+    assert greedy_gap(trainer, base, inputs) <= GREEDY
+    assert greedy_gap(trainer, trainer.model, inputs) > 100 * GREEDY
+    num_tokens = sum(min(length + 1, trainer.args.max_reasoning_length) for length in lengths)  # the end is one, too
+    assert trainer.model.training and trainer._run_state["num_rationale_tokens"] == num_tokens
+    trainer.metrics.pop()
+    trainer.train()
+    assert recorder.values("rationales/mean_length")[0] > 0.0
+    assert recorder.values("num_rationale_tokens")[0] > num_tokens
+    assert all(recorder.values(f"seconds/{phase}")[0] > 0.0 for phase in PHASES)
+
+
+def test_rationales_are_those_of_the_teachers_own_weights(make_trainer):
+    """Teacher, student and base are three policies."""
+    settings = EMA | REASONING | {"temperature": 1.0, "lora_settings": {"init_lora_weights": False}}
+    trainer = make_trainer(**settings)
+    trainer.teacher.start(trainer.model_wrapped, trainer._run_state, None)
+    perturb_student(trainer)
+    (inputs,) = rollout(trainer, size=3)
+    assert greedy_gap(trainer, trainer.model, inputs) > 100 * GREEDY
+    with trainer.model.disable_adapter():
+        assert greedy_gap(trainer, trainer.model, inputs) > 100 * GREEDY
+    with own_weights_put_in(trainer) as teacher:
+        assert greedy_gap(trainer, teacher, inputs) <= GREEDY
+    assert all(weight.requires_grad == ("lora_" in name) for name, weight in trainer.model.named_parameters())
+
+
+@pytest.mark.vllm
+def test_vllm_writes_rationales_as_the_teacher_and_rollouts_as_the_student(make_trainer, problems):
+    trainer = make_trainer(
+        use_vllm=True,
+        max_steps=3,
+        eval_dataset=problems.select(range(4)),
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=2,
+        lora_settings={"init_lora_weights": False},
+        callbacks=[recorder := Recorder()],
+        **EMA | REASONING,
+    )
+    trainer.train()
+    gaps = recorder.values("sampling/sampling_logp_difference/max") + recorder.values(
+        "eval_sampling/sampling_logp_difference/max"
+    )
+    assert len(gaps) == 6 and max(gaps) <= LOGPROB_GAP
+    for phase in PHASES:
+        seconds = recorder.values(f"seconds/{phase}")
+        assert len(seconds) == 3 and min(seconds) > 0.0, phase
+    assert recorder.values("num_rationale_tokens")[-1] == sum(
+        4 * length for length in recorder.values("rationales/mean_length")
+    ) + sum(4 * (1 - ratio) for ratio in recorder.values("rationales/clipped_ratio"))
+
+    (inputs,) = rollout(trainer, size=3)
+    with own_weights_put_in(trainer) as teacher:
+        assert greedy_gap(trainer, teacher, inputs) <= GREEDY
+    with trainer.model.disable_adapter():
+        assert greedy_gap(trainer, trainer.model, inputs) > 100 * GREEDY
+    trainer.teacher.weights, trainer.teacher.kind = None, "base"  # the same engine for a fixed teacher
+    (inputs,) = rollout(trainer, size=3)
+    with trainer.model.disable_adapter():
+        assert greedy_gap(trainer, trainer.model, inputs) <= GREEDY
+    trainer.sampler.close()
+
+
+# The collator with rationales
 
 
 def test_template_that_rewrites_the_assistants_turn_is_refused(tiny_model_dir):
@@ -331,57 +540,12 @@ def test_template_that_rewrites_the_assistants_turn_is_refused(tiny_model_dir):
     )
     SelfDistillationDataCollator(tokenizer)
     with pytest.raises(
-        ValueError, match="--reason_first: the chat template of .* does not write an assistant's turn as"
+        ValueError, match="--reason_first: the chat template of .* changes the text of an assistant's turn"
     ):
         SelfDistillationDataCollator(tokenizer, reason_first=True)
 
 
-def test_cached_rationalizations_are_not_sampled_again(tokenizer, tmp_path):
-    end = tokenizer.convert_tokens_to_ids(END)
-    prompts = [[1, 2, 3], [4, 5]]
-
-    def make(text, *key):
-        sampler = Sampler(tokenizer, text)
-        return sampler, Rationalizer(sampler, [end], RationalizationCache(tmp_path / "cache", key))
-
-    sampler, first = make(f"because{END}", "model", {"temperature": 0.7})
-    written = first(prompts)
-    assert written == [Rationalization(sampler.ids[:-1], False, False)] * 2
-    sampler, second = make("another", "model", {"temperature": 0.7})
-    assert second([*prompts, [6]]) == [r._replace(is_cached=True) for r in written] + [(sampler.ids, True, False)]
-    assert sampler.calls == [[[6]]] and second.num_tokens == len(sampler.ids)
-    assert second([[6], [6]]) == [Rationalization(sampler.ids, True, True)] * 2
-    assert sampler.calls == [[[6]], []]  # called all the same: other processes may have prompts
-    for key in (("model", {"temperature": 0.8}), ("another model", {"temperature": 0.7})):
-        sampler, other = make("another", *key)
-        assert [r.is_cached for r in other(prompts)] == [False, False] and sampler.calls == [prompts]
-
-
-def test_writers_of_the_cache_do_not_collide(tmp_path):
-    """Two write the same prompt all the time, with contents of different lengths, and a third one reads."""
-    ids = [list(range(10)), list(range(5000))]
-    caches = [RationalizationCache(tmp_path, ["model"]) for _ in range(3)]
-    caches[0].put([1], Rationalization(ids[0], False, False))
-
-    def write(cache, own):
-        for _ in range(40):
-            cache.put([1], Rationalization(own, False, False))
-
-    threads = [threading.Thread(target=write, args=pair) for pair in zip(caches, ids, strict=False)]
-    for thread in threads:
-        thread.start()
-    num_reads = 0
-    while any(thread.is_alive() for thread in threads) or num_reads < 10:
-        read = caches[2].get([1])
-        assert read.is_cached and read.ids in ids
-        num_reads += 1
-    assert len(list(tmp_path.iterdir())) == 1  # nothing temporary is left
-
-
-# The collator
-
-
-def test_rationalization_and_transition_fit_behind_a_long_solution(tokenizer):
+def test_rationale_and_transition_fit_after_a_long_solution(tokenizer):
     long = FIRST | {"solution": "begin " + "12+34=46. " * 200 + "\\boxed{46}."}
     settings = {"reason_first": True, "max_reasoning_length": 100}
     whole = SelfDistillationDataCollator(tokenizer, **settings).encode(long)
@@ -391,14 +555,14 @@ def test_rationalization_and_transition_fit_behind_a_long_solution(tokenizer):
     reserved = 100 + len(collator.transition_ids)
     length = len(encoded["reasoning_prompt_ids"])
     assert len(whole["reasoning_prompt_ids"]) > 1300 and 1260 < length + reserved <= 1300
-    assert 1260 < len(encoded["teacher_prompt_ids"]) <= 1300  # without a rationalization it has all of the room
+    assert 1260 < len(encoded["teacher_prompt_ids"]) <= 1300  # without a rationale it has all of the room
     text = tokenizer.decode(encoded["reasoning_prompt_ids"])
     before, after = REASONING_TEXT.split(FIRST["solution"])
     assert text.startswith(before + "begin") and text.endswith("\\boxed{46}." + after + NO_THINKING)
     assert text.count(ELLIPSIS) == 1
 
 
-def test_example_whose_rationalization_does_not_fit_is_dropped(tokenizer):
+def test_example_whose_rationale_does_not_fit_is_dropped(tokenizer):
     plain = SelfDistillationDataCollator(tokenizer, max_prompt_length=400)
     example = FIRST | {"problem": "12+34" + "+1" * 20}
     assert plain.encode(example)["length_status"] == "kept"
@@ -424,12 +588,13 @@ def test_examples_without_a_solution_have_the_students_prompt(tokenizer, row):
 
 def test_texts_come_along_where_the_examples_have_them(tokenizer):
     collator = SelfDistillationDataCollator(tokenizer, reason_first=True)
-    batch = collator([row | collator.encode(row) for row in (FIRST, SECOND)])
-    assert batch["problem"] == ["12+34", "20+30"] and batch["answer"] == ["46", "50"]
-    assert batch["solution"] == [FIRST["solution"], SECOND["solution"]]
-    assert tokenizer.decode(batch["reasoning_prompt_ids"][0]) == REASONING_TEXT + NO_THINKING
-    plain = SelfDistillationDataCollator(tokenizer)
-    assert not {"solution", "answer", "reasoning_prompt_ids"} & set(plain([plain.encode({"problem": "1+1"})]))
+    rollouts = start_rollouts([row | collator.encode(row) for row in (FIRST, SECOND)])
+    for started, row in zip(rollouts, (FIRST, SECOND), strict=True):
+        assert {name: getattr(started, name) for name in row} == row
+    assert tokenizer.decode(rollouts[0].reasoning_prompt_ids) == REASONING_TEXT + NO_THINKING
+    row = {"problem": "1+1"}
+    (plain,) = start_rollouts([row | SelfDistillationDataCollator(tokenizer).encode(row)])
+    assert (plain.solution, plain.answer, plain.reasoning_prompt_ids) == (None, None, None)
 
 
 # Settings
@@ -442,18 +607,7 @@ GROUP = {"num_generations": 4}
     ("settings", "flag"),
     [
         ({"max_reasoning_length": 0}, "max_reasoning_length"),
-        ({"reasoning_temperature": 0.0}, "reasoning_temperature"),
-        ({"reasoning_top_p": 0.0}, "reasoning_top_p"),
-        ({"reasoning_top_p": 1.1}, "reasoning_top_p"),
-        ({"reasoning_top_k": -1}, "reasoning_top_k"),
         ({"reason_first": True, "teacher_sees_solution": False}, "reason_first"),
-        ({"reasoning_cache": "x", "fixed_teacher": True}, "reasoning_cache"),
-        ({"reasoning_cache": "x", "reason_first": True}, "reasoning_cache"),
-        (
-            {"reasoning_cache": "x", "reason_first": True, "fixed_teacher": True, "teacher_reference": "rollout"}
-            | GROUP,
-            "reasoning_cache",
-        ),
         ({"teacher_reference": "answer"} | GROUP, "teacher_reference"),
         ({"teacher_reference": "rollout"}, "teacher_reference"),
         ({"teacher_reference": "rollout", "teacher_sees_solution": False} | GROUP, "teacher_reference"),
@@ -494,22 +648,30 @@ def test_settings_that_are_refused(settings, flag):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "requirement"),
     [
-        ({"reasoning_prompt": "{problem}"}, r"^--reasoning_prompt lacks the placeholder \{solution\}"),
-        ({"transition_prompt": "Now {problem}"}, r"^--transition_prompt has the unknown placeholder \{problem\}"),
+        ({"temperature": 0.0}, r"temperature 0\.0 must lie in \(0, 2\]"),
+        ({"temperature": 2.1}, r"temperature 2\.1 must lie in \(0, 2\]"),
+        ({"top_p": 0.0}, r"top_p 0\.0 must lie in \(0, 1\]"),
+        ({"top_p": 1.1}, r"top_p 1\.1 must lie in \(0, 1\]"),
+        ({"top_k": -1}, "top_k -1 must not be negative"),
+        ({"min_p": 0.1}, "unknown setting 'min_p'; there are temperature, top_p, top_k"),
     ],
 )
-def test_templates_that_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        configure(**settings)
+def test_sampling_of_rationales_that_is_refused(settings, requirement):
+    with pytest.raises(ValueError, match=f"^--reasoning_generation_kwargs: {requirement}"):
+        configure(reasoning_generation_kwargs=settings)
+
+
+def test_template_that_is_refused():
+    with pytest.raises(ValueError, match=r"^--reasoning_prompt lacks the placeholder \{solution\}"):
+        configure(reasoning_prompt="{problem}")
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"correct_weight": 0.0, "incorrect_weight": 0.0, "policy_gradient_weight": 1.0} | GROUP,  # the reward alone
-        {"reason_first": True, "reasoning_cache": "x", "fixed_teacher": True},
         {"reason_first": True, "teacher_reference": "rollout"} | GROUP,
         {"vllm_importance_sampling_correction": True, "use_vllm": True, "policy_gradient_weight": 1.0} | GROUP,
         {"num_generations": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
@@ -548,3 +710,12 @@ def test_columns_that_the_settings_need(settings, needed, further):
         flag, value = next(iter(settings.items()))
         with pytest.raises(ValueError, match=rf"--{flag} {value}.*: rollouts are graded .*--answer_column"):
             needed_columns(nameless, configure(**settings))
+
+
+@pytest.mark.parametrize(
+    ("column", "settings"),
+    [("solution", {}), ("answer", {"correct_weight": 0.0}), ("answer", {"curriculum": "pass_rate"})],
+)
+def test_missing_columns_are_named(make_trainer, problems, column, settings):
+    with pytest.raises(ValueError, match=f"the train dataset has no column '{column}'"):
+        make_trainer(dataset=problems.remove_columns(column), **settings)
