@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 
-from data_collator import start_rollouts
+from data_collator import MicroBatch, start_rollouts
 from opsd_trainer import OPSDConfig, OPSDTrainer
 from quickstart import addition
 
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TINY_MODEL = Path(os.environ.get("TINY_MODEL", ROOT / "tests" / "tiny_model")).resolve()
 SEED = int(os.environ.get("TEST_SEED", "42"))  # of rollouts and adapters; no test may depend on it
 
-# Nats, between a sampler's log-probability of a token and that of the training forward. Against float64, those of the tiny
-# model in float32 are off by 5e-6 to 2e-5 at most and by 6e-7 on average; with stale weights they are off by more than 0.1.
+# Nats, between a sampler's log-probability of a token and that of the training forward. Against float64, those of the
+# tiny model in float32 are off by 5e-6 to 2e-5 at most and by 6e-7 on average; with stale weights by more than 0.1.
 LOGPROB_GAP, MEAN_LOGPROB_GAP = 1e-4, 1e-5
 
 # Settings of runs on the tiny model, under the names of the flags
@@ -122,13 +122,22 @@ def work_out(problem: str, is_right: bool = True) -> str:
     return addition.response_text(a, b, totals) + "<|im_end|>"
 
 
+def is_right(trainer: OPSDTrainer, batch: MicroBatch) -> torch.Tensor:
+    """Return whether the last box of each completion has the sum that its prompt asks for, (B,), bool."""
+    prompts = trainer.processing_class.batch_decode(batch.prompt_ids)
+    problems = [re.search(r"Problem: (\d+)\+(\d+)\n", prompt).groups() for prompt in prompts]
+    texts = trainer.processing_class.batch_decode(batch.completion_ids)
+    boxes = [re.findall(r"\\boxed\{(\d+)\}", text)[-1:] for text in texts]
+    return torch.tensor([box == [str(sum(map(int, problem)))] for problem, box in zip(problems, boxes, strict=True)])
+
+
 def script_rollouts(trainer: OPSDTrainer, write: Callable[[str, int], str] = lambda problem, _: work_out(problem)):
     """
     Let transformers' `generate` give texts that do not depend on the model.
 
     `write(problem, occurrence)` returns the completion, where `occurrence` counts from 0 how often the problem came
-    before in this optimizer step. So it is the same in any batch and on any number of processes. A text without an end of
-    turn has to go beyond the limit, as transformers stops nowhere else.
+    before in this optimizer step. So it is the same in any batch and on any number of processes. A text without an
+    end of turn has to go beyond the limit, as transformers stops nowhere else.
     """
     tokenizer, occurrences = trainer.processing_class, Counter()
 

@@ -1,12 +1,16 @@
-"""The curriculum: weights written out by hand, frequencies of draws, and its state in a checkpoint."""
+"""The curriculum: weights written out by hand, frequencies of draws, its state in a checkpoint, and whole runs."""
 
+import json
 import math
+from collections import Counter
 
 import pytest
 import torch
+from helpers import Recorder, is_right, perturb_student, script_rollouts, teacher_logits, work_out
 from torch.testing import assert_close
 
 from opsd.curriculum import CURRICULA, Curriculum
+from opsd.losses import generalized_jsd
 
 
 def assert_weights(curriculum, expected):
@@ -138,3 +142,83 @@ def test_what_cannot_be_drawn():
         Curriculum("divergence", 3, seed=0).draw(0, 4)
     with pytest.raises(ValueError, match="kind"):
         Curriculum("entropy", 3, seed=0)
+
+
+# In training
+
+
+CURRICULUM = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 2}
+
+
+def write_rate(problem, occurrence):
+    """Of two rollouts of a problem, the last digit of the problem says how many are right: none, one or both."""
+    return work_out(problem, is_right=occurrence < int(problem[-1]) % 3)
+
+
+@pytest.mark.parametrize("kind", ["divergence", "pass_rate"])
+def test_scores_are_those_of_the_steps_rollouts(make_trainer, kind):
+    trainer = make_trainer(
+        curriculum=kind, max_steps=1, learning_rate=0.0, callbacks=[recorder := Recorder()], **CURRICULUM
+    )
+    perturb_student(trainer)
+    script_rollouts(trainer, write_rate)
+    trainer.train()
+    trainer.model.train()
+    row_of_prompt = {tuple(ids): row for row, ids in enumerate(trainer.train_dataset["student_prompt_ids"])}
+    sums, counts = torch.zeros(2, 64, dtype=torch.float64)
+    for inputs in trainer._buffered_inputs:
+        student = trainer.completion_logits(trainer.model, inputs, "student").detach()
+        divergences = generalized_jsd(student, teacher_logits(trainer, inputs), beta=0.5)
+        rows_of_tokens = inputs.completion_mask.nonzero()[:, 0]
+        prompts = zip(inputs.prompt_ids, inputs.prompt_mask, strict=True)
+        for place, (prompt, mask) in enumerate(prompts):
+            row = row_of_prompt[tuple(prompt[mask.bool()].tolist())]
+            of_rollout = divergences[rows_of_tokens == place]
+            sums[row] += of_rollout.sum().item() if kind == "divergence" else is_right(trainer, inputs)[place]
+            counts[row] += len(of_rollout) if kind == "divergence" else 1
+    assert (counts > 0).sum() == 4 and sums.sum() > 0.0
+    assert_close(trainer.curriculum._counts, counts, rtol=0, atol=0)
+    assert_close(trainer.curriculum._sums, sums, rtol=1e-4, atol=1e-6)
+    assert recorder.values("curriculum/seen_ratio") == [4 / 64]
+    assert 0.0 < recorder.values("curriculum/effective_ratio")[0] < 1.0
+
+
+@pytest.mark.parametrize("kind", ["divergence", "pass_rate"])
+def test_resumed_curriculum_goes_on(make_trainer, problems, tmp_path, kind):
+    """Six of eight problems a step, so that problems come again and their scores matter."""
+    settings = {"dataset": problems.select(range(8)), "curriculum": kind, "max_steps": 5, "num_generations": 2}
+    settings |= {"per_device_train_batch_size": 6, "save_strategy": "steps", "save_steps": 2}
+    whole, resumed = Recorder(), Recorder()
+    first = make_trainer(callbacks=[whole], **settings)
+    script_rollouts(first, write_rate)
+    first.train()
+    run = tmp_path / "run"
+    rollouts = {file.name: file.read_text() for file in (run / "completions").iterdir()}
+    second = make_trainer(callbacks=[resumed], **settings)
+    script_rollouts(second, write_rate)
+    second.train(resume_from_checkpoint=str(run / "checkpoint-2"))
+    for name in ("loss", "grad_norm", "num_generated_tokens", "curriculum/seen_ratio", "curriculum/effective_ratio"):
+        assert resumed.values(name) == pytest.approx(whole.values(name)[2:], rel=1e-6, abs=1e-9), name
+    assert {file.name: file.read_text() for file in (run / "completions").iterdir()} == rollouts
+    assert torch.equal(second.curriculum.weights(), first.curriculum.weights())
+    assert len(set(second.curriculum.weights().tolist())) > 2
+
+
+def test_resuming_with_another_curriculum_is_refused(make_trainer):
+    trainer = make_trainer(curriculum="divergence")
+    trainer._run_state["curriculum"] = "none"
+    with pytest.raises(ValueError, match="--curriculum divergence: .* was trained with none"):
+        trainer._start_curriculum()
+
+
+def test_without_a_curriculum_each_problem_comes_once_an_epoch(make_trainer, problems, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4, "callbacks": [recorder := Recorder()]}
+    trainer = make_trainer(problems.select(range(8)), **settings)
+    trainer.train()
+    assert trainer.curriculum is None and not any("curriculum" in name for logs in recorder.logs for name in logs)
+    run = tmp_path / "run"
+    assert not list(run.rglob("curriculum.safetensors"))
+    lines = [file.read_text().splitlines() for file in sorted((run / "completions").iterdir())]
+    prompts = [json.loads(line)["prompt"] for step in lines for line in step]
+    assert set(Counter(prompts[:8]).values()) == set(Counter(prompts[8:]).values()) == {1}
+    assert "correct" not in json.loads(lines[0][0])
