@@ -1,4 +1,4 @@
-"""Run by `test_baselines.py` under `accelerate launch`, in each of its processes: OPSD, SFT and GRPO, one after the other."""
+"""Run by `test_baselines.py` under `accelerate launch`, in each of its processes: OPSD, SFT and GRPO in turn."""
 
 import json
 import sys

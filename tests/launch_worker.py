@@ -95,7 +95,7 @@ def let_fsdp_run_on_cpu() -> None:
 
 
 def partition_larger_weights() -> None:
-    """ZeRO-3 keeps weights below 100,000 elements whole, all of the tiny model's: let it part the larger ones of them."""
+    """ZeRO-3 keeps weights below 100,000 elements whole, so all of the tiny model's: let it shard the larger ones."""
     make_plugin = DeepSpeedPlugin.__post_init__
 
     def make_plugin_with_threshold(self):
@@ -127,7 +127,7 @@ class KillServer(TrainerCallback):
             for process in (*self.server.children(recursive=True), self.server):
                 process.kill()
             # Without TRL's minute of further attempts
-            KeptTrainer.kept[-1].rollouts.vllm_client.session.mount("http://", HTTPAdapter())
+            KeptTrainer.kept[-1].sampler.vllm_client.session.mount("http://", HTTPAdapter())
 
 
 def train(settings: dict) -> OPSDTrainer:
@@ -175,9 +175,11 @@ def moved_base_weights(trainer: OPSDTrainer, model_dir: str) -> list[str]:
 
 def main(model: str, dataset: str, folder: str, *further: str) -> None:
     """
-    A run after a preflight and its resumption, the same with an EMA teacher, ten steps in bfloat16; with "full" also a full
-    fine-tuning. With "tensor_parallel" only the first run, with one engine over two processes. With "server PORT PID" a run
-    against a server, and one in which it dies. With "variants" only those of `VARIANTS`, three steps of eight rollouts each.
+    Train after a preflight and resume that run, do the same with an EMA teacher, and train ten steps in bfloat16.
+
+    With "full" there is also a full fine-tuning. With "tensor_parallel" there is only the first run, with one engine
+    over two processes. With "server PORT PID" there is a run against a server, and one in which the server dies. With
+    "variants" there are only those of `VARIANTS`, three steps of eight rollouts each.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()

@@ -99,7 +99,7 @@ def adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def check_run(folder: Path, history: list[dict], reference: Path | None = None) -> None:
-    """4 on-policy steps whose adapter is saved whole; with `reference` the losses, rollouts and adapter of that run."""
+    """Check that 4 steps were on-policy and the adapter saved whole; with `reference`, that the run equals that one."""
     assert len(values(history, "loss")) == 4
     assert max(values(history, "sampling/sampling_logp_difference/max")) <= LOGPROB_GAP
     trained = adapter(folder)
@@ -200,10 +200,9 @@ def test_variants_under_zero3(tiny_model_dir, data, deepspeed_build, tmp_path):
         for metric in ("loss", "divergence", "rewards/accuracy/mean", "rationales/mean_length"):
             assert values(history, metric) == pytest.approx(values(expected[name], metric), rel=1e-4, abs=1e-6), name
         if "vllm_importance_sampling_correction" in VARIANTS[name]:
-            assert max(values(history, "importance/variance")) > 0.0
-            assert values(history, "sampling/importance_sampling_ratio/mean") == pytest.approx(
-                values(expected[name], "sampling/importance_sampling_ratio/mean"), rel=1e-4
-            )
+            ratio = "sampling/importance_sampling_ratio"
+            assert max(values(history, f"{ratio}/max")) > min(values(history, f"{ratio}/min"))
+            assert values(history, f"{ratio}/mean") == pytest.approx(values(expected[name], f"{ratio}/mean"), rel=1e-4)
         else:
             assert max(values(history, "sampling/sampling_logp_difference/max")) <= LOGPROB_GAP
 
@@ -307,7 +306,8 @@ def started_under_slurm(folder: Path, *arguments: str, **environment: str) -> It
     """The SLURM script and a recipe, with two nodes of one process each, all on this machine."""
     commands = {
         "scontrol": "echo 127.0.0.1",
-        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift\nSLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@"\nwait $first',
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift\n'
+        'SLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@"\nwait $first',
     }
     for name, lines in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{lines}\n")
