@@ -39,7 +39,7 @@ class ScriptedSampler:
     def __init__(self, trainer, lengths):
         self.end, self.lengths = trainer.processing_class.eos_token_id, iter(lengths)
 
-    def sync(self, step, **_):
+    def sync(self, step, reuse):
         pass
 
     def sample(self, prompts):
