@@ -1,4 +1,4 @@
-"""Faults that a run survives: it is killed, told to leave, out of disk, out of finite numbers, or without tokens."""
+"""Faults that a run survives: SIGKILL, SIGTERM, a full disk, losses that are not finite, rollouts without tokens."""
 
 import io
 import json
@@ -53,7 +53,7 @@ class ScriptedSampler:
 
 @pytest.fixture(scope="session")
 def forks():
-    """Starts processes that have the program imported already, which takes most of a short run's time."""
+    """Start processes that have imported the program already: the import takes most of a short run's time."""
     os.environ["PYTHONPATH"] = str(ROOT)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["opsd_train"])
@@ -67,7 +67,7 @@ def run_program(arguments, plant=None, step=None):
 
 
 def in_a_process(forks, *args):
-    """The exit code, negative for a signal, of a process that calls `run_program(*args)`."""
+    """Call `run_program(*args)` in a process of its own; return its exit code, which is negative for a signal."""
     process = forks.Process(target=run_program, args=args)
     process.start()
     process.join()
@@ -92,14 +92,14 @@ def train_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_run(forks, tiny_model_dir, train_file, tmp_path_factory):
-    """Folder of a run that nothing happened to."""
+    """Folder of a run without a fault."""
     folder = tmp_path_factory.mktemp("whole")
     assert in_a_process(forks, command_line(tiny_model_dir, train_file, folder)) == 0
     return folder
 
 
 def read_run(folder):
-    """What a run has logged and sampled, without times, and its final adapter."""
+    """Return the logs of a run without times, its rollouts and its final adapter."""
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     names = ("step", "loss", "grad_norm", "learning_rate", "divergence", "num_generated_tokens")
     logs = [{name: entry[name] for name in names} for entry in state["log_history"] if "loss" in entry]
@@ -250,7 +250,7 @@ LAUNCHERS = {
 
 
 def skip_and_leave(launcher, rank, port, model_dir, folder, arguments):
-    """Train with a step whose loss is NaN on the second process alone; then run one whose first process gets SIGTERM."""
+    """Train with a step whose loss is NaN on the second process; then run the program until process 0 gets SIGTERM."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | LAUNCHERS[launcher]
@@ -363,7 +363,7 @@ def test_full_disk_leaves_earlier_checkpoints_intact(make_trainer, tmp_path, wit
 
 
 class States(TrainerCallback):
-    """Weights and moments before the first step and after each one, and what was logged."""
+    """Keeps the logs, and weights and moments before the first step and after each one."""
 
     def __init__(self):
         self.of_steps, self.logs = [], []
@@ -451,9 +451,9 @@ BASELINES = {
 @pytest.fixture(params=BASELINES)
 def run_baseline(request, tiny_model_dir, train_file, tmp_path, monkeypatch):
     """
-    A function that runs SFT or GRPO with a loss that is not finite in the given steps; further arguments are flags.
+    Return a function that runs SFT or GRPO with an infinite loss in the given steps; further arguments are flags.
 
-    With weight decay each step changes the weights, also one in which all completions earn the same reward.
+    Weight decay changes the weights in each step, also in one in which all completions earn the same reward.
     """
     program, name, trl_trainer, settings = BASELINES[request.param]
     settings = CPU | ADAPTER | settings | {"model_name_or_path": tiny_model_dir, "dataset_name": train_file}

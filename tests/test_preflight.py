@@ -41,7 +41,7 @@ def trained(request, make_in_module) -> Iterator[tuple[OPSDTrainer, Recorder]]:
 
 @pytest.fixture
 def trainer(trained) -> OPSDTrainer:
-    """As at the first step: with an adapter of zeros."""
+    """The trainer with the adapter of the first step, which is zero."""
     trainer, _ = trained
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
@@ -142,7 +142,7 @@ def test_sound_runs_without_vllm(make_trainer, problems, settings):
 
 @contextmanager
 def changed_weights(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """With other values in the weights with `name` in theirs."""
+    """Multiply the weights whose names contain `name`; after the block they are as before."""
     weights = [weight.data for key, weight in model.named_parameters() if name in key]
     before = [weight.clone() for weight in weights]
     for weight in weights:
@@ -313,7 +313,7 @@ def test_faults_are_named_in_bfloat16(trainer):
 
 
 def test_refused_before_anything_is_done(tiny_model_dir, tmp_path, problems, monkeypatch, caplog):
-    """The flag, a fault, and what the program says."""
+    """`--preflight` with a planted fault: the error, the table, and nothing sampled or saved."""
     problems.to_json(tmp_path / "train.jsonl")
     arguments = {
         "model_name_or_path": tiny_model_dir,
