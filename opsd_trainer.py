@@ -264,7 +264,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     def _sample(self, rollouts: list[Rollout]) -> None:
         """Sample the completions from the student's weights as they are now."""
-        self.sampler.sync(self.state.global_step)
+        self.sampler.sync(self.state.global_step, reuse=not self.model.training)
         completions = self.sampler.sample([rollout.prompt_ids for rollout in rollouts])
         end_ids = set(self.end_ids)
         for rollout, completion in zip(rollouts, completions, strict=True):

@@ -212,10 +212,16 @@ class VLLMSampler(VLLMGeneration):
 
     # Weights
 
-    def sync(self, step: int) -> None:
-        """Hand the weights of optimizer step `step` to vLLM, unless it holds them. All processes call it together."""
+    def sync(self, step: int, reuse: bool = False) -> None:
+        """
+        Hand the student's weights to vLLM. All processes call it together.
+
+        Args:
+            step: number of optimizer steps so far.
+            reuse: do nothing if vLLM holds the weights of this step: for evaluation, which changes none.
+        """
         self.step = step
-        if self._synced_step != step:
+        if not reuse or self._synced_step != step:
             self.sync_weights()
             self._synced_step = step
 
@@ -490,7 +496,7 @@ class TransformersSampler:
         self.generation_config, self.batch_size = generation_config, batch_size
         self.gradient_checkpointing_kwargs = gradient_checkpointing_kwargs
 
-    def sync(self, step: int) -> None:
+    def sync(self, step: int, reuse: bool = False) -> None:
         """Do nothing: the model in training samples itself."""
 
     def sync_weights(self) -> None:

@@ -30,7 +30,7 @@ SETTINGS |= {
     "save_steps": 2,
 }
 ADAPTER = helpers.ADAPTER | {"fixed_teacher": True}
-# Between them all teachers and objectives but those of the other runs
+# Together they have all teachers and objectives that the other runs lack.
 VARIANTS = {
     "group": {
         "teacher_reference": "rollout",
@@ -83,7 +83,7 @@ VARIANTS = {
 
 
 def let_fsdp_run_on_cpu() -> None:
-    """accelerate takes FSDP on CPU for DDP, and says nothing."""
+    """Keep accelerate from silently taking FSDP on CPU for DDP."""
     make_state = PartialState.__init__
 
     def make_state_for_fsdp(self, *args, **kwargs):
@@ -95,7 +95,7 @@ def let_fsdp_run_on_cpu() -> None:
 
 
 def partition_larger_weights() -> None:
-    """ZeRO-3 keeps weights below 100,000 elements whole, all of the tiny model's: let it part the larger ones of them."""
+    """Let ZeRO-3 shard the tiny model's larger weights: below 100,000 elements it would keep them whole."""
     make_plugin = DeepSpeedPlugin.__post_init__
 
     def make_plugin_with_threshold(self):
@@ -106,7 +106,7 @@ def partition_larger_weights() -> None:
 
 
 class KeptTrainer(OPSDTrainer):
-    """Stays within reach after `opsd_train.main`; and an engine that is deleted takes the process group with it."""
+    """Stays within reach after `opsd_train.main`. A deleted engine would take the process group with it."""
 
     kept: list[OPSDTrainer] = []
     extra_callbacks: list[TrainerCallback] = []
@@ -117,7 +117,7 @@ class KeptTrainer(OPSDTrainer):
 
 
 class KillServer(TrainerCallback):
-    """The server dies between two steps."""
+    """Kills the server between two steps."""
 
     def __init__(self, pid: int):
         self.server = psutil.Process(pid)
@@ -127,38 +127,38 @@ class KillServer(TrainerCallback):
             for process in (*self.server.children(recursive=True), self.server):
                 process.kill()
             # Without TRL's minute of further attempts
-            KeptTrainer.kept[-1].rollouts.vllm_client.session.mount("http://", HTTPAdapter())
+            KeptTrainer.kept[-1].sampler.vllm_client.session.mount("http://", HTTPAdapter())
 
 
 def train(settings: dict) -> OPSDTrainer:
-    """`opsd_train.py` with these flags; the trainer as it is at the end."""
+    """Run `opsd_train.py` with these flags; return the trainer as it is at the end."""
     opsd_train.main([text for flag, value in settings.items() for text in (f"--{flag}", str(value))])
     return KeptTrainer.kept[-1]
 
 
 def describe(trainer: OPSDTrainer) -> dict:
-    """How this process trains, and how many elements of the model it keeps (ZeRO-3 gathers the small weights, too)."""
+    """Say how this process trains, and how many elements of the model it holds as shards."""
     wrapped = trainer.model_wrapped
-    parts = [getattr(weight, "ds_tensor", weight) for weight in trainer.model.parameters()]
+    shards = [getattr(weight, "ds_tensor", weight) for weight in trainer.model.parameters()]
     return {
         "backend": dist.get_backend(),
         "world_size": dist.get_world_size(),
         "distributed_type": trainer.accelerator.distributed_type.value,
         "wrapper": type(wrapped).__name__,
         "zero_stage": wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None,
-        "elements": sum((part.to_local() if isinstance(part, DTensor) else part).numel() for part in parts),
+        "elements": sum((shard.to_local() if isinstance(shard, DTensor) else shard).numel() for shard in shards),
     }
 
 
 def whole(trainer: OPSDTrainer, weight: Tensor) -> Tensor:
-    """A copy of a weight, gathered from the processes where they share it."""
+    """Return a copy of the whole weight, gathered from the processes if it is sharded."""
     with trainer.sampler._dist.gather_params([weight]):
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         return weight.detach().clone()
 
 
 def moved_base_weights(trainer: OPSDTrainer, model_dir: str) -> list[str]:
-    """Names of the frozen weights that differ from those of the model's file in any bit."""
+    """Return the names of the frozen weights that differ from those of the model's file in any bit."""
     file = load_file(Path(model_dir, "model.safetensors"))
     moved, seen = [], set()
     for name, weight in trainer.model.named_parameters():
@@ -175,9 +175,11 @@ def moved_base_weights(trainer: OPSDTrainer, model_dir: str) -> list[str]:
 
 def main(model: str, dataset: str, folder: str, *further: str) -> None:
     """
-    A run after a preflight and its resumption, the same with an EMA teacher, ten steps in bfloat16; with "full" also a full
-    fine-tuning. With "tensor_parallel" only the first run, with one engine over two processes. With "server PORT PID" a run
-    against a server, and one in which it dies. With "variants" only those of `VARIANTS`, three steps of eight rollouts each.
+    Train after a preflight and resume that run, do the same with an EMA teacher, and train ten steps in bfloat16.
+
+    With "full" there is also a full fine-tuning. With "tensor_parallel" there is only the first run, with one engine
+    over two processes. With "server PORT PID" there is a run against a server, and one in which the server dies. With
+    "variants" there are only those of `VARIANTS`, three steps of eight rollouts each.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()

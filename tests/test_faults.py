@@ -1,4 +1,4 @@
-"""Faults that a run survives: it is killed, told to leave, out of disk, out of finite numbers, or without tokens."""
+"""Faults that a run survives: SIGKILL, SIGTERM, a full disk, losses that are not finite, rollouts without tokens."""
 
 import io
 import json
@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, make_problems, make_trainer_factory
+from helpers import ADAPTER, CPU, ROOT, make_problems, make_trainer_factory
 from launch_worker import let_fsdp_run_on_cpu
 from safetensors.torch import load_file
-from tiny_settings import ADAPTER, CPU
 from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from transformers import TrainerCallback
@@ -26,6 +25,7 @@ from trl import GRPOTrainer, SFTTrainer
 import grpo_train
 import opsd_train
 import sft_train
+from opsd.rollouts import Completion
 from opsd.run import checkpoints
 from opsd.run.checkpoints import find_fault, find_last_complete
 from opsd_trainer import OPSDTrainer
@@ -33,20 +33,19 @@ from opsd_trainer import OPSDTrainer
 STEPS = 4
 
 
-class Sampler:
-    """Takes vLLM's place: completions of given lengths, in the order in which they are asked for."""
+class ScriptedSampler:
+    """Gives completions of given lengths, in the order in which they are asked for. Those below 6 tokens end."""
 
     def __init__(self, trainer, lengths):
-        self.trainer, self.lengths = trainer, iter(lengths)
+        self.end, self.lengths = trainer.processing_class.eos_token_id, iter(lengths)
 
-    def sync_weights(self):
+    def sync(self, step, reuse):
         pass
 
-    def generate(self, prompts):
-        end = self.trainer.processing_class.eos_token_id
-        completions = [[5 + i for i in range(abs(n))] for n in (next(self.lengths) for _ in prompts)]
-        completions = [ids[:-1] + [end] if ids and len(ids) < 6 else ids for ids in completions]
-        return prompts, completions, [[[-1.0]] * len(ids) for ids in completions], None
+    def sample(self, prompts):
+        completions = [[5 + i for i in range(next(self.lengths))] for _ in prompts]
+        completions = [[*ids[:-1], self.end] if ids and len(ids) < 6 else ids for ids in completions]
+        return [Completion(ids, [-1.0] * len(ids)) for ids in completions]
 
 
 # Runs that are killed
@@ -54,7 +53,7 @@ class Sampler:
 
 @pytest.fixture(scope="session")
 def forks():
-    """Starts processes that have the program imported already, which takes most of a short run's time."""
+    """Start processes that have imported the program already: the import takes most of a short run's time."""
     os.environ["PYTHONPATH"] = str(ROOT)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["opsd_train"])
@@ -68,7 +67,7 @@ def run_program(arguments, plant=None, step=None):
 
 
 def in_a_process(forks, *args):
-    """The exit code, negative for a signal, of a process that calls `run_program(*args)`."""
+    """Call `run_program(*args)` in a process of its own; return its exit code, which is negative for a signal."""
     process = forks.Process(target=run_program, args=args)
     process.start()
     process.join()
@@ -93,14 +92,14 @@ def train_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_run(forks, tiny_model_dir, train_file, tmp_path_factory):
-    """Folder of a run that nothing happened to."""
+    """Folder of a run without a fault."""
     folder = tmp_path_factory.mktemp("whole")
     assert in_a_process(forks, command_line(tiny_model_dir, train_file, folder)) == 0
     return folder
 
 
 def read_run(folder):
-    """What a run has logged and sampled, without times, and its final adapter."""
+    """Return the logs of a run without times, its rollouts and its final adapter."""
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     names = ("step", "loss", "grad_norm", "learning_rate", "divergence", "num_generated_tokens")
     logs = [{name: entry[name] for name in names} for entry in state["log_history"] if "loss" in entry]
@@ -251,7 +250,7 @@ LAUNCHERS = {
 
 
 def skip_and_leave(launcher, rank, port, model_dir, folder, arguments):
-    """A step without finite loss on the second process, in a run that ends well; then SIGTERM for the first process."""
+    """Train with a step whose loss is NaN on the second process; then run the program until process 0 gets SIGTERM."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in names.items()} | LAUNCHERS[launcher]
@@ -261,12 +260,13 @@ def skip_and_leave(launcher, rank, port, model_dir, folder, arguments):
     trainer = make_trainer_factory(model_dir, make_problems(), folder)(
         callbacks=[states := States()], gradient_accumulation_steps=2, per_device_train_batch_size=2, max_steps=3
     )
-    trainer.sampler = Sampler(trainer, repeat(4))
+    trainer.sampler = ScriptedSampler(trainer, repeat(4))
     if rank == 1:
         spoil(trainer, {1}, "NaN loss")
     trainer.train()
     kind = trainer.accelerator.distributed_type.value
-    torch.save({"states": states.of_steps, "saved": trainer._run_state, "kind": kind}, folder / f"states_{rank}.pt")
+    saved = trainer.state.stateful_callbacks["run_state"]
+    torch.save({"states": states.of_steps, "saved": saved, "kind": kind}, folder / f"states_{rank}.pt")
     run_program(arguments, terminate_in_a_step if rank == 0 else None, 1)
 
 
@@ -315,7 +315,7 @@ def test_two_processes_skip_and_leave_together(forks, tiny_model_dir, train_file
 
 
 class Quota(TrainerCallback):
-    """From a step on, no file can grow beyond `limit` bytes: the operating system fails the write, as on a full disk."""
+    """After a step no file can grow beyond `limit` bytes: the operating system fails the write, as on a full disk."""
 
     def __init__(self, step, limit):
         self.step, self.limit = step, limit
@@ -363,7 +363,7 @@ def test_full_disk_leaves_earlier_checkpoints_intact(make_trainer, tmp_path, wit
 
 
 class States(TrainerCallback):
-    """Weights and moments before the first step and after each one, and what was logged."""
+    """Keeps the logs, and weights and moments before the first step and after each one."""
 
     def __init__(self):
         self.of_steps, self.logs = [], []
@@ -375,7 +375,7 @@ class States(TrainerCallback):
         self.on_step_end(args, state, control, model, optimizer)
 
     def on_step_end(self, args, state, control, model, optimizer, **kwargs):
-        # ZeRO-3 leaves an empty weight and keeps this process' part beside it
+        # ZeRO-3 leaves an empty weight and keeps this process's shard beside it.
         tensors = [getattr(weight, "ds_tensor", weight) for weight in model.parameters() if weight.requires_grad]
         tensors += [state["exp_avg"] for state in optimizer.state.values() if "exp_avg" in state]
         tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -384,18 +384,19 @@ class States(TrainerCallback):
 
 def spoil(trainer, steps, kind):
     """Make the loss or its gradient not finite in the first micro-batch of the steps after `steps`."""
-    fused_loss = trainer._fused_loss
+    token_losses = trainer.token_losses
 
-    def spoiled(model, inputs):
-        per_token, *rest = fused_loss(model, inputs)
+    def spoiled(*args):
+        losses = token_losses(*args)
+        per_token = losses.loss
         if trainer.state.global_step in steps and trainer._step % 2 == 1:
             if kind == "NaN gradient":
                 per_token.register_hook(lambda gradient: gradient * float("nan"))
             else:
                 per_token = per_token + float("inf" if kind == "infinite loss" else "nan")
-        return per_token, *rest
+        return losses._replace(loss=per_token)
 
-    trainer._fused_loss = spoiled
+    trainer.token_losses = spoiled
 
 
 def assert_skipped(states, steps):
@@ -409,7 +410,7 @@ def test_step_that_is_not_finite_is_skipped_and_its_batch_kept(make_trainer, tmp
     states = States()
     trainer = make_trainer(callbacks=[states], gradient_accumulation_steps=2, max_steps=4, weight_decay=0.1)
     trainer.max_nonfinite_steps = 2
-    trainer.sampler = Sampler(trainer, repeat(4))
+    trainer.sampler = ScriptedSampler(trainer, repeat(4))
     spoil(trainer, {0, 2}, kind)
     trainer.train()
     assert_skipped(states.of_steps, {0, 2})
@@ -419,9 +420,8 @@ def test_step_that_is_not_finite_is_skipped_and_its_batch_kept(make_trainer, tmp
     assert [file.name for file in files] == ["step_00001_process_0.pt", "step_00003_process_0.pt"]
     kept = torch.load(files[1])
     assert kept["step"] == 3 and len(kept["inputs"]) == 2
-    prompts = [
-        tokens for batch in kept["inputs"] for tokens in trainer.processing_class.batch_decode(batch.prompt_ids)
-    ]
+    decode = trainer.processing_class.batch_decode
+    prompts = [prompt for batch in kept["inputs"] for prompt in decode(batch["prompt_ids"])]
     rollouts = (tmp_path / "run" / "completions" / "completions_00003.jsonl").read_text().splitlines()
     for prompt, rollout in zip(prompts, map(json.loads, rollouts), strict=True):
         assert prompt.endswith(rollout["prompt"][-40:])
@@ -435,7 +435,7 @@ def test_step_that_is_not_finite_is_skipped_and_its_batch_kept(make_trainer, tmp
 def test_run_without_finite_steps_ends(make_trainer):
     states = States()
     trainer = make_trainer(callbacks=[states], max_steps=9, gradient_accumulation_steps=2)
-    trainer.sampler = Sampler(trainer, repeat(4))
+    trainer.sampler = ScriptedSampler(trainer, repeat(4))
     spoil(trainer, {1, 2, 4, 5, 6}, "NaN loss")
     with pytest.raises(FloatingPointError, match="not finite in 3 steps in a row, up to step 7; their batches are in"):
         trainer.train()
@@ -451,9 +451,9 @@ BASELINES = {
 @pytest.fixture(params=BASELINES)
 def run_baseline(request, tiny_model_dir, train_file, tmp_path, monkeypatch):
     """
-    A function that runs SFT or GRPO with a loss that is not finite in the given steps; further arguments are flags.
+    Return a function that runs SFT or GRPO with an infinite loss in the given steps; further arguments are flags.
 
-    With weight decay each step changes the weights, also one in which all completions earn the same reward.
+    Weight decay changes the weights in each step, also in one in which all completions earn the same reward.
     """
     program, name, trl_trainer, settings = BASELINES[request.param]
     settings = CPU | ADAPTER | settings | {"model_name_or_path": tiny_model_dir, "dataset_name": train_file}
@@ -551,7 +551,7 @@ def test_completions_without_tokens_or_without_end(make_trainer, problems, setti
         callbacks=[states], eval_dataset=problems.select(range(8)), eval_strategy="steps", eval_steps=1,
         per_device_eval_batch_size=4, max_completion_length=6, gradient_accumulation_steps=2, max_steps=3, **settings,
     )  # fmt: skip
-    trainer.sampler = Sampler(trainer, lengths)
+    trainer.sampler = ScriptedSampler(trainer, lengths)
     trainer.train()
     train = [logs for logs in states.logs if "loss" in logs]
     evaluation = [logs for logs in states.logs if "eval_loss" in logs]
@@ -563,7 +563,8 @@ def test_completions_without_tokens_or_without_end(make_trainer, problems, setti
     ):
         assert [entry[f"{prefix}completions/mean_length"] for entry in logs] == means
         assert [entry[f"{prefix}completions/clipped_ratio"] for entry in logs] == truncated
-        assert [entry[f"{prefix}divergence"] > 0.0 for entry in logs] == [True, False, True]
+        assert [entry.get(f"{prefix}divergence", 0.0) > 0.0 for entry in logs] == [True, False, True]
+        assert f"{prefix}divergence" not in logs[1]  # a mean of nothing
     assert [logs["num_generated_tokens"] for logs in train] == [11, 11, 59]
     assert [logs["grad_norm"] > 0.0 for logs in train] == [True, False, True]
     assert [logs["num_nonfinite_steps"] for logs in train] == [0, 0, 0]

@@ -38,7 +38,7 @@ LAUNCHERS = {
 
 @contextmanager
 def started(command: list, log: Path, **environment: str) -> Iterator[subprocess.Popen]:
-    """A command that runs, its output in `log`; behind the block nothing is left of what it has started."""
+    """Run a command with its output in `log`. After the block all processes that it has started are gone."""
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
     environment["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, where torch.load can put nothing
     with log.open("w") as output:
@@ -56,7 +56,7 @@ def started(command: list, log: Path, **environment: str) -> Iterator[subprocess
 
 
 def launch(config: str, num_processes: int, log: Path, *arguments: object, **environment: str) -> int:
-    """The exit status of `accelerate launch` of the worker."""
+    """Run the worker under `accelerate launch`; return the exit status."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
     command += ["--num_processes", str(num_processes), "--main_process_port", "0", "--mixed_precision", "no"]
     command += [WORKER, *map(str, arguments)]
@@ -73,7 +73,7 @@ def data(problems, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def deepspeed_build(tmp_path_factory) -> str:
-    """Where DeepSpeed compiles what it needs; in the user's folder a killed test would leave a lock for ever."""
+    """Folder in which DeepSpeed compiles. In the user's folder a killed test would leave a lock for ever."""
     return str(tmp_path_factory.mktemp("torch_extensions"))
 
 
@@ -89,7 +89,7 @@ def values(history: list[dict], name: str) -> list[float]:
 
 
 def rollouts(folder: Path) -> list[tuple]:
-    """(step, prompt, completion) of all rollouts, in an order that does not depend on the processes."""
+    """Return (step, prompt, completion) of all rollouts, in an order that does not depend on the processes."""
     lines = [line for file in (folder / "completions").iterdir() for line in file.read_text().splitlines()]
     return sorted((record["step"], record["prompt"], record["completion"]) for record in map(json.loads, lines))
 
@@ -99,7 +99,7 @@ def adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def check_run(folder: Path, history: list[dict], reference: Path | None = None) -> None:
-    """4 on-policy steps whose adapter is saved whole; with `reference` the losses, rollouts and adapter of that run."""
+    """Check that 4 steps were on-policy and the adapter saved whole; with `reference`, that this run gave the same."""
     assert len(values(history, "loss")) == 4
     assert max(values(history, "sampling/sampling_logp_difference/max")) <= LOGPROB_GAP
     trained = adapter(folder)
@@ -115,7 +115,7 @@ def check_run(folder: Path, history: list[dict], reference: Path | None = None) 
 
 
 def check_ema(results: dict, reference: dict | None = None) -> None:
-    """The teacher follows the student, and with `reference` as it does there; it is resumed, too."""
+    """Check that the teacher follows the student, is resumed, and with `reference` gives the losses of that run."""
     losses = values(results["ema"], "loss")
     assert losses[0] == pytest.approx(values(results["run"], "loss")[0], rel=1e-6)  # from the same teacher
     # Then not: an equal teacher would give the same losses to 1e-6, as resuming does below.
@@ -127,7 +127,7 @@ def check_ema(results: dict, reference: dict | None = None) -> None:
 
 
 def check_resumed_and_bfloat16(folder: Path, results: dict) -> None:
-    """The run that was resumed at step 2 equals the whole one; ten steps in bfloat16 leave the base as it was."""
+    """Check that the run resumed at step 2 equals the whole one, and that ten steps in bfloat16 leave the base."""
     assert values(results["resumed"], "loss")[2:] == pytest.approx(values(results["run"], "loss")[2:], rel=1e-6)
     assert rollouts(folder / "resumed") == [record for record in rollouts(folder / "run") if record[0] > 2]
     assert_close(adapter(folder / "resumed"), adapter(folder / "run"), rtol=0, atol=1e-6)
@@ -176,7 +176,7 @@ def test_launcher(launcher, one_process, tiny_model_dir, data, deepspeed_build, 
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_variants_under_zero3(tiny_model_dir, data, deepspeed_build, tmp_path):
-    """Teachers and objectives that the other runs have not: with vLLM, under ZeRO-3 as in one process."""
+    """The teachers and objectives that the other runs lack: with vLLM, the same under ZeRO-3 as in one process."""
     histories = []
     for launcher, num_processes in (("cpu", 1), ("zero3", 2)):
         folder = tmp_path / launcher
@@ -200,10 +200,9 @@ def test_variants_under_zero3(tiny_model_dir, data, deepspeed_build, tmp_path):
         for metric in ("loss", "divergence", "rewards/accuracy/mean", "rationales/mean_length"):
             assert values(history, metric) == pytest.approx(values(expected[name], metric), rel=1e-4, abs=1e-6), name
         if "vllm_importance_sampling_correction" in VARIANTS[name]:
-            assert max(values(history, "importance/variance")) > 0.0
-            assert values(history, "sampling/importance_sampling_ratio/mean") == pytest.approx(
-                values(expected[name], "sampling/importance_sampling_ratio/mean"), rel=1e-4
-            )
+            ratio = "sampling/importance_sampling_ratio"
+            assert max(values(history, f"{ratio}/max")) > min(values(history, f"{ratio}/min"))
+            assert values(history, f"{ratio}/mean") == pytest.approx(values(expected[name], f"{ratio}/mean"), rel=1e-4)
         else:
             assert max(values(history, "sampling/sampling_logp_difference/max")) <= LOGPROB_GAP
 
@@ -230,7 +229,7 @@ def free_port() -> int:
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_server(one_process, tiny_model_dir, data, tmp_path):
-    """Two processes and a server: the same run; and when the server dies, a clear error and an intact checkpoint."""
+    """Two processes with a server give the same run. If the server dies, the error is clear, the checkpoint intact."""
     port, log = free_port(), tmp_path / "log"
     command = ["bash", ROOT / "scripts" / "serve_vllm.sh", "--host", "127.0.0.1", "--max-model-len", "1000"]
     settings = {"MODEL": str(tiny_model_dir), "PORT": str(port), "MAX_LORA_RANK": str(ADAPTER["lora_r"])}
@@ -282,7 +281,7 @@ def test_configurations():
 
 
 def test_server_script_has_the_settings_of_the_colocated_engine():
-    """On a machine without GPU, where the script and `vllm_engine.py` name them both."""
+    """On a machine without a GPU: both the script and `vllm_engine.py` state these settings."""
     environment = {name: value for name, value in os.environ.items() if name not in CPU_ENVIRONMENT}
     command = subprocess.run(
         ["bash", ROOT / "scripts" / "serve_vllm.sh", "--port", "1"],
@@ -304,10 +303,11 @@ def test_server_script_has_the_settings_of_the_colocated_engine():
 
 @contextmanager
 def started_under_slurm(folder: Path, *arguments: str, **environment: str) -> Iterator[subprocess.Popen]:
-    """The SLURM script and a recipe, with two nodes of one process each, all on this machine."""
+    """Run the SLURM script and a recipe on two nodes of one process each, both of them this machine."""
     commands = {
         "scontrol": "echo 127.0.0.1",
-        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift\nSLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@"\nwait $first',
+        "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift\n'
+        'SLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@"\nwait $first',
     }
     for name, lines in commands.items():
         (folder / name).write_text(f"#!/bin/bash\n{lines}\n")
@@ -334,7 +334,7 @@ def test_multi_node_script(tiny_model_dir, data, tmp_path):
         while not list(run.glob("completions/*_00002.jsonl")):
             assert srun.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-5000:]
             time.sleep(0.5)
-        for process in psutil.Process(srun.pid).children(recursive=True):  # as SLURM does it: launchers and training
+        for process in psutil.Process(srun.pid).children(recursive=True):  # launchers and training, as SLURM does
             if process.name().startswith("python"):
                 process.terminate()
         assert srun.wait(timeout=300) != 0

@@ -1,4 +1,4 @@
-"""The preflight: it holds for sound runs and leaves no trace in them, and it names the claim that a planted fault breaks."""
+"""The preflight: sound runs pass it and are left as they were, and it names the claim that a planted fault breaks."""
 
 import logging
 import random
@@ -12,7 +12,9 @@ from helpers import Recorder, make_problems, make_trainer_factory
 
 import data_collator
 import opsd_train
+import opsd_trainer
 from opsd import preflight
+from opsd.preflight import Preflight, PreflightError, run_preflight
 from opsd_trainer import OPSDTrainer
 
 ENGINES = {
@@ -39,7 +41,7 @@ def trained(request, make_in_module) -> Iterator[tuple[OPSDTrainer, Recorder]]:
 
 @pytest.fixture
 def trainer(trained) -> OPSDTrainer:
-    """As at the first step: with an adapter of zeros."""
+    """The trainer with the adapter of the first step, which is zero."""
     trainer, _ = trained
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
@@ -49,8 +51,8 @@ def trainer(trained) -> OPSDTrainer:
 
 
 def failed(checks: list[preflight.Check]) -> set[str]:
-    assert {check.claim for check in checks} <= set(preflight.MEANINGS)
-    return {check.claim for check in checks if check.passed is False}
+    assert {check.name for check in checks} <= set(preflight.MEANINGS)
+    return {check.name for check in checks if check.passed is False}
 
 
 def random_state() -> list:
@@ -72,11 +74,11 @@ def test_training_is_the_same_without_it(trained, make_in_module, monkeypatch, r
     trainer, recorder = trained
     settings = ENGINES[request.node.callspec.params["trained"]]
 
-    def share_engine(self):
-        trainer.sampler.model = self.model
+    def share_engine(args, model, *_):
+        trainer.sampler.model = model
         return trainer.sampler
 
-    monkeypatch.setattr(OPSDTrainer, "_start_rollouts", share_engine)
+    monkeypatch.setattr(opsd_trainer, "make_vllm_sampler", share_engine)
     other = make_in_module(use_vllm=True, callbacks=[other_recorder := Recorder()], **settings)
     other.train()
     trainer.sampler.model = trainer.model
@@ -90,8 +92,8 @@ def test_a_sound_run_passes_and_is_left_as_it_was(trained):
     weights = [weight.clone() for weight in trainer.model.parameters()]
     before, limit = random_state(), trainer.sampler.max_completion_length
     checks = run_preflight(trainer)
-    assert [check.claim for check in checks if check.passed is not True] == []
-    assert {check.claim for check in checks} >= {"prompts", "on-policy", "padding", "loss"}
+    assert [check.name for check in checks if check.passed is not True] == []
+    assert {check.name for check in checks} >= {"prompts", "on-policy", "padding", "loss"}
     assert random_state() == before and trainer.model.training
     assert trainer.sampler.max_completion_length == limit
     for weight, other in zip(trainer.model.parameters(), weights, strict=True):
@@ -130,7 +132,7 @@ def test_sound_runs_without_vllm(make_trainer, problems, settings):
     assert_same_training(*runs)
     checks = run_preflight(trainer)
     assert failed(checks) == set()
-    assert {check.claim for check in checks if check.passed is None} == (
+    assert {check.name for check in checks if check.passed is None} == (
         {"on-policy", "fixed teacher"} if trainer.teacher.is_base else {"on-policy"}
     )
 
@@ -140,7 +142,7 @@ def test_sound_runs_without_vllm(make_trainer, problems, settings):
 
 @contextmanager
 def changed_weights(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """With other values in the weights with `name` in theirs."""
+    """Multiply the weights whose names contain `name`; after the block they are as before."""
     weights = [weight.data for key, weight in model.named_parameters() if name in key]
     before = [weight.clone() for weight in weights]
     for weight in weights:
@@ -195,7 +197,7 @@ def sync_that_merges_and_unmerges(trainer, patch):
 
 @contextmanager
 def teacher_with_the_adapter_on(trainer, patch):
-    patch.setattr(trainer, "_as_teacher", lambda model: nullcontext())
+    patch.setattr(trainer.teacher, "active", lambda model: nullcontext())
     yield
 
 
@@ -253,17 +255,25 @@ def noise_that_does_not_show(trainer, patch):
     yield
 
 
+def shift_losses(trainer, patch, shifted_implementation, shift):
+    token_losses = trainer.token_losses
+
+    def shifted(model, batch, implementation=None):
+        losses = token_losses(model, batch, implementation)
+        return losses._replace(loss=losses.loss + shift) if implementation == shifted_implementation else losses
+
+    patch.setattr(trainer, "token_losses", shifted)
+
+
 @contextmanager
 def wrong_fused_loss(trainer, patch):
-    dense_loss = trainer._dense_loss
-    patch.setattr(trainer, "_fused_loss", lambda *args: (1.01 * dense_loss(*args)[0], None, None))
+    shift_losses(trainer, patch, "fused", 2 * preflight.TOLERANCES["float32"].mean)
     yield
 
 
 @contextmanager
 def loss_that_is_not_a_number(trainer, patch):
-    dense_loss = trainer._dense_loss
-    patch.setattr(trainer, "_dense_loss", lambda *args: (dense_loss(*args)[0] * torch.nan, *dense_loss(*args)[1:]))
+    shift_losses(trainer, patch, "dense", torch.nan)
     yield
 
 
@@ -303,7 +313,7 @@ def test_faults_are_named_in_bfloat16(trainer):
 
 
 def test_refused_before_anything_is_done(tiny_model_dir, tmp_path, problems, monkeypatch, caplog):
-    """The flag, a fault, and what the program says."""
+    """`--preflight` with a planted fault: the error, the table, and nothing sampled or saved."""
     problems.to_json(tmp_path / "train.jsonl")
     arguments = {
         "model_name_or_path": tiny_model_dir,
@@ -319,6 +329,6 @@ def test_refused_before_anything_is_done(tiny_model_dir, tmp_path, problems, mon
         opsd_train.main([part for name, value in arguments.items() for part in (f"--{name}", str(value))])
     assert failed(error.value.checks) == {"padding"}
     assert "padding: log-probabilities depend on the padding" in str(error.value)
-    (table,) = [record.getMessage() for record in caplog.records if record.name == "preflight"]
+    (table,) = [record.getMessage() for record in caplog.records if record.name == "opsd.preflight"]
     assert table.count("DOES NOT HOLD") == 2 and "not checked" in table
     assert not list((tmp_path / "out").glob("completions*")) and not list((tmp_path / "out").glob("checkpoint*"))

@@ -1,4 +1,4 @@
-"""vLLM rollouts in training, with a real engine on the tiny model: whose they are, and that they leave no trace."""
+"""vLLM rollouts in training, with a real engine on the tiny model: they are the student's and leave no trace."""
 
 import functools
 import json
@@ -9,27 +9,30 @@ import torch
 from helpers import LOGPROB_GAP, MEAN_LOGPROB_GAP, Recorder, make_problems, make_trainer_factory, rollout
 from peft import LoraConfig
 
+from data_collator import MicroBatch
+from opsd.rollouts import TransformersSampler, check_vllm_lora_support, prompt_keys, sample_seeds
 from opsd_trainer import OPSDTrainer
 
 
 @pytest.fixture(scope="module")
 def trainer(tiny_model_dir, tmp_path_factory) -> Iterator[OPSDTrainer]:
-    """A trainer with an engine and an adapter that is not zero. Tests restore what they change."""
+    """A trainer with an engine and a random adapter. Tests restore what they change."""
     make_trainer = make_trainer_factory(tiny_model_dir, make_problems(), tmp_path_factory.mktemp("rollouts"))
     trainer = make_trainer(use_vllm=True, lora_settings={"init_lora_weights": False})
     yield trainer
     trainer.sampler.close()
 
 
-def student_logprobs(trainer: OPSDTrainer, inputs: dict) -> torch.Tensor:
+def student_logprobs(trainer: OPSDTrainer, batch: MicroBatch) -> torch.Tensor:
     """Log-probabilities of the sampled tokens by the training forward, (N,)."""
     with torch.no_grad():
-        logits = trainer.completion_logits(trainer.model, inputs, "student")
-    return logits.log_softmax(-1).gather(1, inputs.completion_ids[inputs.completion_mask][:, None]).squeeze(1)
+        logits = trainer.completion_logits(trainer.model, batch, "student")
+    return logits.log_softmax(-1).gather(1, batch.of_tokens(batch.completion_ids)[:, None]).squeeze(1)
 
 
-def gap(trainer: OPSDTrainer, inputs: dict) -> torch.Tensor:
-    return (student_logprobs(trainer, inputs) - inputs.sampler_logprobs[inputs.completion_mask]).abs()
+def gap(trainer: OPSDTrainer, batch: MicroBatch) -> torch.Tensor:
+    """Distance of the sampler's log-probabilities from them, (N,), in nats."""
+    return (student_logprobs(trainer, batch) - batch.of_tokens(batch.sampler_logprobs)).abs()
 
 
 def test_seeds_are_those_of_the_sample_wherever_it_stands():
@@ -46,18 +49,18 @@ def test_seeds_are_those_of_the_sample_wherever_it_stands():
 
 @pytest.mark.vllm
 def test_rollouts_follow_each_change_of_the_adapter(trainer):
-    """The same prompts again and again, so that a stale adapter or prefix cache would show."""
+    """The same prompts in the same step, so that a stale adapter or prefix cache would show."""
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     before = [weight.detach().clone() for weight in weights]
     completions = []
     for scale in (0.0, 1.0, -1.0):
         for weight, original in zip(weights, before, strict=True):
             weight.data.copy_(scale * original)
-        (inputs,) = rollout(trainer)
-        assert gap(trainer, inputs).mean() <= MEAN_LOGPROB_GAP and gap(trainer, inputs).max() <= LOGPROB_GAP
-        completions.append(inputs.completion_ids.tolist())
+        (batch,) = rollout(trainer)
+        assert gap(trainer, batch).mean() <= MEAN_LOGPROB_GAP and gap(trainer, batch).max() <= LOGPROB_GAP
+        completions.append(batch.completion_ids.tolist())
         with trainer.model.disable_adapter():
-            base_gap = gap(trainer, inputs).mean()
+            base_gap = gap(trainer, batch).mean()
         assert base_gap <= MEAN_LOGPROB_GAP if scale == 0.0 else base_gap > 0.1
     for weight, original in zip(weights, before, strict=True):
         weight.data.copy_(original)
@@ -79,19 +82,19 @@ def test_a_sync_hands_over_the_adapter_and_nothing_else(trainer):
 def test_completions_do_not_depend_on_their_place(trainer):
     prompts = [trainer.train_dataset[i]["student_prompt_ids"] for i in range(4)]
     trainer.sampler.step = 7
-    _, completions, logprobs, token_ids = trainer.sampler.generate(prompts)
-    _, reversed_completions, _, _ = trainer.sampler.generate(prompts[::-1])
+    _, completions, _, token_ids = trainer.sampler.generate(prompts, temperature=2.0)
+    _, reversed_completions, _, _ = trainer.sampler.generate(prompts[::-1], temperature=2.0)
     assert reversed_completions[::-1] == completions
     assert [[ids for (ids,) in row] for row in token_ids] == completions
     trainer.sampler.step = 8
-    _, other_step, _, _ = trainer.sampler.generate(prompts)
+    _, other_step, _, _ = trainer.sampler.generate(prompts, temperature=2.0)
     assert other_step != completions
 
 
 @pytest.mark.vllm
 def test_repeated_prompts_get_different_completions(trainer):
     prompt = trainer.train_dataset[0]["student_prompt_ids"]
-    _, completions, _, _ = trainer.sampler.generate([prompt] * 8)
+    _, completions, _, _ = trainer.sampler.generate([prompt] * 8, temperature=2.0)  # a sharp model would repeat itself
     assert len(set(map(tuple, completions))) > 1
 
 
@@ -120,31 +123,31 @@ def test_sampling_settings_reach_vllm(trainer, monkeypatch):
 def test_greedy_rollouts_equal_those_of_transformers(trainer, monkeypatch):
     monkeypatch.setattr(trainer.sampler, "top_k", 1)
     (sampled,) = rollout(trainer)
-    engine, trainer.sampler = trainer.sampler, None
     monkeypatch.setattr(trainer.generation_config, "top_k", 1)
+    arguments = trainer.model, trainer.accelerator, trainer.generation_config
+    monkeypatch.setattr(trainer, "sampler", TransformersSampler(*arguments, batch_size=4))
     (expected,) = rollout(trainer)
-    trainer.sampler = engine
-    for name in ("prompts", "teacher_prompts", "teacher_prompt_attention_mask"):
-        assert torch.equal(sampled[name], expected[name]), name
-    for inputs in (sampled, expected):  # where two tokens are as good to rounding, each may take another one
+    for name in ("prompt_ids", "prompt_mask", "teacher_prompt_ids", "teacher_prompt_mask"):
+        assert torch.equal(getattr(sampled, name), getattr(expected, name)), name
+    for batch in (sampled, expected):  # where two tokens are as good to rounding, each may take another one
         with torch.no_grad():
-            logits = trainer.completion_logits(trainer.model, inputs, "student")
-        token_ids = inputs.completion_ids[inputs.completion_mask]
+            logits = trainer.completion_logits(trainer.model, batch, "student")
+        token_ids = batch.of_tokens(batch.completion_ids)
         assert (logits.max(-1).values - logits.gather(1, token_ids[:, None])[:, 0]).max() <= 1e-3
-        for ids, mask in zip(inputs.completion_ids, inputs.completion_mask, strict=True):
+        for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True):
             *before, last = ids[mask].tolist()
             assert not set(before) & set(trainer.end_ids) and (last in trainer.end_ids or len(before) == 39)
 
 
 @pytest.mark.vllm
 def test_base_samples_are_those_of_the_model_without_adapter(trainer, monkeypatch):
-    monkeypatch.setattr(trainer.sampler, "generate", functools.partial(trainer.sampler.generate, base=True))
-    (inputs,) = rollout(trainer)
-    assert gap(trainer, inputs).mean() > 0.1
+    monkeypatch.setattr(trainer.sampler, "sample", functools.partial(trainer.sampler.sample, base=True))
+    (batch,) = rollout(trainer)
+    assert gap(trainer, batch).mean() > 0.1
     with trainer.model.disable_adapter():
-        assert gap(trainer, inputs).max() <= LOGPROB_GAP
-    lengths = inputs.completion_mask.sum(1)
-    assert lengths.min() < 40 and lengths.max() == inputs.completion_mask.shape[1]  # they end, and no padding
+        assert gap(trainer, batch).max() <= LOGPROB_GAP
+    lengths = batch.completion_mask.sum(1)
+    assert lengths.min() < 40 and lengths.max() == batch.completion_mask.shape[1]  # they end, and no padding
 
 
 @pytest.mark.vllm
