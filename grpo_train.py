@@ -27,33 +27,6 @@ from opsd.run.run import Run, exit_on_invalid_input
 
 logger = logging.getLogger(__name__)
 
-# Settings that GRPOConfig and the sampler have in common: with the prefix vllm_ in GRPOConfig, and under the same name
-VLLM_SETTINGS = (
-    "mode",
-    "server_base_url",
-    "server_host",
-    "server_port",
-    "server_timeout",
-    "group_port",
-    "structured_outputs_regex",
-    "tensor_parallel_size",
-    "gpu_memory_utilization",
-    "max_model_length",
-    "enable_sleep_mode",
-    "model_impl",
-)
-SAMPLING_SETTINGS = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "max_completion_length",
-    "generation_kwargs",
-    "trust_remote_code",
-    "seed",
-)
-
 
 @dataclass
 class GRPOArguments(RunArguments):
@@ -99,16 +72,17 @@ class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     def _start_sampler(self, adapter_dir: str | None) -> VLLMSampler:
         """Start the sampler with the settings that `GRPOTrainer.__init__` gives its own one."""
         args = self.args
-        sampler = VLLMSampler(
-            model=self.model,
-            accelerator=self.accelerator,
-            processing_class=self.processing_class,
+        sampler = VLLMSampler.from_config(
+            args,
+            self.model,
+            self.accelerator,
+            self.processing_class,
             max_num_seqs=args.per_device_train_batch_size * args.vllm_tensor_parallel_size * args.steps_per_generation,
+            structured_outputs_regex=args.vllm_structured_outputs_regex,
+            repetition_penalty=args.repetition_penalty,
+            generation_kwargs=args.generation_kwargs,
             adapter_dir=adapter_dir,
             logprobs_mode="processed_logprobs",  # at the sampling temperature: what TRL's importance ratio takes
-            engine_arguments={"revision": (args.model_init_kwargs or {}).get("revision")},
-            **{name: getattr(args, f"vllm_{name}") for name in VLLM_SETTINGS},
-            **{name: getattr(args, name) for name in SAMPLING_SETTINGS},
         )
         self._last_loaded_step = -1  # no step: the engine has not got the adapter yet
         if sampler.mode == "server" and args.vllm_importance_sampling_correction and self.accelerator.is_main_process:

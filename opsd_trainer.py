@@ -74,8 +74,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     An optimizer step is `prepare_step` (sample, build the teacher's context, make micro-batches), then `compute_loss`
     for each micro-batch. The order of the data, the buffer of micro-batches and the training loop are GOLD's. Unlike
-    GOLD, there is no second model, the teacher has its own prompt, the loss has a clip, and the denominator of the loss
-    covers the whole optimizer step.
+    GOLD, there is no second model, the teacher has its own prompt, and the loss has a clip. Its denominator covers the
+    whole optimizer step.
 
     Args:
         model: model, or its path or Hub id.
@@ -377,7 +377,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         return {
             "token_ids": batch.of_tokens(batch.completion_ids),
             "objective": self.objective,
-            "weights": batch.of_tokens(batch.weights),
+            "weights": batch.of_tokens(batch.weights) if self.args.needs_answers else None,  # else all are 1
             "advantages": batch.of_tokens(batch.advantages),
             "sampler_logprobs": None if logprobs is None else batch.of_tokens(logprobs),
         }

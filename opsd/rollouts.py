@@ -30,7 +30,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache, extract_logprobs
 from trl.models.utils import unwrap_model_for_generation
@@ -40,6 +40,15 @@ from opsd.vllm_engine import engine_options, keep_linear_weights, lora_options, 
 
 MEMORY_DIR = Path("/dev/shm")
 MEMORY_DIR_FREE = 2**31  # bytes that must be free for it to be used; containers often have 64 MiB
+
+# Settings of `VLLMGeneration` that TRL's configs have with the prefix vllm_, and under the same name
+VLLM_SETTINGS = (
+    "mode", "server_base_url", "server_host", "server_port", "server_timeout", "group_port",
+    "tensor_parallel_size", "gpu_memory_utilization", "max_model_length", "enable_sleep_mode", "model_impl",
+)  # fmt: skip
+SAMPLING_SETTINGS = (
+    "temperature", "top_p", "top_k", "min_p", "max_completion_length", "trust_remote_code", "seed",
+)  # fmt: skip
 
 
 def check_vllm_lora_support(peft_config: PeftConfig) -> None:
@@ -130,6 +139,21 @@ class VLLMSampler(VLLMGeneration):
         self.adapter_bytes = 0  # of the last sync
         self._adapter: Any = None  # what vLLM holds: a LoRARequest, or with a server its name
         super().__init__(*args, **kwargs)
+
+    @classmethod
+    def from_config(
+        cls,
+        args: TrainingArguments,
+        model: nn.Module,
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        **settings: Any,
+    ) -> "VLLMSampler":
+        """Start vLLM with the settings that the configs of TRL's trainers share. `settings` replaces and adds."""
+        shared = {name: getattr(args, f"vllm_{name}") for name in VLLM_SETTINGS}
+        shared |= {name: getattr(args, name) for name in SAMPLING_SETTINGS}
+        shared["engine_arguments"] = {"revision": (args.model_init_kwargs or {}).get("revision")}
+        return cls(model=model, accelerator=accelerator, processing_class=tokenizer, **(shared | settings))
 
     @property
     def _lora_config(self) -> LoraConfig | None:
@@ -437,36 +461,18 @@ def make_vllm_sampler(
             f"--vllm_max_model_length {args.vllm_max_model_length}: the longest prompt needs {longest} tokens with "
             "what is sampled after it; leave the flag out, or lower --max_length to drop long problems"
         )
-    model_arguments = args.model_init_kwargs or {}
-    return VLLMSampler(
-        model=model,
-        accelerator=accelerator,
-        processing_class=tokenizer,
-        mode=args.vllm_mode,
-        server_base_url=args.vllm_server_base_url,
-        server_host=args.vllm_server_host,
-        server_port=args.vllm_server_port,
-        server_timeout=args.vllm_server_timeout,
-        group_port=args.vllm_group_port,
-        tensor_parallel_size=args.vllm_tensor_parallel_size,
-        gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+    return VLLMSampler.from_config(
+        args,
+        model,
+        accelerator,
+        tokenizer,
         max_model_length=args.vllm_max_model_length or longest,
         max_num_seqs=args.per_device_train_batch_size
         * args.gradient_accumulation_steps
         * args.vllm_tensor_parallel_size,
-        enable_sleep_mode=args.vllm_enable_sleep_mode,
-        model_impl=args.vllm_model_impl,
-        trust_remote_code=args.trust_remote_code,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        min_p=args.min_p,
-        max_completion_length=args.max_completion_length,
         generation_kwargs={"presence_penalty": args.presence_penalty, "stop_token_ids": end_ids},
-        seed=args.seed,
         adapter_dir=args.vllm_adapter_dir,
         logprobs_mode="processed_logprobs" if args.vllm_importance_sampling_correction else "raw_logprobs",
-        engine_arguments={key: model_arguments[key] for key in ("revision",) if key in model_arguments},
     )
 
 

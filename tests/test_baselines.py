@@ -83,7 +83,8 @@ def no_model(monkeypatch):
         (
             grpo_train,
             {"use_vllm": True, "loss_type": "vespo", "num_generations": 4},
-            "--vllm_importance_sampling_mode sequence_mask: must be one of token_truncate, token_mask with --loss_type",
+            "--vllm_importance_sampling_mode sequence_mask: must be one of token_truncate, token_mask with "
+            "--loss_type",
         ),
         (
             grpo_train,

@@ -214,7 +214,7 @@ def test_fused_loss_refuses_an_adapter_on_the_head(make_trainer):
 
 
 def cap_between_entries(make_trainer):
-    """A cap of about 0.05 nats that no entry of the forward KL comes near on the rollouts of `gradient_of_one_step`."""
+    """A cap of about 0.05 nats that is far from each entry of the forward KL in `gradient_of_one_step`."""
     trainer = make_trainer(lora_settings={"init_lora_weights": False})
     script_rollouts(trainer)
     with torch.no_grad():
@@ -436,8 +436,9 @@ def test_clip_is_applied_and_reported(make_trainer):
 )
 def test_variants_learn(make_trainer, settings):
     """
-    The divergence falls, on the tokens that the student sampled at the beginning: with `top_k_loss` that of the k entries
-    up to the cap, since the others and what is above the cap are not trained. What is left of it, over ten seeds and
+    The divergence falls, on the tokens that the student sampled at the beginning: with `top_k_loss` that of the k
+    entries up to the cap, since the others and what is above the cap are not trained. What is left of it, over ten
+    seeds and
     three models: SPREAD.
     """
     settings = {"per_device_train_batch_size": 16, "max_steps": 30, "learning_rate": 5e-3} | settings

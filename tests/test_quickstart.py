@@ -103,7 +103,8 @@ def test_ablation_table():
         "| **Teachers** | | | | | | | |",
         "| `opsd`: OPSD | 100.0 | 100.0 | 100.0 ± 0.0 | 1,000 | 30 |  |  |",
         "| **Objectives** | | | | | | | |",
-        "| `beta_0_pointwise_clip`: `--beta 0 --jsd_token_clip 0.05` | 75.0 | 25.0 | 50.0 ± 25.0 | 1,000 | 30 | 12.5 | 50.0 |",
+        "| `beta_0_pointwise_clip`: `--beta 0 --jsd_token_clip 0.05` "
+        "| 75.0 | 25.0 | 50.0 ± 25.0 | 1,000 | 30 | 12.5 | 50.0 |",
     ]
     assert ablation_table([report], flags).splitlines()[4] == "| **Teachers** | | | | | | |"
     assert "| 75.0 | 75.0 | 1,000 | 30 | 12.5 | 50.0 |" in ablation_table([report], flags)
