@@ -268,7 +268,7 @@ def test_not_json_says_the_line(tmp_path):
         load(tmp_path / "list.json")
 
 
-@pytest.mark.parametrize("text", ['"text"\n', "[1, 2]", "{\n}", '{"a": ' + "[" * 100_000 + "\n"])
+@pytest.mark.parametrize("text", ['"text"\n', "[1, 2]", '{"a": ' + "[" * 100_000 + "\n"])
 def test_json_that_is_no_row(tmp_path, text):
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(ValueError, match="data.json, line 1: not JSON"):
@@ -307,7 +307,7 @@ def test_empty_file(tmp_path):
 
 def test_not_parquet(tmp_path):
     (tmp_path / "data.parquet").write_text("{}")
-    with pytest.raises(ValueError, match="data.parquet: not readable as .parquet: .*magic bytes"):
+    with pytest.raises(ValueError, match="data.parquet: not readable as .parquet: .*footer"):
         load(tmp_path / "data.parquet")
 
 

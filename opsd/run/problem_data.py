@@ -124,8 +124,8 @@ def _find(name: str, split: str, config: str | None, revision: str | None) -> Da
         return source
     try:  # `datasets` knows a cached file by its time; the name makes it the content
         return load_dataset("parquet", _fingerprint(source, {}), data_files=list(map(str, source)), split="train")
-    except DatasetGenerationError as error:
-        raise ValueError(f"--dataset_name {name}: not readable as .parquet: {error.__cause__}") from error
+    except (DatasetGenerationError, ValueError) as error:
+        raise ValueError(f"--dataset_name {name}: not readable as .parquet: {error.__cause__ or error}") from error
 
 
 def _find_files(folder: Path, split: str, config: str | None) -> dict[str, list[Path]]:
@@ -233,7 +233,7 @@ def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             is_array = content.read(80).lstrip().startswith("[")
             content.seek(0)
             for line, document in enumerate([content.read()] if is_array else content, 1):
-                if not document.strip():
+                if document.isspace():
                     continue
                 value = json.loads(document, parse_float=_exact_float)
                 for index, row in enumerate(value if is_array else [value], line):
@@ -243,7 +243,7 @@ def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}, after line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
         except (ValueError, RecursionError) as error:
-            line += getattr(error, "lineno", 1) - 1
+            line = getattr(error, "lineno", 1) if is_array else line
             raise ValueError(f"{file}, line {line}: not JSON ({error})") from error
 
 
@@ -273,7 +273,7 @@ def _drop_incomplete_rows(dataset: Dataset, columns: Mapping[str, str]) -> Datas
         logger.warning(
             "left out %d of %d examples with an empty %s", dropped, len(dataset), " or ".join(columns.values())
         )
-        dataset = dataset.select(indices.to_numpy())
+        dataset = dataset.select(indices.to_pylist())
     if "problem" in dataset.column_names:
         repeated = len(indices) - pc.count_distinct(table["problem"].filter(complete)).as_py()
         if repeated:
