@@ -132,7 +132,7 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         (also `None` without such samples). Over all samples: `truncated` (share that hit the length limit),
         `unclosed_thinking` (share without the end of a thought; `None` without thinking), `mean_tokens`, and `status`
         (how many verdicts were reached how). `val_n`, `num_problems`, `num_ungraded` (problems left out). `problems`:
-        for each one `problem_id`, `problem`, `gold`, the lists `correct`, `extracted`, `num_tokens`, and the `majority`
+        for each one `problem_id`, `problem`, `gold`, the lists `correct`, `extracted`, `num_tokens`, the `majority`
         answer with `majority_correct`.
     """
     ordered = sorted(samples, key=lambda sample: sample.key)
