@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, check_chat_template, encode_chat_prompt, fill_template
-from opsd.run.problem_data import LOADERS, drop_incomplete_rows, find_local, load_problems
+from opsd.run.problem_data import SUFFIXES, find_local, load_problems
 from opsd.thinking import check_thinking_mode
 
 
@@ -64,12 +64,12 @@ def find_benchmark(dataset: str, data_root: Path | None = None, **columns: str) 
         if dataset.lower() in (known.name, known.path.lower()):
             if data_root is None:
                 return known
-            for copy in (data_root / known.name, *(data_root / (known.name + suffix) for suffix in LOADERS)):
+            for copy in (data_root / known.name, *(data_root / (known.name + suffix) for suffix in SUFFIXES)):
                 if copy.exists():
                     return replace(known, path=str(copy), revision=None)
             raise FileNotFoundError(
                 f"--data_root {data_root}: there is no {known.name} in it, neither a folder of that name nor a file "
-                f"ending in {', '.join(LOADERS)}"
+                f"ending in {', '.join(SUFFIXES)}"
             )
     if (path := find_local(dataset, "dataset")) is not None:
         return Benchmark(path.resolve().stem, str(path), revision=None, **columns)
@@ -111,26 +111,25 @@ def load_questions(
     check_chat_template(tokenizer, "base_model")
     if thinking:
         check_thinking_mode(tokenizer, "enable_thinking")
-    rows = load_problems(benchmark.path, benchmark.split, revision=benchmark.revision)
     columns = {"problem_column": benchmark.problem_column, "answer_column": benchmark.answer_column}
     if privileged:
         columns["solution_column"] = benchmark.solution_column
     if benchmark.answer_type_column:
         columns["answer_type_column"] = benchmark.answer_type_column
     questions = []
-    for index, row in enumerate(drop_incomplete_rows(rows, **columns)):
-        problem = row[benchmark.problem_column]
+    rows = load_problems(benchmark.path, benchmark.split, columns, revision=benchmark.revision)
+    for index, row in enumerate(rows):
         if privileged:
-            content = fill_template(TEACHER_PROMPT, problem=problem, solution=row[benchmark.solution_column])
+            content = fill_template(TEACHER_PROMPT, problem=row["problem"], solution=row["solution"])
         else:
-            content = fill_template(STUDENT_PROMPT, problem=problem)
+            content = fill_template(STUDENT_PROMPT, problem=row["problem"])
         questions.append(
             Question(
                 benchmark.name,
                 index,
-                problem,
-                row[benchmark.answer_column].strip(),
-                row[benchmark.answer_type_column] if benchmark.answer_type_column else None,
+                row["problem"],
+                row["answer"].strip(),
+                row.get("answer_type"),
                 encode_chat_prompt(tokenizer, content, thinking),
             )
         )

@@ -1,19 +1,41 @@
-"""Loading of local data sets, and what is said about bad ones."""
+"""Loading of data sets: which files, which rows, which texts; and what is said about bad ones."""
 
 import json
+import os
 import re
 
+import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from opsd.run.problem_data import drop_incomplete_rows, load_problems
+from opsd.run.problem_data import load_problems
 
 ROWS = [{"problem": f"{i}+1", "solution": f"\\boxed{{{i + 1}}}"} for i in range(3)]
+SOLUTIONS = {"problem_column": "problem", "solution_column": "solution"}
+ANSWERS = {"problem_column": "problem", "answer_column": "answer"}
 
 
 def write_jsonl(path, rows=ROWS):
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def write_parquet(path, rows=ROWS, features=None):
+    Dataset.from_list(rows, features=features).to_parquet(path)
+    return path
+
+
+def load(path, split="train", columns=SOLUTIONS, **settings):
+    return load_problems(str(path), split, columns, **settings).to_list()
+
+
+def load_answers(path):
+    return [row["answer"] for row in load(path, columns=ANSWERS)]
+
+
+def answers(*values):
+    return [{"problem": f"p{i}", "answer": value} for i, value in enumerate(values)]
 
 
 def write(path, suffix):
@@ -22,98 +44,305 @@ def write(path, suffix):
     if suffix == ".json":
         (path / "data.json").write_text(json.dumps(ROWS, indent=1))
         return path / "data.json"
-    Dataset.from_list(ROWS).to_parquet(path / "data.parquet")
-    return path / "data.parquet"
+    return write_parquet(path / "data.parquet")
+
+
+# Files of a folder
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
 def test_files_and_folders(tmp_path, suffix):
     file = write(tmp_path, suffix)
-    assert load_problems(str(file)).to_list() == ROWS
-    assert load_problems(str(tmp_path)).to_list() == ROWS
+    assert load(file) == ROWS
+    assert load(tmp_path) == ROWS
 
 
-def test_folder_with_several_splits(tmp_path):
-    (tmp_path / "data").mkdir()
-    Dataset.from_list(ROWS[:1]).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
-    Dataset.from_list(ROWS[1:]).to_parquet(tmp_path / "data" / "test-00000-of-00001.parquet")
-    assert load_problems(str(tmp_path), "train").to_list() == ROWS[:1]
-    assert load_problems(str(tmp_path), "test").to_list() == ROWS[1:]
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+        ("train/0000.parquet", "test/0000.parquet"),
+        ("train-00000-of-00002-9f8e7d6c5b4a3f2e.parquet", "test-00000-of-00001-0a1b2c3d4e5f6a7b.parquet"),
+        ("math_train.jsonl", "math_test.jsonl"),
+        ("part/training/a.jsonl", "part/eval/a.jsonl"),
+        ("train.jsonl", "test.jsonl"),
+    ],
+)
+def test_splits_of_a_folder_are_not_mixed(tmp_path, names):
+    for name, rows in zip(names, (ROWS[:1], ROWS[1:]), strict=True):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (write_parquet if name.endswith("parquet") else write_jsonl)(tmp_path / name, rows)
+    assert load(tmp_path, "train") == ROWS[:1]
+    assert load(tmp_path, "test") == ROWS[1:]
+    with pytest.raises(ValueError, match="--dataset_split dev: .* has the splits train, test"):
+        load(tmp_path, "dev")
 
 
-def test_split_is_a_whole_name_and_has_to_exist(tmp_path):
+def test_a_file_named_after_the_split_is_the_split(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
     write_jsonl(tmp_path / "train_shuffled.jsonl", ROWS[1:])
-    assert load_problems(str(tmp_path) + "/", "train").to_list() == ROWS[:1]
-    assert load_problems(str(tmp_path), "train_shuffled").to_list() == ROWS[1:]
-    with pytest.raises(ValueError, match="--dataset_split test: the folder .* has the splits train"):
-        load_problems(str(tmp_path), "test")
+    assert load(f"{tmp_path}/", "train") == ROWS[:1]
+    assert load(tmp_path, "train_shuffled") == ROWS[1:]
+    with pytest.raises(ValueError, match="--dataset_split test: .* has the splits train"):
+        load(tmp_path, "test")
+
+
+def test_configurations_of_a_folder(tmp_path):
+    for name, rows in (("main", ROWS[:1]), ("socratic", ROWS[1:])):
+        write_jsonl(tmp_path / name / "train-00000-of-00001.jsonl", rows)
+    with pytest.raises(ValueError, match="main/train.* and .*socratic/train.* may be different data"):
+        load(tmp_path)
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+        for name in ("main", "socratic")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n# Problems\n")
+    assert load(tmp_path, config="main") == ROWS[:1]
+    assert load(tmp_path, config="socratic") == ROWS[1:]
+    with pytest.raises(ValueError, match=r"(?s)--dataset_config None: .*main.*socratic"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"--dataset_config other: .*not found.*main.*socratic"):
+        load(tmp_path, config="other")
+
+
+def test_configuration_and_revision_are_not_ignored(tmp_path):
+    file = write_jsonl(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match="--dataset_config main: the local --dataset_name .*data.jsonl has none"):
+        load(file, config="main")
+    with pytest.raises(ValueError, match="--dataset_config main: .*not found"):
+        load(tmp_path, config="main")
+    with pytest.raises(ValueError, match="--dataset_revision v2: the local --dataset_name .* has none"):
+        load(tmp_path, revision="v2")
+
+
+def test_hidden_files_are_not_data(tmp_path):
+    write_jsonl(tmp_path / "data.jsonl", ROWS[:1])
+    write_jsonl(tmp_path / ".cache" / "data.jsonl")
+    write_jsonl(tmp_path / "a" / ".ipynb_checkpoints" / "data-checkpoint.jsonl")
+    (tmp_path / "._data.jsonl").write_bytes(b"\0\5\26\7")
+    assert load(tmp_path) == ROWS[:1]
+
+
+def test_folders_from_save_to_disk(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    assert load(tmp_path / "one") == ROWS
+    splits = {"train": Dataset.from_list(ROWS[:1]), "test": Dataset.from_list(ROWS[1:])}
+    DatasetDict(splits).save_to_disk(tmp_path / "several")
+    assert load(tmp_path / "several", "test") == ROWS[1:]
+    with pytest.raises(ValueError, match="--dataset_split dev: .* has the splits train, test"):
+        load(tmp_path / "several", "dev")
 
 
 def test_neither_here_nor_on_the_hub():
     with pytest.raises(FileNotFoundError, match="--dataset_name data/mine: neither a file or folder here, nor"):
-        load_problems("data/mine")
+        load("data/mine")
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
-        load_problems(str(tmp_path / "none.jsonl"))
-    with pytest.raises(FileNotFoundError, match="no file ending in"):
-        load_problems(str(tmp_path))
+        load(tmp_path / "none.jsonl")
+    with pytest.raises(FileNotFoundError, match="--dataset_name .*: nothing to read"):
+        load(tmp_path)
 
 
 def test_unknown_suffix(tmp_path):
     (tmp_path / "data.csv").write_text("problem,solution\n")
-    with pytest.raises(ValueError, match="unknown suffix '.csv'"):
-        load_problems(str(tmp_path / "data.csv"))
+    for path in (tmp_path / "data.csv", tmp_path):
+        with pytest.raises(ValueError, match="ends in .csv; name files of one of .json, .jsonl, .parquet"):
+            load(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_new_content_is_read_whatever_its_time(tmp_path, suffix):
+    file = tmp_path / f"data{suffix}"
+    for rows in (ROWS[:1], ROWS[1:2], ROWS):  # the same size, then another
+        (write_parquet if suffix == ".parquet" else write_jsonl)(file, rows)
+        os.utime(file, (1e9, 1e9))
+        assert load(file) == rows
+        assert load(tmp_path) == rows
+
+
+# Values
+
+
+def test_texts_stay_as_they_are_where_types_are_mixed(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", answers("x+1", "2024-01-02"))
+    write_jsonl(tmp_path / "b.jsonl", answers("y+2", 5, r"\frac{1}{2}", '"quoted"', "null", None, " "))
+    assert load_answers(tmp_path) == ["x+1", "2024-01-02", "y+2", "5", r"\frac{1}{2}", '"quoted"', "null"]
+    rows = [{"problem": "p", "solution": "s"}, {"problem": 7, "solution": 'it is\n"3"'}, {"problem": "q", "solution": 1}]
+    expected = [{name: str(value) for name, value in row.items()} for row in rows]
+    assert load(write_jsonl(tmp_path / "c.jsonl", rows)) == expected
+
+
+def test_dates_are_texts(tmp_path):
+    texts = ["2024-01-02", "2024-01-02 10:00:00", "2024-01-02T10:00:00Z"]
+    assert load_answers(write_jsonl(tmp_path / "dates.jsonl", answers(*texts))) == texts
+
+
+def test_types_that_change_after_10_mb(tmp_path):
+    """A column that nobody needs, a key that comes late, and null, text, integers and floats in the answers."""
+    filler = [{"problem": f"p{i}", "answer": None, "other": i, "pad": "x" * 10_000} for i in range(1100)]
+    late = [{"problem": f"q{i}", "answer": value, "other": "text"} for i, value in enumerate((1, "x+1", 0.5, r"\pi"))]
+    file = write_jsonl(tmp_path / "data.jsonl", filler + late)
+    assert load_answers(file) == ["1", "x+1", "0.5", r"\pi"]
+    for row in filler:
+        del row["answer"]
+    assert load_answers(write_jsonl(file, filler + late)) == ["1", "x+1", "0.5", r"\pi"]
+
+
+def test_numbers_of_json_are_exact(tmp_path):
+    numbers = "12345678901234567890123 9007199254740993 0.5 25.0 1e5 0.1234567890123456789012 1e400 -0.0".split()
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(answers(*(f"<{n}>" for n in numbers))).replace('"<', "").replace('>"', ""))
+    assert load_answers(file) == [*numbers[:3], "25", "100000", *numbers[5:7], "0"]
+    file.write_text(json.dumps(answers("<" + "9" * 5000 + ">")).replace('"<', "").replace('>"', ""))
+    with pytest.raises(ValueError, match="line 1: .*limit"):
+        load_answers(file)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+def test_floats_that_have_lost_digits_are_refused(tmp_path, kind):
+    features = Features(problem=Value("string"), answer=Value(kind))
+    rows = answers(0.5, 0.25, None, float("nan"))
+    assert load_answers(write_parquet(tmp_path / "a.parquet", rows, features)) == ["0.5", "0.25"]
+    whole = float(2 ** (np.finfo(kind).nmant + 2))
+    if whole < np.finfo(kind).max:
+        with pytest.raises(ValueError, match="--answer_column answer: row 1: .*not exact; write it as text"):
+            load_answers(write_parquet(tmp_path / "b.parquet", answers(whole), features))
+
+
+def test_parquet_with_numbers_in_one_file_and_texts_in_the_other(tmp_path):
+    write_parquet(tmp_path / "a.parquet", answers("x+1"))
+    write_parquet(tmp_path / "b.parquet", answers(12345678901234567))
+    assert load_answers(tmp_path) == ["x+1", "12345678901234567"]
+
+
+@pytest.mark.parametrize("value", [[{"role": "user", "content": "1+1"}], {"text": "1+1"}, True, ["1+1"]])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_values_that_are_no_text_are_refused(tmp_path, value, suffix):
+    file = tmp_path / f"data{suffix}"
+    (write_parquet if suffix == ".parquet" else write_jsonl)(file, [{"problem": value, "solution": "2"}])
+    name = re.escape(type(value).__name__)
+    with pytest.raises(ValueError, match=f"--problem_column problem: .*1: neither text nor number but {name} "):
+        load(file)
+
+
+def test_classes_are_not_taken_for_numbers(tmp_path):
+    features = Features(problem=Value("string"), answer=ClassLabel(names=["A", "B"]))
+    file = write_parquet(tmp_path / "data.parquet", answers("B"), features)
+    with pytest.raises(ValueError, match="column answer: holds numbers of classes, not text"):
+        load_answers(file)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_column_of_numbers_is_no_text(tmp_path, suffix):
+    file = tmp_path / f"data{suffix}"
+    (write_parquet if suffix == ".parquet" else write_jsonl)(file, [{"problem": 1, "solution": "2"}])
+    with pytest.raises(ValueError, match="--problem_column problem: the column does not hold text but numbers"):
+        load(file)
+
+
+def test_one_column_may_have_two_roles(tmp_path):
+    file = write_jsonl(tmp_path / "data.jsonl", answers("1", "2"))
+    columns = ANSWERS | {"solution_column": "answer"}
+    assert [row["solution"] for row in load(file, columns=columns)] == load_answers(file)
+
+
+# Files that cannot be read
 
 
 def test_not_json_says_the_line(tmp_path):
     file = write_jsonl(tmp_path / "data.jsonl")
     file.write_text(file.read_text() + '{"problem": "4+1", "solution\n')
     with pytest.raises(ValueError, match=re.escape(f"{file}, line 4: not JSON")):
-        load_problems(str(file))
+        load(file)
     write_jsonl(tmp_path / "lines.json")
     (tmp_path / "lines.json").write_text((tmp_path / "lines.json").read_text() + "{\n")
     with pytest.raises(ValueError, match="lines.json, line 4: not JSON"):
-        load_problems(str(tmp_path / "lines.json"))
+        load(tmp_path / "lines.json")
     (tmp_path / "unicode.jsonl").write_text('{"problem": "a\u2028b", "solution": "1"}\n{"problem"\n')
     with pytest.raises(ValueError, match="unicode.jsonl, line 2: not JSON"):
-        load_problems(str(tmp_path / "unicode.jsonl"))
+        load(tmp_path / "unicode.jsonl")
     (tmp_path / "list.json").write_text('[\n {"problem": "4+1"},\n {"problem" 3}\n]')
     with pytest.raises(ValueError, match="list.json, line 3: not JSON"):
-        load_problems(str(tmp_path / "list.json"))
+        load(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("text", ['"text"\n', "[1, 2]", "{\n}", '{"a": ' + "[" * 100_000 + "\n"])
+def test_json_that_is_no_row(tmp_path, text):
+    (tmp_path / "data.json").write_text(text)
+    with pytest.raises(ValueError, match="data.json, line 1: not JSON"):
+        load(tmp_path / "data.json")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "cp932"])
+def test_other_encodings_are_named(tmp_path, encoding):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"problem": "1+1"}\n{"problem": "%s"}\n' % {"cp932": "数学"}.get(encoding, "é"), encoding=encoding)
+    with pytest.raises(ValueError, match=r"data.jsonl, after line \d: not UTF-8 .*; save it as UTF-8"):
+        load(file)
+
+
+def test_half_of_a_surrogate_pair_is_named(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"problem": "1", "solution": "\\ud835"}\n')
+    with pytest.raises(ValueError, match="--solution_column solution: .*data.jsonl, line 1: .*surrogates"):
+        load(file)
+
+
+def test_byte_order_marks_line_ends_and_blank_lines(tmp_path):
+    lines = [json.dumps(row) for row in [*ROWS, {"problem": "a\u2028b", "solution": "1"}]]
+    (tmp_path / "data.jsonl").write_bytes("\r\n\r\n".join(lines).encode("utf-8-sig"))
+    assert load(tmp_path / "data.jsonl")[:3] == ROWS
+    (tmp_path / "data.json").write_bytes(("\n [" + ",".join(lines) + "]").encode("utf-8-sig"))
+    assert load(tmp_path / "data.json")[3]["problem"] == "a\u2028b"
 
 
 def test_empty_file(tmp_path):
-    (tmp_path / "data.jsonl").touch()
-    with pytest.raises(ValueError, match="data.jsonl: the file is empty"):
-        load_problems(str(tmp_path / "data.jsonl"))
-    (tmp_path / "blank.jsonl").write_text("\n\n")
-    with pytest.raises(ValueError, match="blank.jsonl: not readable as .jsonl"):
-        load_problems(str(tmp_path / "blank.jsonl"))
+    for text in ("", "\n\n", "[]"):
+        (tmp_path / "data.json").write_text(text)
+        with pytest.raises(ValueError, match="data.json: no rows in it"):
+            load(tmp_path / "data.json")
 
 
-def test_missing_column_names_those_that_exist():
+def test_not_parquet(tmp_path):
+    (tmp_path / "data.parquet").write_text("{}")
+    with pytest.raises(ValueError, match="data.parquet: not readable as .parquet: .*magic bytes"):
+        load(tmp_path / "data.parquet")
+
+
+# Rows
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet"])
+def test_missing_column_names_those_that_exist(tmp_path, suffix):
     with pytest.raises(
         ValueError, match="--solution_column proof: the data set has no such column; it has problem, sol"
     ):
-        drop_incomplete_rows(Dataset.from_list(ROWS), problem_column="problem", solution_column="proof")
+        load(write(tmp_path, suffix), columns=SOLUTIONS | {"solution_column": "proof"})
 
 
-def test_column_that_is_not_text():
-    with pytest.raises(ValueError, match="--problem_column id: the column does not hold text"):
-        drop_incomplete_rows(Dataset.from_list([{"id": 1}]), problem_column="id")
-
-
-def test_blank_rows_are_left_out_and_counted(caplog):
+def test_blank_rows_are_left_out_and_counted(tmp_path, caplog):
     rows = [*ROWS, {"problem": "5+1", "solution": "  "}, {"problem": None, "solution": "6"}]
-    usable = drop_incomplete_rows(Dataset.from_list(rows), problem_column="problem", solution_column="solution")
-    assert usable.to_list() == ROWS
-    assert "left out 2 of 5 examples" in caplog.text
+    assert load(write_jsonl(tmp_path / "data.jsonl", rows)) == ROWS
+    assert "left out 2 of 5 examples with an empty problem or solution" in caplog.text
 
 
-def test_only_blank_solutions():
+def test_optional_columns_may_be_empty(tmp_path):
+    file = write_jsonl(tmp_path / "data.jsonl", [*answers("1", None), {"problem": "p2"}])
+    columns, optional = {"problem_column": "problem"}, {"answer_column": "answer"}
+    assert [row["answer"] for row in load(file, columns=columns, optional_columns=optional)] == ["1", None, None]
+
+
+def test_only_blank_solutions(tmp_path):
     rows = [{"problem": "1+1", "solution": ""}, {"problem": "1+2", "solution": None}]
     with pytest.raises(ValueError, match="no usable row among 2: the column 'solution' is empty in all of them"):
-        drop_incomplete_rows(Dataset.from_list(rows), problem_column="problem", solution_column="solution")
+        load(write_jsonl(tmp_path / "data.jsonl", rows))
+
+
+def test_equal_problems_are_counted(tmp_path, caplog):
+    file = write_jsonl(tmp_path / "data.jsonl", [*ROWS, {"problem": ROWS[0]["problem"], "solution": None}])
+    load(file)
+    assert "repeat" not in caplog.text  # the row without a solution is not used
+    load(write_jsonl(file, [*ROWS, *ROWS[:2]]))
+    assert "2 of 5 examples repeat the problem of another example" in caplog.text

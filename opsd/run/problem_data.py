@@ -1,19 +1,26 @@
 """Data sets of problems with solutions and answers, from the Hub or from local files, checked before they are used."""
 
+import hashlib
+import inspect
 import json
 import logging
 import re
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+import numpy as np
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset, Features, Value, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
 from opsd.grading import answer_text
 
 logger = logging.getLogger(__name__)
 
-SPLIT_FILE = re.compile(r"(train|test|validation)(?:-\d+-of-\d+)?")
-LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 def is_path(name: str) -> bool:
@@ -26,137 +33,252 @@ def find_local(name: str, flag: str = "dataset_name") -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if path.suffix in LOADERS or is_path(name):
+    if path.suffix in SUFFIXES or is_path(name):
         raise FileNotFoundError(
             f"--{flag} {name}: no such file or folder; give an existing path or the id of a Hub data set"
         )
     return None
 
 
-def load_problems(name: str, split: str = "train", config: str | None = None, revision: str | None = None) -> Dataset:
+def load_problems(
+    name: str,
+    split: str,
+    columns: Mapping[str, str],
+    optional_columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+) -> Dataset:
     """
-    Load one split of a data set.
+    Load one split of a data set as rows of texts, cached under a hash of the content of its files.
+
+    Rows in which a needed text is missing or blank are left out. The log says how many, and how many problems are
+    equal.
 
     Args:
-        name: a Hub id; or a local json, jsonl or parquet file; or a local folder of such files (searched recursively;
-            where files are named after splits, as in `test-00000-of-00001.parquet`, only those of `split` are taken).
+        name: a Hub id; or a local json, jsonl or parquet file; or a local folder, also one from `save_to_disk`. Its
+            splits and configurations are those that `datasets` finds, except that a file `<split>.jsonl` (or `.json`,
+            `.parquet`) is all of that split.
         split: name of the split. A single file is taken whole.
-        config: configuration of a Hub data set.
+        columns: flag -> column that needs a text in each row: of `{"problem_column": "Question"}` comes `problem`.
+            Numbers become texts; a column of numbers alone can only be an `answer_column`.
+        optional_columns: likewise, of columns that have to exist but may be empty in a row.
+        config: configuration of a folder or of a Hub data set.
         revision: commit, tag or branch of a Hub data set.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without any data file.
-        ValueError: a file that cannot be parsed (with the line), an unknown suffix, an unknown split, an empty split.
+        ValueError: a file that cannot be read (with the line), an unknown suffix, split, configuration or column, a
+            value that is neither text nor number, no row left.
     """
-    path = find_local(name)
-    if path is not None:
-        dataset = _load_files(path, split)
-    else:
-        try:
-            loaded = load_dataset(name, config, revision=revision)
-        except OSError as error:  # no connection, or no such data set
-            raise FileNotFoundError(
-                f"--dataset_name {name}: neither a file or folder here, nor to be had from the Hub ({error})"
-            ) from error
-        if not isinstance(loaded, DatasetDict) or split not in loaded:
-            raise ValueError(f"--dataset_split {split}: {name} has the splits {', '.join(map(str, loaded))}")
-        dataset = loaded[split]
-    if len(dataset) == 0:
-        raise ValueError(f"--dataset_name {name}: the split {split} is empty")
-    return dataset
-
-
-def _load_files(path: Path, split: str) -> Dataset:
-    files = [path]
-    if path.is_dir():
-        # `load_dataset` on the folder would take train_shuffled.jsonl, too, for a file of the split train
-        files = sorted(file for file in path.rglob("*") if file.suffix in LOADERS)
-        splits = {file: match[1] for file in files if (match := SPLIT_FILE.fullmatch(file.stem))}
-        of_split = [file for file in files if splits.get(file, file.stem) == split]
-        if splits and not of_split:
-            raise ValueError(
-                f"--dataset_split {split}: the folder {path} has the splits {', '.join(sorted(set(splits.values())))}"
-            )
-        files = of_split or files
-        if not files:
-            raise FileNotFoundError(f"--dataset_name {path}: the folder has no file ending in {', '.join(LOADERS)}")
-    elif path.suffix not in LOADERS:
-        raise ValueError(f"--dataset_name {path}: unknown suffix {path.suffix!r}; use one of {', '.join(LOADERS)}")
-    if len({LOADERS[file.suffix] for file in files}) > 1:
-        raise ValueError(f"--dataset_name {path}: the folder mixes parquet with json files; name one of the files")
-    if all(file.stat().st_size == 0 for file in files):
-        raise ValueError(f"--dataset_name {path}: the file is empty")
-    loader = LOADERS[files[0].suffix]
+    source = _find(name, split, config, revision)
+    every = {**columns, **(optional_columns or {})}
     try:
-        return load_dataset(loader, data_files=[str(file) for file in files], split="train")
-    except (DatasetGenerationError, ValueError) as error:
-        for file in files if loader == "json" else []:
-            _check_json(file)
-        reason = error.__cause__ or error
-        raise ValueError(f"--dataset_name {path}: not readable as {files[0].suffix}: {reason}") from error
+        dataset = Dataset.from_generator(
+            lambda: _read_texts(source, every),
+            features=Features({flag.removesuffix("_column"): Value("large_string") for flag in every}),
+            fingerprint=_fingerprint(source, every),
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise ValueError(f"--dataset_name {name}: {error.__cause__}") from error
+        raise
+    return _drop_incomplete_rows(dataset, columns)
 
 
-def _check_json(file: Path) -> None:
-    """Raise `ValueError` with the line at which `file` stops being JSON: `datasets` counts within a block of 10 MB."""
-    text = file.read_text(encoding="utf-8")
-    # One document, or one in each line. Not `splitlines`: other line ends of Unicode may stand inside a string.
-    documents = [text] if text.startswith(("[", "{\n")) else text.split("\n")
-    for line, document in enumerate(documents, 1):
-        try:
-            json.loads(document if document.strip() else "null")
-        except json.JSONDecodeError as error:
-            line += error.lineno - 1
-            raise ValueError(
-                f"--dataset_name {file}, line {line}: not JSON ({error.msg} at column {error.colno})"
-            ) from error
+# From a name to files or rows
 
 
-def check_columns(dataset: Dataset, **columns: str) -> None:
-    """Raise `ValueError`, naming flag and columns, for a column that is missing; `columns`: flag -> column name."""
+def _find(name: str, split: str, config: str | None, revision: str | None) -> Dataset | list[Path]:
+    """Return the json files of a split, or the rows of any other source."""
+    path = find_local(name)
+    if path is not None and (revision or config and path.is_file()):
+        flag, value = ("revision", revision) if revision else ("config", config)
+        raise ValueError(f"--dataset_{flag} {value}: the local --dataset_name {name} has none; leave it out")
+    splits: Mapping[str, Dataset | list[Path]]
+    try:
+        if path is None:
+            splits = load_dataset(name, config, revision=revision)
+        elif path.is_file():
+            splits = {split: [path]}
+        elif (path / "dataset_dict.json").exists():
+            splits = load_from_disk(path)
+        elif (path / "state.json").exists():
+            splits = {split: load_from_disk(path)}
+        else:
+            splits = _find_files(path, split, config)
+    except OSError as error:
+        where = "neither a file or folder here, nor to be had from the Hub" if path is None else "nothing to read"
+        raise FileNotFoundError(f"--dataset_name {name}: {where} ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"--dataset_name {name}, --dataset_config {config}: {error}") from error
+    if split not in splits:
+        raise ValueError(f"--dataset_split {split}: {name} has the splits {', '.join(map(str, splits))}")
+    source = splits[split]
+    if isinstance(source, Dataset):
+        return source
+    if len(suffixes := {file.suffix for file in source}) > 1 or not suffixes <= set(SUFFIXES):
+        raise ValueError(
+            f"--dataset_name {name}: ends in {', '.join(sorted(suffixes))}; name files of one of {', '.join(SUFFIXES)}"
+        )
+    if suffixes != {".parquet"}:
+        return source
+    try:  # `datasets` knows a cached file by its time; the name makes it the content
+        return load_dataset("parquet", _fingerprint(source, {}), data_files=list(map(str, source)), split="train")
+    except DatasetGenerationError as error:
+        raise ValueError(f"--dataset_name {name}: not readable as .parquet: {error.__cause__}") from error
+
+
+def _find_files(folder: Path, split: str, config: str | None) -> dict[str, list[Path]]:
+    """Return the files of each split, as `datasets` finds them; `ValueError` where these may be different data."""
+    card = folder / "README.md"
+    if config or card.is_file() and re.search("^configs:", card.read_text(encoding="utf-8"), re.MULTILINE):
+        return _split_files(folder, config)
+    if whole := [file for suffix in SUFFIXES if (file := folder / (split + suffix)).is_file()]:
+        return {split: whole}  # `datasets` would add train_shuffled.jsonl to train.jsonl
+    splits = _split_files(folder, None)
+    first: dict[str, Path] = {}
+    for file in splits.get(split, []):
+        if first.setdefault(file.name, file) != file:
+            raise ValueError(f"{first[file.name]} and {file} may be different data; name one folder or file")
+    return splits
+
+
+def _split_files(folder: Path, config: str | None) -> dict[str, list[Path]]:
+    splits = load_dataset_builder(str(folder), config).config.data_files
+    return {str(split): [Path(file) for file in files] for split, files in splits.items()}
+
+
+def _fingerprint(source: Dataset | list[Path], columns: Mapping[str, str]) -> str:
+    """Hash of the content of the source, of the columns, and of the code that reads them."""
+    parts = [json.dumps(columns), inspect.getsource(answer_text), Path(__file__).read_text(encoding="utf-8")]
+    if isinstance(source, Dataset):
+        return hashlib.sha256("\n".join([*parts, source._fingerprint]).encode()).hexdigest()[:32]
+    for file in source:
+        with file.open("rb") as content:
+            parts.append(hashlib.file_digest(content, "sha256").hexdigest())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+# From files or rows to texts
+
+
+def _read_texts(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iterator[dict[str, str | None]]:
+    """Yield the needed texts of each row; a blank one is `None`."""
+    names: set[str] = set()
+    texts_of, numbers_of = set(), set()  # flags
+    for place, row in _read_rows(source, columns):
+        names.update(row)
+        texts = {}
+        for flag, column in columns.items():
+            try:
+                text = _as_text(row.get(column), flag == "answer_column")
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"--{flag} {column}: {place}: {error}") from error
+            texts[flag.removesuffix("_column")] = text
+            if text is not None:
+                (texts_of if isinstance(row[column], str) else numbers_of).add(flag)
+        yield texts
+    if not names:
+        raise ValueError("no rows in it")
+    _check_columns(names, columns)
+    if flags := numbers_of - texts_of - {"answer_column"}:
+        raise ValueError(f"--{min(flags)} {columns[min(flags)]}: the column does not hold text but numbers")
+
+
+def _as_text(value: Any, is_answer: bool) -> str | None:
+    """Return a text or number as text, `None` for what is blank; `TypeError` or `ValueError` for all else."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, np.number, type(None))):
+        raise TypeError(f"neither text nor number but {type(value).__name__} {str(value)[:80]}; write it as text")
+    text = answer_text(value) if is_answer or not isinstance(value, str) else value
+    if text is None or not text.strip():
+        return None
+    text.encode()  # half a surrogate pair is a ValueError
+    return text
+
+
+def _check_columns(names: set[str], columns: Mapping[str, str]) -> None:
     for flag, column in columns.items():
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"--{flag} {column}: the data set has no such column; it has {', '.join(dataset.column_names)}"
-            )
+        if column not in names:
+            raise ValueError(f"--{flag} {column}: the data set has no such column; it has {', '.join(sorted(names))}")
 
 
-def drop_incomplete_rows(dataset: Dataset, **columns: str) -> Dataset:
+def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows, each with the place where it stands."""
+    if not isinstance(source, Dataset):
+        for file in source:
+            yield from _read_json(file)
+        return
+    _check_columns(set(source.column_names), columns)
+    rows = source.select_columns(sorted(set(columns.values())))
+    narrow = {}  # floats, which keep their digits as NumPy's
+    for column, feature in rows.features.items():
+        if isinstance(feature, ClassLabel):
+            raise ValueError(f"column {column}: holds numbers of classes, not text: {feature}")
+        if feature in (Value("float16"), Value("float32")):
+            narrow[column] = getattr(np, feature.dtype)
+    for index, row in enumerate(rows, 1):
+        yield f"row {index}", row | {column: kind(row[column]) for column, kind in narrow.items() if row[column]}
+
+
+def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
-    Drop the rows in which one of the needed texts is missing or blank, and log how many these were.
+    Yield the objects of a file, one in each line or all in one array, with their numbers as they are written.
 
-    Args:
-        dataset: rows of texts. Answers (`answer_column`) may also be numbers, and become texts.
-        columns: flag name -> column name, as in `problem_column="problem"`.
-
-    Raises:
-        ValueError: a column that does not exist (naming those that do), one that does not hold text, or no row left.
+    `datasets` settles the type of a column by the first 10 MB. Where types are mixed it puts texts into quotation
+    marks, and it takes texts for dates and whole numbers for floats.
     """
-    check_columns(dataset, **columns)
-    if (column := columns.get("answer_column")) is not None:
+    line = 0
+    with file.open(encoding="utf-8-sig", newline="\n") as content:
         try:
-            answers = [answer_text(value) for value in dataset[column]]
-        except TypeError as error:
-            raise ValueError(f"--answer_column {column}: {error}") from error
-        dataset = dataset.remove_columns(column).add_column(column, answers)
-    for flag, column in columns.items():
-        if dataset.features[column].dtype not in ("string", "large_string", "null"):
-            raise ValueError(f"--{flag} {column}: the column does not hold text but {dataset.features[column]}")
-    complete = dataset.filter(
-        lambda *values: all(value is not None and value.strip() for value in values),
-        input_columns=list(columns.values()),
-    )
-    if len(complete) == 0:
-        blank = [column for column in columns.values() if not any((value or "").strip() for value in dataset[column])]
+            is_array = content.read(80).lstrip().startswith("[")
+            content.seek(0)
+            for line, document in enumerate([content.read()] if is_array else content, 1):
+                if not document.strip():
+                    continue
+                value = json.loads(document, parse_float=_exact_float)
+                for index, row in enumerate(value if is_array else [value], line):
+                    if not isinstance(row, dict):
+                        raise ValueError("no object, and no array of objects")
+                    yield f"{file}, {'row' if is_array else 'line'} {index}", row
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, after line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        except (ValueError, RecursionError) as error:
+            line += getattr(error, "lineno", 1) - 1
+            raise ValueError(f"{file}, line {line}: not JSON ({error})") from error
+
+
+def _exact_float(text: str) -> float | str:
+    """Return the number, or its text if a float would lose digits."""
+    number = float(text)
+    return number if Decimal(repr(number)) == Decimal(text) else text
+
+
+# Rows to use
+
+
+def _drop_incomplete_rows(dataset: Dataset, columns: Mapping[str, str]) -> Dataset:
+    """Drop the rows that lack a needed text; log how many these and the equal problems are."""
+    table = dataset.data.table
+    needed = {column: table[flag.removesuffix("_column")] for flag, column in columns.items()}
+    complete = reduce(pc.and_, map(pc.is_valid, needed.values()))
+    indices = pc.indices_nonzero(complete)
+    if len(indices) == 0:
+        blank = [column for column, texts in needed.items() if texts.null_count == len(texts)]
         raise ValueError(
             f"no usable row among {len(dataset)}: "
             + (f"the column {blank[0]!r} is empty in all of them" if blank else "each lacks one of the needed texts")
             + f"; choose other columns with {' and '.join('--' + flag for flag in columns)}"
         )
-    if dropped := len(dataset) - len(complete):
+    if dropped := len(dataset) - len(indices):
         logger.warning(
             "left out %d of %d examples with an empty %s", dropped, len(dataset), " or ".join(columns.values())
         )
-    return complete
+        dataset = dataset.select(indices.to_numpy())
+    if "problem" in dataset.column_names:
+        repeated = len(indices) - pc.count_distinct(table["problem"].filter(complete)).as_py()
+        if repeated:
+            logger.warning("%d of %d examples repeat the problem of another example", repeated, len(indices))
+    return dataset
 
 
 def drop_long_rows(dataset: Dataset, max_length: int | None, flag: str) -> Dataset:

@@ -25,7 +25,7 @@ from data_collator import check_chat_template
 from opsd.rollouts import check_vllm_lora_support
 from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.checkpoints import find_checkpoint
-from opsd.run.problem_data import check_columns, drop_incomplete_rows, find_local, is_path, load_problems
+from opsd.run.problem_data import find_local, is_path, load_problems
 from opsd.thinking import freeze_date
 
 logger = logging.getLogger(__name__)
@@ -144,18 +144,18 @@ class Run:
             FileNotFoundError, ValueError: for data that cannot be used, naming the flag and the way out.
         """
         optional = {flag: column for flag, column in (optional_columns or {}).items() if column is not None}
+        args = self.args
 
         def load(name: str, split: str) -> Dataset:
-            dataset = load_problems(name, split, self.args.dataset_config, self.args.dataset_revision)
-            check_columns(dataset, **columns, **optional)
-            dataset = drop_incomplete_rows(dataset, **columns)
-            named = {flag.removesuffix("_column"): column for flag, column in (columns | optional).items()}
-            return Dataset.from_dict({name: dataset[column][:] for name, column in named.items()})
+            # Of local data to evaluate on, configuration and revision are those of the other data set
+            is_other = name != args.dataset_name and find_local(name) is not None
+            config, revision = (None, None) if is_other else (args.dataset_config, args.dataset_revision)
+            return load_problems(name, split, columns, optional, config, revision)
 
-        train_dataset = load(self.args.dataset_name, self.args.dataset_split)
-        if self.args.eval_dataset_name is None:
+        train_dataset = load(args.dataset_name, args.dataset_split)
+        if args.eval_dataset_name is None:
             return train_dataset, None
-        return train_dataset, load(self.args.eval_dataset_name, self.args.eval_dataset_split)
+        return train_dataset, load(args.eval_dataset_name, args.eval_dataset_split)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer; raise `ValueError` if it lacks a chat template or an end-of-sequence token."""
