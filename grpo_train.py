@@ -24,6 +24,7 @@ from opsd.run.arguments import RunArguments, parse_arguments
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.problem_data import drop_long_rows
 from opsd.run.run import Run, exit_on_invalid_input
+from opsd.thinking import check_thinking_mode
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
             {"problem_column": script_args.problem_column, "answer_column": script_args.answer_column}
         )
         tokenizer = run.load_tokenizer()
+        if script_args.thinking:
+            check_thinking_mode(tokenizer, "thinking")
         train_dataset, eval_dataset = (
             None
             if dataset is None
@@ -174,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = OnPolicyGRPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        reward_funcs=make_reward(script_args.reward, script_args.thinking),
+        reward_funcs=make_reward(script_args.reward, script_args.thinking, tokenizer),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

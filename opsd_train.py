@@ -19,6 +19,7 @@ from trl.trainer.utils import create_model_from_path
 from opsd.preflight import Preflight
 from opsd.run.arguments import ModelArguments, RunArguments, parse_arguments
 from opsd.run.run import Run, exit_on_invalid_input
+from opsd.thinking import check_thinking_mode
 from opsd_trainer import OPSDConfig, OPSDTrainer
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset, eval_dataset = run.load_data(*columns)
         OPSDTrainer.check_size(len(train_dataset), training_args)
         tokenizer = run.load_tokenizer()
+        if training_args.student_thinking:
+            check_thinking_mode(tokenizer, "student_thinking")
 
     training_args.model_init_kwargs = run.model_options()
     model, peft_config = model_args.model_name_or_path, get_peft_config(model_args)

@@ -19,6 +19,7 @@ from opsd.run.arguments import RunArguments, parse_arguments
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.problem_data import drop_long_rows
 from opsd.run.run import Run, exit_on_invalid_input
+from opsd.thinking import check_thinking_mode
 
 
 @dataclass
@@ -87,6 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
             {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
         )
         tokenizer = run.load_tokenizer()
+        if script_args.thinking:
+            check_thinking_mode(tokenizer, "thinking")
         train_dataset, eval_dataset = (
             None if dataset is None else prepare(dataset, tokenizer, script_args.thinking, training_args)
             for dataset in datasets

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, check_chat_template, encode_chat_prompt, fill_template
 from opsd.run.problem_data import SUFFIXES, find_local, load_problems
+from opsd.thinking import check_thinking_mode
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,8 @@ def load_questions(
             has no thinking mode where one is asked for.
     """
     check_chat_template(tokenizer, "base_model")
-    if thinking and "think" not in tokenizer.get_chat_template():
-        raise ValueError(
-            f"--enable_thinking: the chat template of {tokenizer.name_or_path} has no thinking mode, so that every "
-            "response would count as cut off while thinking; use --no_thinking"
-        )
+    if thinking:
+        check_thinking_mode(tokenizer, "enable_thinking")
     columns = {"problem_column": benchmark.problem_column, "answer_column": benchmark.answer_column}
     if privileged:
         columns["solution_column"] = benchmark.solution_column

@@ -61,6 +61,7 @@ from eval.run_files import (
 )
 from eval.scores import elect, estimate, pass_at_k, pass_sizes, vote_classes
 from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
+from opsd.thinking import after_thought, freeze_date
 from opsd.vllm_engine import stop_engine
 
 if TYPE_CHECKING:
@@ -129,9 +130,9 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         Shares in [0, 1], over the problems that are graded, `None` if there are none: `avg_at_k` with `standard_error`
         and `interval` (see `eval.scores.estimate`), `pass_at_k` (k -> unbiased pass@k), `majority_at_k`, and `greedy`
         (also `None` without such samples). Over all samples: `truncated` (share that hit the length limit),
-        `unclosed_thinking` (share without `</think>`; `None` without thinking), `mean_tokens`, and `status` (how many
-        verdicts were reached how). `val_n`, `num_problems`, `num_ungraded` (problems left out). `problems`: for each
-        one `problem_id`, `problem`, `gold`, the lists `correct`, `extracted` and `num_tokens`, and the `majority`
+        `unclosed_thinking` (share without the end of a thought; `None` without thinking), `mean_tokens`, and `status`
+        (how many verdicts were reached how). `val_n`, `num_problems`, `num_ungraded` (problems left out). `problems`:
+        for each one `problem_id`, `problem`, `gold`, the lists `correct`, `extracted`, `num_tokens`, the `majority`
         answer with `majority_correct`.
     """
     ordered = sorted(samples, key=lambda sample: sample.key)
@@ -166,7 +167,9 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         "majority_at_k": None,
         "greedy": statistics.fmean(greedy) if greedy else None,
         "truncated": statistics.fmean(sample.finish_reason == "length" for sample in drawn),
-        "unclosed_thinking": statistics.fmean("</think>" not in sample.text for sample in drawn) if thinking else None,
+        "unclosed_thinking": statistics.fmean(after_thought(sample.text, True) is None for sample in drawn)
+        if thinking
+        else None,
         "mean_tokens": statistics.fmean(sample.num_tokens for sample in drawn),
         "status": dict(Counter(sample.status for sample in drawn)),
         "problems": problems,
@@ -511,7 +514,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.dry_run:
             sys.stdout.write(resolved_command(args) + "\n")
             return
+        stored = None if args.overwrite else stored_settings(args.output_file)
         tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+        date = freeze_date(tokenizer, (stored or {}).get("date"))
         mode = {"thinking": args.thinking, "privileged": args.privileged}
         questions = {benchmark.name: load_questions(benchmark, tokenizer, **mode) for benchmark in benchmarks}
         chosen = [question for loaded in questions.values() for question in loaded[: args.num_samples]]
@@ -522,8 +527,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "tensor_parallel_size": args.tensor_parallel_size,
             "enforce_eager": args.enforce_eager,
         }
-        settings = run_settings(args, sampling, questions)
-        if not args.overwrite and (stored := stored_settings(args.output_file)) is not None:
+        settings = run_settings(args, sampling, questions) | ({} if date is None else {"date": date})
+        if stored is not None:
             settings = merge_settings(stored, settings, args.output_file)
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
         file, finished = open_samples(args.output_file.with_suffix(".jsonl"), args.overwrite)

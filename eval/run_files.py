@@ -144,7 +144,7 @@ def model_version(base_model: str) -> str | None:
     """Hash of a local model's configuration and weights; for a model of the Hub the commit."""
     folder = Path(base_model)
     if folder.is_dir():
-        return files_hash([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+        return files_hash([folder / "config.json", *sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])])
     return AutoConfig.from_pretrained(base_model)._commit_hash
 
 

@@ -4,11 +4,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from opsd.grading import Answer, GradingPool, answer_text, extract_answer
+from opsd.thinking import after_thought, decode_response
 
 REWARDS = ("math", "exact_match")
 GRADE_WORKERS = 4  # for each training process
-THINK_END = "</think>"
 
 
 class Verifier:
@@ -16,7 +18,7 @@ class Verifier:
     Grades completions by their final answers, as the evaluator does, in worker processes.
 
     Args:
-        thinking: completions without a `</think>` were cut off before they came to an answer.
+        thinking: completions without the end of a thought were cut off before they came to an answer.
     """
 
     def __init__(self, thinking: bool):
@@ -34,14 +36,15 @@ class Verifier:
         ]
 
 
-def make_reward(name: str, thinking: bool) -> Callable[..., list[float]]:
+def make_reward(name: str, thinking: bool, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
     """
     Make a reward function for TRL: 1 for a right final answer, else 0.
 
     Args:
         name: one of `REWARDS`. "math" compares values, as the evaluator does. "exact_match" wants the very text of the
             answer in the last box, as the release does.
-        thinking: responses without a `</think>` were cut off before they came to an answer (for "math").
+        thinking: responses without the end of a thought were cut off before they came to an answer (for "math").
+        tokenizer: decodes the responses. TRL's texts lack special tokens, which the marks of a thought may be.
     """
 
     def exact_match(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
@@ -52,8 +55,8 @@ def make_reward(name: str, thinking: bool) -> Callable[..., list[float]]:
         return exact_match
     verifier = Verifier(thinking)
 
-    def math(completions: Sequence, answer: Sequence[str], **_: Any) -> list[float]:
-        correct = verifier([message["content"] for (message,) in completions], answer)
+    def math(completion_ids: Sequence[list[int]], answer: Sequence[str], **_: Any) -> list[float]:
+        correct = verifier([decode_response(tokenizer, ids) for ids in completion_ids], answer)
         return [float(is_correct is True) for is_correct in correct]
 
     return math
@@ -97,5 +100,6 @@ def pick_correct_peers(usable: Sequence[bool], group_size: int) -> list[int | No
 
 
 def as_reference(completion: str) -> str:
-    """Return what a completion has to show as a reference solution: all of it but thoughts that have ended."""
-    return completion.rpartition(THINK_END)[2].strip()
+    """Return what a completion shows as a reference solution: what follows its thoughts."""
+    answer = after_thought(completion)
+    return (completion if answer is None else answer).strip()

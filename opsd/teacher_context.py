@@ -11,6 +11,7 @@ from opsd.metrics import Metrics
 from opsd.rewards import Verifier, as_reference, group_advantages, pick_correct_peers
 from opsd.rollouts import Sampler
 from opsd.teacher import Teacher
+from opsd.thinking import decode_response
 
 
 class TeacherContext:
@@ -52,11 +53,7 @@ class TeacherContext:
             model: the model in training, as its launcher has wrapped it.
         """
         if self.verifier is not None:
-            texts = self.collator.tokenizer.batch_decode(
-                [rollout.completion_ids for rollout in rollouts],
-                skip_special_tokens=True,
-                clean_up_tokenization_spaces=False,
-            )
+            texts = [decode_response(self.collator.tokenizer, rollout.completion_ids) for rollout in rollouts]
             self._grade(rollouts, self.verifier(texts, [rollout.answer for rollout in rollouts]), group_size)
             if self.args.teacher_reference == "rollout":
                 self._refer_to_correct_peers(rollouts, texts, group_size)

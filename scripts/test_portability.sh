@@ -64,10 +64,9 @@ for arithmetic in "${arithmetics[@]}"; do
                 "${selection[@]}" "$@" >"$results/log" 2>&1
             status=$?
             summary=$(grep -E "^[0-9]+ (passed|failed|error|skipped)|no tests ran" "$results/log" | tail -1)
-            count() { grep -oE "[0-9]+ $1" <<<"$summary" | cut -d' ' -f1; }
-            failed=$(($(count failed) + $(count errors?)))
+            count() { grep -oE "[0-9]+ ($1)" <<<"$summary" | awk '{ sum += $1 } END { print sum + 0 }'; }
             minutes=$(awk "BEGIN { printf \"%.1f\", ($SECONDS - $start) / 60 }")
-            table+="| $name | $(count passed) | $failed | $minutes |\n"
+            table+="| $name | $(count passed) | $(count "failed|error") | $minutes |\n"
             echo "${summary:-pytest ended with status $status}"
             if [ "$status" != 0 ]; then
                 failures+="$name\n$(grep -E "^(FAILED|ERROR)" "$results/log")\n"

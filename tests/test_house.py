@@ -40,10 +40,11 @@ def test_there_is_no_circle_of_imports():
     [
         (("data_collator",), ()),
         (("opsd.losses",), ("opsd.losses",)),
-        (("opsd.grading",), ("opsd.grading",)),
+        (("opsd.thinking",), ()),
+        (("opsd.grading",), ("opsd.grading", "opsd.thinking")),
         (("opsd.curriculum", "opsd.metrics", "opsd.vllm_engine", "opsd.run.checkpoints"), ()),
         (("opsd.config",), ("data_collator", "opsd.curriculum", "opsd.losses")),
-        (("opsd.rewards", "opsd.run.problem_data"), ("opsd.grading",)),
+        (("opsd.rewards", "opsd.run.problem_data"), ("opsd.grading", "opsd.thinking")),
         (("opsd.teacher",), ("opsd.config",)),
         (("opsd.rollouts",), ("opsd.config", "opsd.vllm_engine")),
         (("opsd.preflight",), ("data_collator", "opsd.rollouts", "opsd.teacher", "opsd_trainer")),

@@ -93,7 +93,7 @@ def assert_as_accurate(result, eager, reference, scale=None, factor=10.0, case=N
     Check that the error of `result` is at most `factor` times that of `eager`, or that many roundings.
 
     `eager` is the dense form in float32; both are compared with the float64 `reference`. For a float64 `result` the
-    bound is smaller by the ratio of the machine epsilons. Over several seeds the largest factor seen was 6.
+    bound is smaller by the ratio of the machine epsilons. Over six seeds the largest factor seen was 4.4.
     """
     eps = torch.finfo(torch.float32).eps
     bound = factor * max(relative_error(eager, reference, scale), eps) * torch.finfo(result.dtype).eps / eps
@@ -118,24 +118,23 @@ def leaves(*tensors, dtype=torch.float64):
 def test_equal_to_the_dense_form(head, beta, top_k, support, tail, dtype):
     inputs = [tensor.float() for tensor in random_inputs()]  # so that all dtypes compute from the same numbers
     row_weights = torch.rand(NUM_TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    # With nearly all summands capped, little is left of sums that cancel, and the forms lose different digits there:
-    # in float64 only, where up to 31 times the eager error was seen.
+    # The gap between neighbours shrinks with the cap: deep caps in float64 only
     shares = (0.02, 0.2) if dtype == torch.float32 else (0.02, 0.95)
     caps = [("pointwise", None), *(("pointwise", share) for share in shares), ("token", 0.5), ("scale", 0.5)]
     for (clip_mode, share), temperature in itertools.product(caps, (1.0, 1.1)):
         settings = {"beta": beta, "temperature": temperature, "clip_mode": clip_mode}
+        more = {"top_k": top_k, "top_k_support": support, "top_k_add_tail": tail, "return_statistics": True}
+        tensors = leaves(*inputs)
+        logits = logits_of(*tensors, head)
+        uncapped, _ = generalized_jsd(*logits, **settings, **more)
+        uncapped_gradients = gradients(uncapped, tensors[0], tensors[2], row_weights=row_weights)
+        if share is not None:
+            values = capped_values(*logits, **settings, top_k=top_k, support=support, tail=tail)
+            settings["clip"] = cap_in_a_gap(values, share)
         dense = {}
-        clip = None
         for dense_dtype in (torch.float64, torch.float32):
             tensors = leaves(*inputs, dtype=dense_dtype)
-            logits = logits_of(*tensors, head)
-            if share is not None and clip is None:
-                values = capped_values(*logits, **settings, top_k=top_k, support=support, tail=tail)
-                clip = cap_in_a_gap(values, share)
-            loss, statistics = generalized_jsd(
-                *logits, **settings, clip=clip, top_k=top_k, top_k_support=support or "teacher", top_k_add_tail=tail,
-                return_statistics=True,
-            )  # fmt: skip
+            loss, statistics = generalized_jsd(*logits_of(*tensors, head), **settings, **more)
             dense[dense_dtype] = loss, statistics, gradients(loss, tensors[0], tensors[2], row_weights=row_weights)
         expected, expected_statistics, expected_gradients = dense[torch.float64]
         eager, eager_statistics, eager_gradients = dense[torch.float32]
@@ -149,15 +148,12 @@ def test_equal_to_the_dense_form(head, beta, top_k, support, tail, dtype):
         tensors = leaves(*inputs, dtype=dtype)
         for chunk_size in (5, NUM_TOKENS, None):
             case = (clip_mode, share, temperature, chunk_size)
-            loss, statistics = fused_linear_jsd(
-                *tensors, **settings, clip=clip, top_k=top_k, top_k_support=support, top_k_add_tail=tail, head=head,
-                chunk_size=chunk_size, return_statistics=True,
-            )  # fmt: skip
-            # A cap keeps the rounding errors of the whole divergence, of which it may leave little
-            assert_as_accurate(loss, eager, expected, scale=expected_statistics.divergence, case=case)
+            loss, statistics = fused_linear_jsd(*tensors, **settings, **more, head=head, chunk_size=chunk_size)
+            # Relative to what would be there without the cap, whose rounding errors stay while it may leave little
+            assert_as_accurate(loss, eager, expected, scale=uncapped, case=case)
             results = gradients(loss, tensors[0], tensors[2], row_weights=row_weights)
-            for values in zip(results, eager_gradients, expected_gradients, strict=True):
-                assert_as_accurate(*values, factor=100.0 if share == 0.95 else 10.0, case=case)
+            for *values, scale in zip(results, eager_gradients, expected_gradients, uncapped_gradients, strict=True):
+                assert_as_accurate(*values, scale=scale, case=case)
             for name, *values in zip(
                 statistics._fields, statistics, eager_statistics, expected_statistics, strict=True
             ):
@@ -179,14 +175,16 @@ def test_argmax_in_blocks(vocab_size):
 @pytest.mark.parametrize("top_k", [None, 16])
 def test_statistics_do_not_depend_on_the_gradient(beta, top_k):
     student, teacher, weight = random_inputs(40)
-    settings = {"beta": beta, "clip": 5e-3, "top_k": top_k, "return_statistics": True}
+    values = {"temperature": 1.0, "clip_mode": "pointwise", "top_k": top_k, "support": "teacher"}
+    clip = cap_in_a_gap(capped_values(*logits_of(student, teacher, weight), beta=beta, **values), share=0.2)
+    settings = {"beta": beta, "clip": clip, "top_k": top_k, "return_statistics": True}
     with torch.no_grad():
         loss, statistics = fused_linear_jsd(student, teacher, weight, **settings)
     expected_loss, expected = fused_linear_jsd(student.requires_grad_(), teacher, weight, **settings)
     assert torch.equal(loss, expected_loss)
     for value, reference in zip(statistics, expected, strict=True):
         assert torch.equal(value, reference)
-    assert 0 < statistics.wrong_way.sum() < 40
+    assert statistics.wrong_way.any()
 
 
 def of_tokens(num_tokens=NUM_TOKENS):

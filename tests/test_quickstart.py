@@ -27,7 +27,12 @@ from quickstart.report import LABELS, ablation_table, markdown_table, summary_ta
 @pytest.mark.multiprocess
 @pytest.mark.vllm
 def test_quickstart_teaches_the_model(tiny_model_dir, tmp_path):
-    """The whole program, shorter than by default: real training, real vLLM, held-out problems."""
+    """
+    The whole program, shorter than by default: the builder of the model, real training, real vLLM, held-out problems.
+
+    With 100 steps, over three seeds and two kinds of processors, it gave 0.50 to 0.51 for the base, 0.995 for the
+    teacher and 0.98 to 1.00 for OPSD.
+    """
     subprocess.run(
         [sys.executable, ROOT / "quickstart" / "run.py", "--output_dir", tmp_path, "--steps", "60"],
         check=True,

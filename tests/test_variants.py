@@ -51,7 +51,6 @@ def by_hand(trainer, inputs):
 # Weights and rewards
 
 
-# Only the ratio of the weights counts, also where their sum is below 1
 @pytest.mark.parametrize(
     ("correct_weight", "incorrect_weight", "reward"),
     [
@@ -59,8 +58,8 @@ def by_hand(trainer, inputs):
         (0.5, 2.0, 0.0),
         (1.0, 1.0, 0.5),
         (0.0, 1.0, 2.0),
-        (1e-4, 3e-4, 0.0),
-    ],  # the last: only their ratio counts
+        (1e-4, 3e-4, 0.0),  # only the ratio of the weights counts, also where their sum is below 1
+    ],
 )
 def test_loss_of_a_step_by_hand(make_trainer, correct_weight, incorrect_weight, reward):
     """sum_n w_n D_n / sum_n w_n - policy_gradient_weight sum_n A_n log p_S(y_n) / N, n over both micro-batches."""
@@ -88,11 +87,11 @@ def test_loss_of_a_step_by_hand(make_trainer, correct_weight, incorrect_weight, 
 
 
 @pytest.mark.parametrize("implementation", ["fused", "dense"])
-def test_step_in_which_all_is_right_teaches_nothing(make_trainer, monkeypatch, implementation):
-    monkeypatch.setattr(Verifier, "__call__", lambda self, completions, answers: [True] * len(completions))
+def test_step_in_which_all_is_right_teaches_nothing(make_trainer, implementation):
     settings = {"correct_weight": 0.0, "max_steps": 1, "loss_implementation": implementation}
     trainer = make_trainer(callbacks=[recorder := Recorder()], **settings)
     perturb_student(trainer)
+    script_rollouts(trainer)
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
     assert recorder.values("loss") == recorder.values("grad_norm") == [0.0]

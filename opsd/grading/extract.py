@@ -5,6 +5,8 @@ import math
 import numpy as np
 import regex as re  # for balanced braces
 
+from opsd.thinking import after_thought
+
 EXTRACT_METHODS = ("final", "release")
 
 Answer = str | int | float | None
@@ -52,13 +54,14 @@ def extract_answer(text: str, thinking: bool = False, method: str = "final") -> 
     Return the final answer of a response, stripped, or `None` if there is none.
 
     `final`: the last complete, non-empty `\boxed{...}`, `\boxed {...}`, `\boxed 7`, `\fbox{...}` or `\framebox{...}`
-    after the last `</think>`; of nested boxes the innermost. Boxes of one line with only commas, `and`, `or` and the
+    after the last thought; of nested boxes the innermost. Boxes of one line with only commas, `and`, `or` and the
     like between them form one list. `release`, as the released evaluation is understood: the last `\boxed{` of the
     whole response, thoughts included, up to the brace that closes it; escaped braces count as braces.
 
     Args:
         text: the response, without its prompt.
-        thinking: it was sampled in thinking mode, so that without a `</think>` it has no answer; not for `release`.
+        thinking: it was sampled in thinking mode, so that without the end of a thought it has no answer; not for
+            `release`.
         method: one of `EXTRACT_METHODS`.
 
     Raises:
@@ -69,9 +72,10 @@ def extract_answer(text: str, thinking: bool = False, method: str = "final") -> 
     if method == "release":
         match = RELEASE_BOX.match(text, max(0, text.rfind(r"\boxed{")))
         return None if match is None else match[1].strip()
-    _, end_of_thought, text = text.rpartition("</think>")
-    if not end_of_thought and (thinking or "<think>" in text):
+    answer = after_thought(text, thinking)
+    if answer is None:
         return None
+    text = answer
     boxes: list[str] = []
     limit = start_of_next = len(text)
     for match in reversed(list(BOX.finditer(text, overlapped=True))):

@@ -26,6 +26,7 @@ from opsd.rollouts import check_vllm_lora_support
 from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.checkpoints import find_checkpoint
 from opsd.run.problem_data import find_local, is_path, load_problems
+from opsd.thinking import freeze_date
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Run:
     def __init__(self, method: str, args: RunArguments, training_args: TrainingArguments, model_args: ModelArguments):
         self.method, self.args, self.training_args, self.model_args = method, args, training_args, model_args
         self.checkpoint: str | None = None  # to go on from
+        self.prompt_date: str | None = None  # in prompts whose template asks for the present date
 
     # Before a model is loaded
 
@@ -117,6 +119,7 @@ class Run:
             "script": dataclasses.asdict(self.args),
             "training": self.training_args.to_dict(),
             "model": dataclasses.asdict(self.model_args),
+            "prompt_date": self.prompt_date,
             "versions": {package: version(package) for package in PACKAGES},
         }
 
@@ -155,13 +158,21 @@ class Run:
         return train_dataset, load(args.eval_dataset_name, args.eval_dataset_split)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the model's tokenizer; raise `ValueError` if it has no chat template, which all prompts need."""
+        """Load the model's tokenizer; raise `ValueError` if it lacks a chat template or an end-of-sequence token."""
         tokenizer = AutoTokenizer.from_pretrained(
             self.model_args.model_name_or_path,
             revision=self.model_args.model_revision,
             trust_remote_code=self.training_args.trust_remote_code,
         )
         check_chat_template(tokenizer)
+        if tokenizer.eos_token is None:
+            raise ValueError(
+                f"--model_name_or_path {tokenizer.name_or_path}: its tokenizer has no end-of-sequence token, which "
+                "ends rollouts and solutions; set `eos_token` in its tokenizer_config.json"
+            )
+        record = Path(self.training_args.output_dir, "run_config.json")
+        before = json.loads(record.read_text()) if self.checkpoint is not None and record.is_file() else {}
+        self.prompt_date = freeze_date(tokenizer, before.get("prompt_date"))
         return tokenizer
 
     def model_options(self) -> dict[str, Any]:
