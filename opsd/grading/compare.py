@@ -7,6 +7,7 @@ decimals and other numbers to 15 digits, and computes 10^{10^{10}} if asked.
 """
 
 import functools
+import itertools
 import math
 import random
 import sys
@@ -228,12 +229,12 @@ def _tree(text: str) -> Basic | MatrixBase | None:
 
 
 def _same_expression(prediction: str, gold: str) -> tuple[bool, str]:
-    trees = [_tree(prediction), _tree(gold)]
-    if any(tree is None for tree in trees):
+    trees = [tree for text in (prediction, gold) if (tree := _tree(text)) is not None]
+    if len(trees) < 2:
         return False, "text"
     if all(isinstance(tree, Expr) for tree in trees):
-        names = {symbol.name for tree in trees for symbol in tree.free_symbols}
-        names = sorted(name for name in names if name != "i" and not re.match(r"bar\{.*\d", name))
+        symbols = {symbol.name for tree in trees for symbol in tree.free_symbols}
+        names = sorted(name for name in symbols if name != "i" and not re.match(r"bar\{.*\d", name))
         status, points, generator = "expression" if names else "number", 0, random.Random(0)
         try:
             for low, high, denominator in POINTS if names else POINTS[:1]:
@@ -246,9 +247,7 @@ def _same_expression(prediction: str, gold: str) -> tuple[bool, str]:
             return enough, status if enough else "too_large"
         except _UnsupportedError:
             pass
-    for node in (
-        node for tree in trees for node in sympy.preorder_traversal(tree)
-    ):  # math-verify computes what it sees
+    for node in itertools.chain(*map(sympy.preorder_traversal, trees)):  # math-verify computes what it sees
         if isinstance(node, (sympy.Pow, sympy.factorial, sympy.binomial, sympy.gamma)):
             with suppress(_UndefinedError, _UnsupportedError):
                 _Evaluation({symbol.name: Fraction(2) for symbol in node.free_symbols}, 100, False).value(node)
@@ -342,7 +341,7 @@ def _compare_structures(prediction: str, gold: str, answer_type: str | None) -> 
         texts = normalize(prediction), normalize(gold)
         if texts[0] and without_spaces(texts[0]) == without_spaces(texts[1]):
             return True, "exact"
-        flags = {"number": (True,), "set": (False,)}.get(answer_type, (True, False))
+        flags = [answer_type == "number"] if answer_type in ("number", "set") else [True, False]
         readings = dict.fromkeys(tuple(parse_answer(text, thousands=flag) for text in texts) for flag in flags)
         verdicts = [_same(*reading) for reading in readings]
         return next((verdict for verdict in verdicts if verdict[0]), verdicts[0])
@@ -369,11 +368,12 @@ def grade(prediction: Answer, gold: Answer, *, grader: str = "strict", answer_ty
         raise ValueError(f"grader {grader!r}: must be one of {', '.join(GRADERS)}")
     start = time.thread_time()
     prediction, gold = answer_text(prediction), answer_text(gold)
-    if grader == "strict":
-        decided = compare_texts(prediction, gold, answer_type)
-        equal, status = decided or _compare_structures(prediction, gold, answer_type)
+    if grader == "strict" and (decided := compare_texts(prediction, gold, answer_type)) is not None:
+        equal, status = decided
     elif prediction is None or gold is None:
         equal, status = False, "no_gold" if gold is None else "no_answer"
+    elif grader == "strict":
+        equal, status = _compare_structures(prediction, gold, answer_type)
     else:
         equal, status = verify(parse(f"${gold}$"), parse(f"${prediction}$")), "release"
     return Verdict(equal, status, time.thread_time() - start)
