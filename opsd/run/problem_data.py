@@ -165,7 +165,8 @@ def _fingerprint(source: Dataset | list[Path], columns: Mapping[str, str]) -> st
 def _read_texts(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iterator[dict[str, str | None]]:
     """Yield the needed texts of each row; a blank one is `None`."""
     names: set[str] = set()
-    texts_of, numbers_of = set(), set()  # flags
+    texts_of: set[str] = set()  # flags
+    numbers_of: set[str] = set()
     for place, row in _read_rows(source, columns):
         names.update(row)
         texts = {}
