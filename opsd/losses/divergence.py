@@ -233,16 +233,8 @@ def _divergence(
         if clip is not None and clip_mode == "pointwise":
             rows = clipped_entries > 0
             wrong_way[rows] = _moves_wrong_way(s[rows], t[rows], beta, clip, has_tail).to(s.dtype)
-        statistics = TokenStatistics(
-            divergence=summands.sum(-1),
-            clipped_entries=clipped_entries,
-            clipped_mass=excess.sum(-1),
-            positive_mass=capped_values.clamp(min=0).sum(-1),
-            student_entropy=student_entropy,
-            teacher_entropy=teacher_entropy,
-            wrong_way=wrong_way,
-        )
-    return divergence, statistics
+        sums = (summands.sum(-1), clipped_entries, excess.sum(-1), capped_values.clamp(min=0).sum(-1))
+    return divergence, TokenStatistics(*sums, student_entropy, teacher_entropy, wrong_way)
 
 
 def generalized_jsd(
@@ -396,11 +388,9 @@ def dense_token_losses(
 
     with torch.set_grad_enabled(torch.is_grad_enabled() and not objective.sampled_token):
         loss, statistics = _divergence(student_logits, teacher_logits, objective.divergence)
-    temperature = objective.temperature
+    temperature, clip = objective.temperature, objective.sampled_token_clip
     if objective.sampled_token:
-        of_teacher = _teacher_advantages(
-            student_logits, teacher_logits, token_ids, temperature, objective.sampled_token_clip
-        )
+        of_teacher = _teacher_advantages(student_logits, teacher_logits, token_ids, temperature, clip)
         if importance_weights is not None:
             of_teacher = of_teacher * importance_weights.to(of_teacher.dtype)
         loss = policy_gradient_loss(student_logits, token_ids, of_teacher, temperature=temperature)
