@@ -70,10 +70,9 @@ def products(inputs: Inputs, beta: float, chunk_size: int) -> None:
 
 def fused(inputs: Inputs, beta: float, chunk_size: int) -> None:
     student = inputs.student.detach().requires_grad_()
-    loss, _ = fused_linear_jsd(
-        student, inputs.teacher, inputs.weight, beta=beta, temperature=TEMPERATURE, clip=CLIP, chunk_size=chunk_size,
-        return_statistics=True,
-    )  # fmt: skip
+    loss = fused_linear_jsd(
+        student, inputs.teacher, inputs.weight, beta=beta, temperature=TEMPERATURE, clip=CLIP, chunk_size=chunk_size
+    )
     loss.mean().backward()
 
 

@@ -17,12 +17,13 @@ from opsd.losses import (
     TOP_K_SUPPORTS,
     HeadSettings,
     Objective,
+    dense_token_losses,
     divergence,
     elementwise,
     fused,
     fused_linear_jsd,
-    fused_linear_logprobs,
     fused_linear_sampled_token_loss,
+    fused_token_losses,
     generalized_jsd,
     policy_gradient_loss,
     sampled_token_loss,
@@ -30,6 +31,7 @@ from opsd.losses import (
 
 NUM_TOKENS, HIDDEN_SIZE, VOCAB_SIZE = 13, 16, 211
 TOP_K = [(None, "teacher", False), *itertools.product([16], TOP_K_SUPPORTS, (False, True))]
+NO_IDS = torch.zeros(NUM_TOKENS, dtype=torch.int64)  # for a divergence, which has no use for them
 HEADS = [HeadSettings(), HeadSettings(logit_scale=0.9, logit_softcap=5.0)]
 # Two float64 forms of one formula: rounding errors of 2e-16 in sums of a few thousand terms of size one
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-13}
@@ -123,18 +125,19 @@ def test_equal_to_the_dense_form(head, beta, top_k, support, tail, dtype):
     caps = [("pointwise", None), *(("pointwise", share) for share in shares), ("token", 0.5), ("scale", 0.5)]
     for (clip_mode, share), temperature in itertools.product(caps, (1.0, 1.1)):
         settings = {"beta": beta, "temperature": temperature, "clip_mode": clip_mode}
-        more = {"top_k": top_k, "top_k_support": support, "top_k_add_tail": tail, "return_statistics": True}
+        kept = {"top_k": top_k, "top_k_support": support, "top_k_add_tail": tail}
         tensors = leaves(*inputs)
         logits = logits_of(*tensors, head)
-        uncapped, _ = generalized_jsd(*logits, **settings, **more)
+        uncapped, _, _ = dense_token_losses(*logits, NO_IDS, Objective(**settings, **kept))
         uncapped_gradients = gradients(uncapped, tensors[0], tensors[2], row_weights=row_weights)
         if share is not None:
             values = capped_values(*logits, **settings, top_k=top_k, support=support, tail=tail)
             settings["clip"] = cap_in_a_gap(values, share)
+        objective = Objective(**settings, **kept)
         dense = {}
         for dense_dtype in (torch.float64, torch.float32):
             tensors = leaves(*inputs, dtype=dense_dtype)
-            loss, statistics = generalized_jsd(*logits_of(*tensors, head), **settings, **more)
+            loss, statistics, _ = dense_token_losses(*logits_of(*tensors, head), NO_IDS, objective)
             dense[dense_dtype] = loss, statistics, gradients(loss, tensors[0], tensors[2], row_weights=row_weights)
         expected, expected_statistics, expected_gradients = dense[torch.float64]
         eager, eager_statistics, eager_gradients = dense[torch.float32]
@@ -148,7 +151,7 @@ def test_equal_to_the_dense_form(head, beta, top_k, support, tail, dtype):
         tensors = leaves(*inputs, dtype=dtype)
         for chunk_size in (5, NUM_TOKENS, None):
             case = (clip_mode, share, temperature, chunk_size)
-            loss, statistics = fused_linear_jsd(*tensors, **settings, **more, head=head, chunk_size=chunk_size)
+            loss, statistics, _ = fused_token_losses(*tensors, NO_IDS, objective, head=head, chunk_size=chunk_size)
             # Relative to what would be there without the cap, whose rounding errors stay while it may leave little
             assert_as_accurate(loss, eager, expected, scale=uncapped, case=case)
             results = gradients(loss, tensors[0], tensors[2], row_weights=row_weights)
@@ -177,10 +180,10 @@ def test_statistics_do_not_depend_on_the_gradient(beta, top_k):
     student, teacher, weight = random_inputs(40)
     values = {"temperature": 1.0, "clip_mode": "pointwise", "top_k": top_k, "support": "teacher"}
     clip = cap_in_a_gap(capped_values(*logits_of(student, teacher, weight), beta=beta, **values), share=0.2)
-    settings = {"beta": beta, "clip": clip, "top_k": top_k, "return_statistics": True}
+    arguments = teacher, weight, torch.zeros(40, dtype=torch.int64), Objective(beta=beta, clip=clip, top_k=top_k)
     with torch.no_grad():
-        loss, statistics = fused_linear_jsd(student, teacher, weight, **settings)
-    expected_loss, expected = fused_linear_jsd(student.requires_grad_(), teacher, weight, **settings)
+        loss, statistics, _ = fused_token_losses(student, *arguments)
+    expected_loss, expected, _ = fused_token_losses(student.requires_grad_(), *arguments)
     assert torch.equal(loss, expected_loss)
     for value, reference in zip(statistics, expected, strict=True):
         assert torch.equal(value, reference)
@@ -212,25 +215,31 @@ def test_token_weights_and_advantages_are_equal_to_the_dense_form(beta, clip, cl
     student, teacher, weight = leaves(*random_inputs())
     token_ids, token_weights, advantages = of_tokens()
     logits = logits_of(student, teacher, weight, head)
-    policy_gradient = policy_gradient_loss(logits[0], token_ids, advantages, temperature=1.1)
-    statistics_settings = {"beta": 0.5 if beta == "sampled" else beta, "temperature": 1.1, "return_statistics": True}
+    settings = {"beta": 0.5 if beta == "sampled" else beta, "temperature": 1.1}
+    ratio, sampler_logprobs = torch.ones(NUM_TOKENS, dtype=torch.float64), None
     if beta == "sampled":
-        settings = {"temperature": 1.1, "clip": clip, "importance_weights": torch.linspace(2, 0.5, NUM_TOKENS)}
-        expected = sampled_token_loss(*logits, token_ids, **settings)
-        _, expected_statistics = generalized_jsd(*logits, **statistics_settings)
-        form = fused_linear_sampled_token_loss
+        objective = Objective(
+            **settings, sampled_token=True, sampled_token_clip=clip, policy_gradient_weight=1.0,
+            importance_sampling_correction=True,
+        )  # fmt: skip
+        ratio = torch.linspace(2, 0.5, NUM_TOKENS, dtype=torch.float64)
+        s = (logits[0].detach() / 1.1).log_softmax(-1)[torch.arange(NUM_TOKENS), token_ids]
+        sampler_logprobs = s - ratio.log()
+        expected = ratio * sampled_token_loss(*logits, token_ids, temperature=1.1, clip=clip)
     else:
-        settings = {"clip": clip, "clip_mode": clip_mode, "top_k": top_k}
-        expected, expected_statistics = generalized_jsd(*logits, **statistics_settings, **settings)
-        form = fused_linear_jsd
-        assert clip is None or expected_statistics.clipped_entries.any()
+        settings |= {"clip": clip, "clip_mode": clip_mode, "top_k": top_k}
+        objective = Objective(**settings, policy_gradient_weight=1.0)
+        expected = generalized_jsd(*logits, **settings)
+    _, expected_statistics, _ = dense_token_losses(*logits, token_ids, Objective(**settings))
+    assert clip is None or beta == "sampled" or expected_statistics.clipped_entries.any()
+    policy_gradient = policy_gradient_loss(logits[0], token_ids, ratio * advantages, temperature=1.1)
 
     for with_weights, with_advantages, chunk_size in itertools.product((True, False), (True, False), (1, 5, 13)):
-        more = {"token_weights": token_weights} if with_weights else {}
+        more = {"weights": token_weights} if with_weights else {}
         more |= {"advantages": advantages} if with_advantages else {}
-        loss, statistics = form(
-            student, teacher, weight, token_ids=token_ids, head=head, chunk_size=chunk_size,
-            **statistics_settings | settings | more,
+        loss, statistics, _ = fused_token_losses(
+            student, teacher, weight, token_ids, objective, head=head, chunk_size=chunk_size,
+            sampler_logprobs=sampler_logprobs, **more,
         )  # fmt: skip
         total = expected * token_weights if with_weights else expected
         total = total + policy_gradient if with_advantages else total
@@ -247,11 +256,12 @@ def test_token_weights_and_advantages_are_equal_to_the_dense_form(beta, clip, cl
 def test_advantages_without_gradient():
     student, teacher, weight = random_inputs()
     token_ids, token_weights, advantages = of_tokens()
-    settings = {"token_ids": token_ids, "token_weights": token_weights, "advantages": advantages}
-    expected = fused_linear_jsd(student.requires_grad_(), teacher, weight, beta=0.5, head=HEADS[1], **settings)
+    arguments = teacher, weight, token_ids, Objective(beta=0.5, policy_gradient_weight=1.0)
+    settings = {"weights": token_weights, "advantages": advantages, "head": HEADS[1]}
+    expected = fused_token_losses(student.requires_grad_(), *arguments, **settings)
     with torch.no_grad():
-        loss = fused_linear_jsd(student, teacher, weight, beta=0.5, head=HEADS[1], **settings)
-    assert torch.equal(loss, expected)
+        losses = fused_token_losses(student, *arguments, **settings)
+    assert torch.equal(losses.loss, expected.loss)
 
 
 def test_advantages_need_no_further_product_and_one_more_buffer(monkeypatch):
@@ -262,10 +272,11 @@ def test_advantages_need_no_further_product_and_one_more_buffer(monkeypatch):
     bytes_per_token = []
     monkeypatch.setattr(fused, "_automatic_chunk_size", lambda size, _: bytes_per_token.append(size) or 10)
     num_buffers = []
-    for more in ({}, {"token_weights": token_weights}, {"token_weights": token_weights, "advantages": advantages}):
+    objective = Objective(beta=0.5, policy_gradient_weight=1.0)
+    for more in ({}, {"weights": token_weights}, {"weights": token_weights, "advantages": advantages}):
         products, buffers = CountingMode("aten::mm", "aten::addmm"), CountingMode("aten::empty", "aten::empty_like")
         with products, buffers:
-            fused_linear_jsd(student, teacher, weight, beta=0.5, token_ids=token_ids, **more).mean().backward()
+            fused_token_losses(student, teacher, weight, token_ids, objective, **more).loss.mean().backward()
         assert products.count == 4 * 4  # the head's gradient is known after the forward pass
         assert products.largest <= 3 * 10 * VOCAB_SIZE  # the scratch of the element-wise part
         num_buffers.append(buffers.count)
@@ -328,12 +339,12 @@ def test_no_tokens_give_an_empty_loss_connected_to_the_graph():
     student, teacher, weight = random_inputs(0)
     student.requires_grad_()
     weight.requires_grad_()
-    loss, statistics = fused_linear_jsd(student, teacher, weight, beta=0.0, return_statistics=True)
+    loss, statistics, _ = fused_token_losses(student, teacher, weight, NO_IDS[:0], Objective(beta=0.0))
     assert loss.shape == statistics.divergence.shape == (0,)
     d_student, d_weight = gradients(loss, student, weight)
     assert d_student.shape == student.shape
     assert torch.equal(d_weight, torch.zeros_like(weight))
-    loss = fused_linear_sampled_token_loss(student, teacher, weight, torch.empty(0, dtype=torch.int64))
+    loss = fused_linear_sampled_token_loss(student, teacher, weight, NO_IDS[:0])
     assert gradients(loss, student)[0].shape == student.shape
 
 
@@ -414,8 +425,8 @@ def test_no_tensor_of_the_size_of_the_logits(beta):
     student.requires_grad_()
     sizes = CountingMode()
     with sizes:
-        loss = fused_linear_jsd(student, teacher, weight, beta=beta, clip=0.05, chunk_size=10, return_statistics=True)
-        loss[0].mean().backward()
+        loss = fused_linear_jsd(student, teacher, weight, beta=beta, clip=0.05, chunk_size=10)
+        loss.mean().backward()
     assert sizes.largest <= max(2 * 10 * VOCAB_SIZE + 10 * VOCAB_SIZE, student.numel())  # both roles' chunks, scratch
 
 
@@ -430,9 +441,13 @@ def test_logprobs_are_those_of_the_dense_form(head, dtype):
         ]
         for precision in (torch.float64, torch.float32)
     )
+    objective = Objective(temperature=1.1, importance_sampling_correction=True)
     for chunk_size in (5, None):
-        tensors = [tensor.to(dtype).requires_grad_() for tensor in (student, weight)]
-        logprobs = fused_linear_logprobs(*tensors, token_ids, temperature=1.1, head=head, chunk_size=chunk_size)
+        student, teacher, weight = (tensor.to(dtype).requires_grad_() for tensor in (student, teacher, weight))
+        *_, logprobs = fused_token_losses(
+            student, teacher, weight, token_ids, objective, head=head, chunk_size=chunk_size,
+            sampler_logprobs=torch.zeros(NUM_TOKENS),
+        )  # fmt: skip
         assert not logprobs.requires_grad
         assert_as_accurate(logprobs, eager, expected)
 
@@ -446,9 +461,6 @@ def test_logprobs_are_those_of_the_dense_form(head, dtype):
         ({"lm_head_weight": torch.zeros(7, 3)}, "hidden states"),
         ({"teacher_lm_head_weight": torch.zeros(8, HIDDEN_SIZE)}, "hidden states"),
         ({"teacher_hidden": torch.zeros(2, HIDDEN_SIZE)}, "hidden states"),
-        ({"token_weights": torch.ones(1)}, "weights"),
-        ({"advantages": torch.ones(1), "token_ids": torch.zeros(NUM_TOKENS, dtype=torch.int64)}, "advantages"),
-        ({"advantages": torch.ones(NUM_TOKENS)}, "token_ids"),
     ],
 )
 def test_settings_out_of_range(change, message):
@@ -456,6 +468,12 @@ def test_settings_out_of_range(change, message):
     arguments = {"student_hidden": student, "teacher_hidden": teacher, "lm_head_weight": weight, "beta": 0.5}
     with pytest.raises(ValueError, match=message):
         fused_linear_jsd(**arguments | change)
+
+
+@pytest.mark.parametrize("name", ["weights", "advantages", "sampler_logprobs"])
+def test_shapes_of_what_belongs_to_a_token(name):
+    with pytest.raises(ValueError, match=name):
+        fused_token_losses(*random_inputs(), NO_IDS, Objective(), **{name: torch.ones(1)})
 
 
 def check_kernel(device, vocab_size):
@@ -490,11 +508,11 @@ def check_kernel(device, vocab_size):
         references = []
         for dtype in (torch.float64, torch.float32):
             d_logits, overwritten = student.to(dtype, copy=True), teacher.to(dtype, copy=True)
-            of_rows = elementwise.chunk_losses(d_logits, overwritten, token_ids, objective, head, d_logits, True)
+            of_rows = elementwise.chunk_losses(d_logits, overwritten, token_ids, objective, head, d_logits)
             references.append((d_logits, *of_rows))
         (d_expected, expected_losses, expected), (d_eager, eager_losses, eager) = references
         gradient = student.clone()  # written in place
-        losses, statistics = chunk_losses_triton(gradient, teacher, token_ids, objective, head, gradient, True)
+        losses, statistics = chunk_losses_triton(gradient, teacher, token_ids, objective, head, gradient)
         rows = [0, 1, 3]
         assert torch.equal(statistics[[1, 6]][:, rows].double(), expected[[1, 6]][:, rows]), objective
         scale = expected[3, rows]  # of the positive summands, from which the negative ones are subtracted
@@ -505,7 +523,7 @@ def check_kernel(device, vocab_size):
         num_wrong_way += statistics[-1].sum().item()
         assert torch.count_nonzero(gradient[1]) == 0, objective
         assert torch.isfinite(gradient[2]).all(), objective
-        without = chunk_losses_triton(student.clone(), teacher, token_ids, objective, head, None, False)
+        without = chunk_losses_triton(student.clone(), teacher, token_ids, objective, head, None)
         assert torch.equal(without[0], losses)
     assert num_wrong_way > 0
 
@@ -520,7 +538,7 @@ def test_triton_kernel_compiles(mode, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = dict.fromkeys(("POINTWISE", "TOKEN", "SCALE", "SAMPLED"), False)
-    constants |= {mode: True, "BETA": 0.5, "SOFTCAP": True, "GRADIENT": True, "STATISTICS": True, "BLOCK": 2048}
+    constants |= {mode: True, "BETA": 0.5, "SOFTCAP": True, "GRADIENT": True, "BLOCK": 2048}
     signature = {name: "constexpr" if name in constants else "fp32" for name in token_losses_kernel.arg_names}
     signature |= {name: "*fp32" for name in signature if name.endswith("_ptr")}
     signature |= {"token_ids_ptr": "*i64", "gradient_ptr": "*bf16", "vocab_size": "i32", "num_tokens": "i32"}
@@ -564,16 +582,17 @@ def test_bfloat16_on_a_gpu(beta, top_k, trained_head, with_advantages):
     settings = {"beta": beta, "clip": 1e-5, "temperature": 1.1, "top_k": top_k}
     logits = reference[0] @ reference[1].T
     expected = generalized_jsd(logits, teacher.double() @ weight.double().T, **settings)
-    if with_advantages:
-        settings["token_ids"] = torch.randint(5000, (300,), generator=generator).cuda()
-        settings["advantages"] = torch.randn(300, generator=generator).cuda()
-        expected = expected + policy_gradient_loss(
-            logits, settings["token_ids"], settings["advantages"], temperature=1.1
-        )
+    token_ids = torch.randint(5000, (300,), generator=generator).cuda()
+    advantages = torch.randn(300, generator=generator).cuda() if with_advantages else None
+    if advantages is not None:
+        expected = expected + policy_gradient_loss(logits, token_ids, advantages, temperature=1.1)
+    objective = Objective(**settings, policy_gradient_weight=1.0)
     tensors = (student.requires_grad_(), weight.requires_grad_())[: 1 + trained_head]
     row_weights = torch.linspace(0, 1, 300, device="cuda")
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        loss = fused_linear_jsd(student, teacher, weight, chunk_size=128, **settings)
+        loss, *_ = fused_token_losses(
+            student, teacher, weight, token_ids, objective, chunk_size=128, advantages=advantages
+        )
         results = gradients(loss, *tensors, row_weights=row_weights)
     assert ((loss - expected).abs() < 1e-5 * expected.abs().clamp(min=1)).all()
     expected_gradients = gradients(expected, *reference[: 1 + trained_head], row_weights=row_weights)

@@ -169,7 +169,11 @@ def test_texts_stay_as_they_are_where_types_are_mixed(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", answers("x+1", "2024-01-02"))
     write_jsonl(tmp_path / "b.jsonl", answers("y+2", 5, r"\frac{1}{2}", '"quoted"', "null", None, " "))
     assert load_answers(tmp_path) == ["x+1", "2024-01-02", "y+2", "5", r"\frac{1}{2}", '"quoted"', "null"]
-    rows = [{"problem": "p", "solution": "s"}, {"problem": 7, "solution": 'it is\n"3"'}, {"problem": "q", "solution": 1}]
+    rows = [
+        {"problem": "p", "solution": "s"},
+        {"problem": 7, "solution": 'it is\n"3"'},
+        {"problem": "q", "solution": 1},
+    ]
     expected = [{name: str(value) for name, value in row.items()} for row in rows]
     assert load(write_jsonl(tmp_path / "c.jsonl", rows)) == expected
 
@@ -278,7 +282,9 @@ def test_json_that_is_no_row(tmp_path, text):
 @pytest.mark.parametrize("encoding", ["utf-16", "latin-1", "cp932"])
 def test_other_encodings_are_named(tmp_path, encoding):
     file = tmp_path / "data.jsonl"
-    file.write_text('{"problem": "1+1"}\n{"problem": "%s"}\n' % {"cp932": "数学"}.get(encoding, "é"), encoding=encoding)
+    file.write_text(
+        '{"problem": "1+1"}\n{"problem": "%s"}\n' % {"cp932": "数学"}.get(encoding, "é"), encoding=encoding
+    )
     with pytest.raises(ValueError, match=r"data.jsonl, after line \d: not UTF-8 .*; save it as UTF-8"):
         load(file)
 

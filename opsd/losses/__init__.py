@@ -14,7 +14,6 @@ from opsd.losses.divergence import (
 from opsd.losses.elementwise import HeadSettings
 from opsd.losses.fused import (
     fused_linear_jsd,
-    fused_linear_logprobs,
     fused_linear_sampled_token_loss,
     fused_token_losses,
     read_head_settings,
@@ -29,7 +28,6 @@ __all__ = [
     "TokenStatistics",
     "dense_token_losses",
     "fused_linear_jsd",
-    "fused_linear_logprobs",
     "fused_linear_sampled_token_loss",
     "fused_token_losses",
     "generalized_jsd",

@@ -17,27 +17,11 @@ TOP_K_SUPPORTS = ("teacher", "student", "both")
 MASKED = -1e30  # log-probability of a masked entry; finite, so that its summand is 0 and not infinity - infinity
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Objective:
-    """
-    Settings of the loss of a token.
+    """Settings of the loss of a token. A value outside its range raises a ValueError."""
 
-    Args:
-        beta: in [0, 1]: 0 is KL(p_T || p_S), 1 is KL(p_S || p_T), in between the generalized JSD.
-        temperature: of both softmaxes.
-        clip, clip_mode, top_k, top_k_support, top_k_add_tail: as for `generalized_jsd`.
-        sampled_token: minimize `sampled_token_loss` (paper eq. 9) in place of the divergence (eq. 7). The divergence
-            with `beta` is then computed for the statistics only, over the full vocabulary and without a cap.
-        sampled_token_clip: bound on the absolute value of that loss's advantage, in nats; `None` for no bound.
-        policy_gradient_weight: if positive, `policy_gradient_loss` is added. Only its sign matters here: the caller
-            scales the advantages.
-        importance_sampling_correction: multiply both policy gradients (of `sampled_token` and of the advantages) by
-            p_S / p_sampler of the sampled token.
-
-    Raises:
-        ValueError: for a value outside its range.
-    """
-
+    # The divergence (paper eq. 7), as for `generalized_jsd`
     beta: float = 0.0
     temperature: float = 1.0
     clip: float | None = None
@@ -45,29 +29,29 @@ class Objective:
     top_k: int | None = None
     top_k_support: str = "teacher"
     top_k_add_tail: bool = False
+    # Minimize `sampled_token_loss` (eq. 9) in its place. The divergence with `beta` is then computed for the
+    # statistics only, over the full vocabulary and without a cap.
     sampled_token: bool = False
-    sampled_token_clip: float | None = None
+    sampled_token_clip: float | None = None  # bound on the absolute value of that loss's advantage, nats
+    # If positive, `policy_gradient_loss` is added. Only its sign matters here: the caller scales the advantages.
     policy_gradient_weight: float = 0.0
+    # Multiply both policy gradients, of `sampled_token` and of the advantages, by the sampled token's p_S / p_sampler.
     importance_sampling_correction: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"beta must lie in [0, 1], got {self.beta}")
-        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
-        for name, clip in (("clip", self.clip), ("sampled_token_clip", self.sampled_token_clip)):
-            if clip is not None and not clip > 0.0:
-                raise ValueError(f"{name} must be positive, or None for no clip, got {clip}")
-        if self.clip_mode not in CLIP_MODES:
-            raise ValueError(f"clip_mode must be one of {', '.join(CLIP_MODES)}, got {self.clip_mode!r}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for the full vocabulary, got {self.top_k}")
-        if self.top_k_support not in TOP_K_SUPPORTS:
-            raise ValueError(f"top_k_support must be one of {', '.join(TOP_K_SUPPORTS)}, got {self.top_k_support!r}")
-        if not (self.policy_gradient_weight >= 0.0 and math.isfinite(self.policy_gradient_weight)):
-            raise ValueError(
-                f"policy_gradient_weight must be finite and not negative, got {self.policy_gradient_weight}"
-            )
+        no_clip = "positive, or None for no clip"
+        for name, is_valid, expected in (
+            ("beta", 0.0 <= self.beta <= 1.0, "in [0, 1]"),
+            ("temperature", 0.0 < self.temperature < math.inf, "positive and finite"),
+            ("clip", self.clip is None or self.clip > 0.0, no_clip),
+            ("clip_mode", self.clip_mode in CLIP_MODES, f"one of {', '.join(CLIP_MODES)}"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1, or None for the full vocabulary"),
+            ("top_k_support", self.top_k_support in TOP_K_SUPPORTS, f"one of {', '.join(TOP_K_SUPPORTS)}"),
+            ("sampled_token_clip", self.sampled_token_clip is None or self.sampled_token_clip > 0.0, no_clip),
+            ("policy_gradient_weight", 0.0 <= self.policy_gradient_weight < math.inf, "finite and not negative"),
+        ):
+            if not is_valid:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
     @property
     def divergence(self) -> "Objective":
@@ -98,9 +82,6 @@ class Objective:
 
         The importance weights p_S / p_sampler come from the two (N,) log-probabilities of the sampled tokens. They are
         multiplied into the advantages.
-
-        Raises:
-            ValueError: if the importance sampling correction lacks the sampler's log-probabilities.
         """
         if self.policy_gradient_weight == 0.0:
             advantages = None
@@ -177,10 +158,6 @@ def _sampled_log_softmax(logits: Tensor, token_ids: Tensor, temperature: float) 
     return _log_softmax(logits, temperature).gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
 
 
-def _entropy(log_probs: Tensor) -> Tensor:
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
 def _summands(s: Tensor, t: Tensor, beta: float) -> Tensor:
     """
     Compute the divergence's summands (..., V), one for each vocabulary entry.
@@ -205,26 +182,21 @@ def _summands(s: Tensor, t: Tensor, beta: float) -> Tensor:
     return -beta * p_t * mixture_to_t - (1 - beta) * p_s * mixture_to_s
 
 
-def _moves_wrong_way(summands: Tensor, s: Tensor, t: Tensor, beta: float, clip: float, last_is_tail: bool) -> Tensor:
-    """`TokenStatistics.wrong_way`, boolean (R,), for (R, V) summands with a pointwise cap that bites in every row."""
-    p_s, p_t = s.exp(), t.exp()
-    if beta == 0.0:
-        g = -p_t
-    elif beta == 1.0:
-        g = summands + p_s
-    else:
-        mixture = torch.logaddexp(t + math.log(beta), s + math.log(1 - beta))
-        g = (1 - beta) * p_s * (s - mixture)
-    g = torch.where(summands <= clip, g, 0)  # derivative of capped summand i with respect to s_i
+def _moves_wrong_way(s: Tensor, t: Tensor, beta: float, clip: float, last_is_tail: bool) -> Tensor:
+    """`TokenStatistics.wrong_way`, boolean (R,), for (R, V) entries with a pointwise cap that bites in every row."""
+    with torch.enable_grad():
+        s = s.detach().requires_grad_()
+        (g,) = torch.autograd.grad(_summands(s, t, beta).clamp(max=clip).sum(), s)
+    p_s, p_t = s.detach().exp(), t.exp()
     gradient = g - p_s * g.sum(-1, keepdim=True)  # with respect to logits / temperature
     top = (p_t[:, :-1] if last_is_tail else p_t).argmax(-1, keepdim=True)
     return ((p_t.gather(-1, top) > p_s.gather(-1, top)) & (gradient.gather(-1, top) > 0)).squeeze(-1)
 
 
 def _divergence(
-    student_logits: Tensor, teacher_logits: Tensor, objective: Objective, with_statistics: bool = True
-) -> tuple[Tensor, TokenStatistics | None]:
-    """`generalized_jsd` with the settings of `objective`, without a mask."""
+    student_logits: Tensor, teacher_logits: Tensor, objective: Objective
+) -> tuple[Tensor, TokenStatistics]:
+    """`generalized_jsd` with the settings of `objective`, without a mask, and its statistics."""
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(
             f"student and teacher logits differ in shape: {tuple(student_logits.shape)}, {tuple(teacher_logits.shape)}"
@@ -233,7 +205,7 @@ def _divergence(
     top_k, add_tail = objective.top_k, objective.top_k_add_tail
     s = _log_softmax(student_logits, objective.temperature)  # (..., V)
     t = _log_softmax(teacher_logits.detach(), objective.temperature)  # (..., V)
-    entropies = [_entropy(role) for role in (s.detach(), t) if with_statistics]  # (...)
+    student_entropy, teacher_entropy = (-(role.exp() * role).sum(-1) for role in (s.detach(), t))  # (...)
     has_tail = False
     if top_k is not None and top_k < t.shape[-1]:
         indices, repeated = top_k_indices(s.detach(), t, top_k, objective.top_k_support)
@@ -252,8 +224,6 @@ def _divergence(
         divergence = divergence.clamp(max=clip)
     elif clip is not None and clip_mode == "scale":
         divergence = divergence * (clip / divergence.detach().clamp(min=clip))
-    if not with_statistics:
-        return divergence, None
 
     with torch.no_grad():
         capped_values = summands if clip_mode == "pointwise" else summands.sum(-1, keepdim=True)  # (..., V or 1)
@@ -262,16 +232,9 @@ def _divergence(
         wrong_way = torch.zeros_like(clipped_entries)
         if clip is not None and clip_mode == "pointwise":
             rows = clipped_entries > 0
-            wrong_way[rows] = _moves_wrong_way(summands[rows], s[rows], t[rows], beta, clip, has_tail).to(s.dtype)
-        statistics = TokenStatistics(
-            summands.sum(-1),
-            clipped_entries,
-            excess.sum(-1),
-            capped_values.clamp(min=0).sum(-1),
-            *entropies,
-            wrong_way,
-        )
-    return divergence, statistics
+            wrong_way[rows] = _moves_wrong_way(s[rows], t[rows], beta, clip, has_tail).to(s.dtype)
+        sums = (summands.sum(-1), clipped_entries, excess.sum(-1), capped_values.clamp(min=0).sum(-1))
+    return divergence, TokenStatistics(*sums, student_entropy, teacher_entropy, wrong_way)
 
 
 def generalized_jsd(
@@ -286,8 +249,7 @@ def generalized_jsd(
     top_k: int | None = None,
     top_k_support: str = "teacher",
     top_k_add_tail: bool = False,
-    return_statistics: bool = False,
-) -> Tensor | tuple[Tensor, TokenStatistics]:
+) -> Tensor:
     """
     Compute the generalized Jensen-Shannon divergence between teacher and student at each token (paper eq. 7).
 
@@ -311,7 +273,6 @@ def generalized_jsd(
         top_k_add_tail: treatment of the other entries. False: leave them out and renormalize both distributions. True:
             add one entry that holds their total probability. The result is then the divergence of coarser
             distributions, which is never above the full one.
-        return_statistics: return (divergence, `TokenStatistics`) instead.
 
     Returns:
         (...), nats, float32 or float64.
@@ -319,23 +280,18 @@ def generalized_jsd(
     Raises:
         ValueError: for settings outside their range and for logits of different shapes.
     """
-    objective = Objective(
-        beta=beta,
-        temperature=temperature,
-        clip=clip,
-        clip_mode=clip_mode,
-        top_k=top_k,
-        top_k_support=top_k_support,
-        top_k_add_tail=top_k_add_tail,
-    )
-    divergence, statistics = _divergence(student_logits, teacher_logits, objective, return_statistics)
-    if mask is not None:
-        divergence = torch.where(mask.bool(), divergence, 0)
-    if not return_statistics:
-        return divergence
-    if mask is not None:
-        statistics = TokenStatistics(*(torch.where(mask.bool(), value, 0) for value in statistics))
-    return divergence, statistics
+    objective = Objective(beta, temperature, clip, clip_mode, top_k, top_k_support, top_k_add_tail)
+    divergence, _ = _divergence(student_logits, teacher_logits, objective)
+    return divergence if mask is None else torch.where(mask.bool(), divergence, 0)
+
+
+def _teacher_advantages(
+    student_logits: Tensor, teacher_logits: Tensor, token_ids: Tensor, temperature: float, clip: float | None
+) -> Tensor:
+    """Advantages A_n of `sampled_token_loss`, (...), detached."""
+    s = _sampled_log_softmax(student_logits.detach(), token_ids, temperature)
+    t = _sampled_log_softmax(teacher_logits.detach(), token_ids, temperature)
+    return t - s if clip is None else (t - s).clamp(-clip, clip)
 
 
 def sampled_token_loss(
@@ -346,22 +302,18 @@ def sampled_token_loss(
     *,
     temperature: float = 1.0,
     clip: float | None = None,
-    importance_weights: Tensor | None = None,
 ) -> Tensor:
     """
     Compute the policy-gradient loss of the sampled tokens with the teacher's advantage (paper eq. 9).
 
-        L_n = -w_n A_n log p_S(y_n),  A_n = log p_T(y_n) - log p_S(y_n)
+        L_n = -A_n log p_S(y_n),  A_n = log p_T(y_n) - log p_S(y_n)
 
-    Advantage and importance weight are constants for the gradient. The paper has neither clip nor importance weights.
+    The advantage is a constant for the gradient. The paper has no clip.
 
     Args:
-        student_logits, teacher_logits: (..., V).
+        student_logits, teacher_logits, mask, temperature: as for `generalized_jsd`.
         token_ids: (...), int64, the sampled tokens y_n.
-        mask: (...), true or non-zero at tokens that count; the others get the value 0 and no gradient.
-        temperature: of both softmaxes.
         clip: bound on the advantage's absolute value in nats, or `None`.
-        importance_weights: (...), w_n = p_S(y_n) / p_sampler(y_n) for tokens that another sampler drew; `None` for 1.
 
     Returns:
         (...), float32 or float64. The value is no divergence; only the gradient has a meaning.
@@ -370,15 +322,8 @@ def sampled_token_loss(
         ValueError: for a temperature or clip that is not positive.
     """
     Objective(temperature=temperature, sampled_token_clip=clip)
-    s = _sampled_log_softmax(student_logits, token_ids, temperature)  # (...)
-    t = _sampled_log_softmax(teacher_logits.detach(), token_ids, temperature)  # (...)
-    advantages = (t - s).detach()
-    if clip is not None:
-        advantages = advantages.clamp(-clip, clip)
-    if importance_weights is not None:
-        advantages = advantages * importance_weights.detach().to(s.dtype)
-    loss = -advantages * s
-    return loss if mask is None else torch.where(mask.bool(), loss, 0)
+    advantages = _teacher_advantages(student_logits, teacher_logits, token_ids, temperature, clip)
+    return policy_gradient_loss(student_logits, token_ids, advantages, mask, temperature=temperature)
 
 
 def policy_gradient_loss(
@@ -392,22 +337,9 @@ def policy_gradient_loss(
     """
     Compute the policy-gradient loss of the sampled tokens with given advantages: -A_n log p_S(y_n) (REINFORCE).
 
-    The advantages are constants for the gradient. Where the tokens are drawn from p_S itself, the gradient is that of
-    GRPO: its ratio of new to old policy is then 1 and its clip inactive. For tokens of another sampler, multiply their
-    importance weights into A_n.
-
-    Args:
-        student_logits: (..., V).
-        token_ids: (...), int64, the sampled tokens y_n.
-        advantages: (...), A_n.
-        mask: (...), true or non-zero at tokens that count; the others get the value 0 and no gradient.
-        temperature: of the softmax.
-
-    Returns:
-        (...), float32 or float64. Only the gradient has a meaning.
-
-    Raises:
-        ValueError: for a temperature that is not positive.
+    The advantages, (...), are constants for the gradient. Where the tokens are drawn from p_S itself, the gradient is
+    that of GRPO: its ratio of new to old policy is then 1 and its clip inactive. For tokens of another sampler,
+    multiply their importance weights into A_n. Other arguments, result and errors are as for `sampled_token_loss`.
     """
     Objective(temperature=temperature)
     s = _sampled_log_softmax(student_logits, token_ids, temperature)  # (...)
@@ -437,7 +369,6 @@ def dense_token_losses(
     Args:
         student_logits, teacher_logits: (N, V). Gradients reach the student only.
         token_ids: (N,), int64, the sampled tokens y_n.
-        objective: settings of the loss.
         weights: (N,), constants; `None` for ones.
         advantages: (N,), constants, which already include `policy_gradient_weight`; `None` for zeros.
         sampler_logprobs: (N,), log p_sampler(y_n) at `objective.sampler_logprob_temperature`, if the sampler reports
@@ -451,24 +382,20 @@ def dense_token_losses(
     """
     logprobs = None
     if sampler_logprobs is not None:
-        scaled = student_logits.detach().float() / objective.sampler_logprob_temperature
-        logprobs = -F.cross_entropy(scaled, token_ids, reduction="none")
+        temperature = objective.sampler_logprob_temperature
+        logprobs = _sampled_log_softmax(student_logits.detach().float(), token_ids, temperature)
     advantages, importance_weights = objective.policy_gradient_factors(advantages, logprobs, sampler_logprobs)
 
     with torch.set_grad_enabled(torch.is_grad_enabled() and not objective.sampled_token):
         loss, statistics = _divergence(student_logits, teacher_logits, objective.divergence)
-    temperature = objective.temperature
+    temperature, clip = objective.temperature, objective.sampled_token_clip
     if objective.sampled_token:
-        loss = sampled_token_loss(
-            student_logits,
-            teacher_logits,
-            token_ids,
-            temperature=temperature,
-            clip=objective.sampled_token_clip,
-            importance_weights=importance_weights,
-        )
+        of_teacher = _teacher_advantages(student_logits, teacher_logits, token_ids, temperature, clip)
+        if importance_weights is not None:
+            of_teacher = of_teacher * importance_weights.to(of_teacher.dtype)
+        loss = policy_gradient_loss(student_logits, token_ids, of_teacher, temperature=temperature)
     if weights is not None:
-        loss = loss * weights
+        loss = loss * weights.detach()
     if advantages is not None:
         loss = loss + policy_gradient_loss(student_logits, token_ids, advantages, temperature=temperature)
     return TokenLosses(loss, statistics, logprobs)

@@ -1,8 +1,7 @@
 """The objectives of OPSD from hidden states: the logits exist for one chunk of tokens at a time."""
 
-import math
+from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,30 +46,25 @@ def _out_dtype(operand: Tensor, result: Tensor) -> dict[str, torch.dtype]:
     return {} if operand.dtype == result.dtype else {"out_dtype": result.dtype}
 
 
-def _result_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """Dtype of logits and losses: at least float32."""
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Dtype of the logits, at least float32, and of the factors: CUDA multiplies 16-bit ones into float32."""
+    dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
+    return dtype, weight.dtype if hidden.is_cuda and weight.dtype.itemsize == 2 else dtype
 
 
-def _operand_dtype(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the factors: CUDA multiplies 16-bit ones into float32. Elsewhere they are converted to `dtype`."""
-    return weight.dtype if hidden.is_cuda and weight.dtype.itemsize == 2 else dtype
-
-
-def _block_size(weight: Tensor, operand_dtype: torch.dtype) -> int:
-    """Number of rows of the head to convert at a time."""
-    return len(weight) if weight.dtype == operand_dtype else 8192
+def _head_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of the head in `dtype`, a few thousand at a time if they have to be converted."""
+    size = len(weight) if weight.dtype == dtype else 8192
+    for start in range(0, len(weight), size):
+        rows = slice(start, start + size)
+        yield rows, weight[rows].to(dtype)
 
 
 def _project(hidden: Tensor, weight: Tensor, operand_dtype: torch.dtype, logits: Tensor) -> None:
     """Write hidden weight^T into `logits`."""
-    hidden, size = hidden.to(operand_dtype), _block_size(weight, operand_dtype)
-    for block, columns in zip(weight.split(size), logits.split(size, dim=1), strict=True):
-        torch.mm(hidden, block.to(operand_dtype).T, out=columns, **_out_dtype(hidden, logits))
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    torch.addmm(total, a, b, out=total, **_out_dtype(a, total))
+    hidden = hidden.to(operand_dtype)
+    for columns, block in _head_blocks(weight, operand_dtype):
+        torch.mm(hidden, block.T, out=logits[:, columns], **_out_dtype(hidden, logits))
 
 
 def _automatic_chunk_size(bytes_per_token: int, device: torch.device) -> int:
@@ -87,39 +81,28 @@ def _automatic_chunk_size(bytes_per_token: int, device: torch.device) -> int:
 # Chunks and autograd
 
 
-class _Inputs(NamedTuple):
-    student_hidden: Tensor  # (N, H)
-    teacher_hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H), the student's head
-    teacher_weight: Tensor  # (V, H)
-    token_ids: Tensor | None  # (N,)
-    token_weights: Tensor | None  # (N,)
-    advantages: Tensor | None  # (N,)
-
-
-class _Settings(NamedTuple):
-    objective: Objective
-    head: HeadSettings
-    chunk_size: int | None
-    with_statistics: bool
-
-
 def _over_chunks(
-    inputs: _Inputs, settings: _Settings, *, hidden_gradient: bool, weight_gradient: bool
+    settings: tuple[Objective, HeadSettings, int | None],
+    trained: tuple[bool, bool],
+    student_hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_ids: Tensor,
+    token_weights: Tensor | None,
+    advantages: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """
     Compute the losses chunk by chunk: those of the objective times the token weights, plus the policy gradient's.
 
     Returns:
-        Losses (N,); statistics of the objective alone, (7, N), or (0, N) if not asked for; the gradient of the losses'
-        sum with respect to `student_hidden` (N, H) and to `weight` (V, H), each `None` if not asked for.
+        Losses (N,); statistics of the objective alone, (7, N); the gradient of the losses' sum with respect to
+        `student_hidden` (N, H) and to `weight` (V, H), each `None` if it is not `trained`.
     """
-    student_hidden, teacher_hidden, weight, teacher_weight, token_ids, token_weights, advantages = inputs
-    objective, head, chunk_size, with_statistics = settings
-    (num_tokens, _), (vocab_size, _), device = student_hidden.shape, weight.shape, student_hidden.device
-    dtype = _result_dtype(student_hidden, weight)
-    operand_dtype = _operand_dtype(student_hidden, weight, dtype)
-    block_size = _block_size(weight, operand_dtype)
+    objective, head, chunk_size = settings
+    hidden_gradient, weight_gradient = trained
+    num_tokens, vocab_size, device = len(student_hidden), len(weight), student_hidden.device
+    dtype, operand_dtype = _dtypes(student_hidden, weight)
     needs_gradient = hidden_gradient or weight_gradient
     if chunk_size is None:
         itemsize = (2 if advantages is None else 3) * dtype.itemsize
@@ -131,8 +114,7 @@ def _over_chunks(
     gradient_buffer = buffers[0] if operand_dtype == dtype else torch.empty_like(buffers[0], dtype=operand_dtype)
     policy_gradient_buffer = None if advantages is None else torch.empty_like(buffers[0])
     losses = torch.empty(num_tokens, dtype=dtype, device=device)
-    num_statistics = len(TokenStatistics._fields) if with_statistics else 0
-    statistics = torch.empty(num_statistics, num_tokens, dtype=dtype, device=device)
+    statistics = torch.empty(len(TokenStatistics._fields), num_tokens, dtype=dtype, device=device)
     d_hidden = torch.empty_like(student_hidden) if hidden_gradient else None
     d_weight = torch.zeros_like(weight, dtype=dtype) if weight_gradient else None
     scale = head.logit_scale / objective.temperature
@@ -140,32 +122,19 @@ def _over_chunks(
     with torch.autocast(device.type, enabled=False):
         for start in range(0, num_tokens, chunk_size):
             rows = slice(start, min(start + chunk_size, num_tokens))
-            size = rows.stop - start
+            size, ids = rows.stop - start, token_ids[rows]
             student_logits, teacher_logits, gradient = buffers[0, :size], buffers[1, :size], gradient_buffer[:size]
             _project(student_hidden[rows], weight, operand_dtype, student_logits)
-            if advantages is not None:
+            if advantages is not None and policy_gradient_buffer is not None:
                 # Now, since the student's logits are still unchanged and the teacher's buffer is free as scratch
                 policy_gradient = policy_gradient_buffer[:size]
                 policy_gradient_losses = chunk_policy_gradient(
-                    student_logits,
-                    token_ids[rows],
-                    advantages[rows],
-                    objective.temperature,
-                    head,
-                    scratch=teacher_logits,
-                    gradient=policy_gradient,
-                    needs_gradient=needs_gradient,
+                    student_logits, ids, advantages[rows], objective, head, teacher_logits, policy_gradient
                 )
             _project(teacher_hidden[rows], teacher_weight, operand_dtype, teacher_logits)
             use_triton = HAS_TRITON and is_supported(student_logits, objective)
             losses[rows], statistics[:, rows] = (chunk_losses_triton if use_triton else chunk_losses)(
-                student_logits,
-                teacher_logits,
-                None if token_ids is None else token_ids[rows],
-                objective,
-                head,
-                gradient if needs_gradient else None,
-                with_statistics,
+                student_logits, teacher_logits, ids, objective, head, gradient if needs_gradient else None
             )
             if token_weights is not None:
                 losses[rows].mul_(token_weights[rows])
@@ -175,17 +144,18 @@ def _over_chunks(
                 losses[rows].add_(policy_gradient_losses)
                 if needs_gradient:
                     gradient.add_(policy_gradient)
-            if hidden_gradient:
+            if d_hidden is not None:
                 d_rows = torch.zeros_like(student_hidden[rows], dtype=dtype)
-                for block, columns in zip(weight.split(block_size), gradient.split(block_size, dim=1), strict=True):
-                    _add_product(d_rows, columns, block.to(operand_dtype))
+                for columns, block in _head_blocks(weight, operand_dtype):
+                    torch.addmm(d_rows, gradient[:, columns], block, out=d_rows, **_out_dtype(block, d_rows))
                 d_hidden[rows] = d_rows.mul_(scale)
-            if weight_gradient:
-                _add_product(d_weight, gradient.T, student_hidden[rows].to(operand_dtype))
-    return losses, statistics, d_hidden, d_weight.mul_(scale).to(weight.dtype) if weight_gradient else None
+            if d_weight is not None:
+                hidden = student_hidden[rows].to(operand_dtype)
+                torch.addmm(d_weight, gradient.T, hidden, out=d_weight, **_out_dtype(hidden, d_weight))
+    return losses, statistics, d_hidden, None if d_weight is None else d_weight.mul_(scale).to(weight.dtype)
 
 
-class _FusedLinearLoss(torch.autograd.Function):
+class _FusedLosses(torch.autograd.Function):
     """
     Computes the gradient in the forward pass, while the logits exist.
 
@@ -196,15 +166,9 @@ class _FusedLinearLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, settings, *inputs):
-        inputs = _Inputs(*inputs)
-        hidden_gradient, weight_gradient = (
-            ctx.needs_input_grad[1 + inputs._fields.index(name)] for name in ("student_hidden", "weight")
-        )
-        losses, statistics, d_hidden, d_weight = _over_chunks(
-            inputs, settings, hidden_gradient=hidden_gradient, weight_gradient=weight_gradient
-        )
-        ctx.save_for_backward(d_hidden, d_weight, *(inputs if weight_gradient else ()))
-        ctx.settings = settings._replace(with_statistics=False)
+        losses, statistics, d_hidden, d_weight = _over_chunks(settings, ctx.needs_input_grad[1:3], *inputs)
+        ctx.save_for_backward(d_hidden, d_weight, *(() if d_weight is None else inputs))
+        ctx.settings = settings
         ctx.mark_non_differentiable(statistics)
         return losses, statistics
 
@@ -215,211 +179,38 @@ class _FusedLinearLoss(torch.autograd.Function):
         if d_weight is not None and (grad_losses == grad_losses[:1]).all():
             d_weight = torch.mul(d_weight, grad_losses[:1].sum(), out=torch.empty_like(d_weight))
         elif d_weight is not None:
-            inputs = _Inputs(*inputs)
-            token_weights, advantages = inputs.token_weights, inputs.advantages
-            inputs = inputs._replace(
-                token_weights=grad_losses if token_weights is None else grad_losses * token_weights,
-                advantages=None if advantages is None else grad_losses * advantages,
-            )
-            d_weight = _over_chunks(inputs, ctx.settings, hidden_gradient=False, weight_gradient=True)[3]
+            *inputs, weights, advantages = inputs
+            weights = grad_losses if weights is None else grad_losses * weights
+            advantages = None if advantages is None else grad_losses * advantages
+            *_, d_weight = _over_chunks(ctx.settings, (False, True), *inputs, weights, advantages)
         if d_hidden is not None:
             d_hidden = torch.mul(d_hidden, grad_losses.unsqueeze(-1), out=torch.empty_like(d_hidden))
-        return None, *_Inputs(d_hidden, None, d_weight, None, None, None, None)
-
-
-def _fused_linear_loss(
-    inputs: _Inputs, settings: _Settings, importance_weights: Tensor | None = None
-) -> tuple[Tensor, TokenStatistics | None]:
-    """Check the arguments, and apply `_FusedLinearLoss`. Token and importance weights are multiplied."""
-    if settings.chunk_size is not None and settings.chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, or None to choose it, got {settings.chunk_size}")
-    if inputs.advantages is not None and inputs.token_ids is None:
-        raise ValueError("advantages need token_ids, the sampled tokens that they belong to")
-    if inputs.teacher_weight is None:
-        inputs = inputs._replace(teacher_weight=inputs.weight)
-    shapes = [tuple(tensor.shape) for tensor in inputs[:4]]
-    of_tokens = [tensor for tensor in (*inputs[4:], importance_weights) if tensor is not None]
-    student, teacher, head, teacher_head = shapes
-    if (
-        any(len(shape) != 2 for shape in shapes)
-        or (student[0], head[0]) != (teacher[0], teacher_head[0])
-        or (student[1], teacher[1]) != (head[1], teacher_head[1])
-        or any(tensor.shape != student[:1] for tensor in of_tokens)
-    ):
-        raise ValueError(
-            "expected student and teacher hidden states (N, H), heads (V, H), token ids, weights and advantages (N,), "
-            f"got {', '.join(map(str, shapes + [tuple(tensor.shape) for tensor in of_tokens]))}"
-        )
-    weights = [tensor for tensor in (inputs.token_weights, importance_weights) if tensor is not None]
-    inputs = inputs._replace(token_weights=math.prod(weights) if weights else None)
-    has_gradient = ("student_hidden", "weight") if torch.is_grad_enabled() else ()
-    losses, statistics = _FusedLinearLoss.apply(
-        settings,
-        *(
-            tensor if tensor is None or name in has_gradient else tensor.detach()
-            for name, tensor in inputs._asdict().items()
-        ),
-    )
-    return losses, TokenStatistics(*statistics) if settings.with_statistics else None
+        return None, d_hidden, d_weight, None, None, None, None, None
 
 
 # Losses
 
 
-def fused_linear_jsd(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    lm_head_weight: Tensor,
-    *,
-    teacher_lm_head_weight: Tensor | None = None,
-    beta: float,
-    temperature: float = 1.0,
-    clip: float | None = None,
-    clip_mode: str = "pointwise",
-    top_k: int | None = None,
-    top_k_support: str = "teacher",
-    top_k_add_tail: bool = False,
-    head: HeadSettings = PLAIN_HEAD,
-    chunk_size: int | None = None,
-    return_statistics: bool = False,
-    token_weights: Tensor | None = None,
-    advantages: Tensor | None = None,
-    token_ids: Tensor | None = None,
-) -> Tensor | tuple[Tensor, TokenStatistics]:
-    """
-    Compute `generalized_jsd` of the logits of a language model's head, `chunk_size` tokens at a time.
-
-    Values and gradients equal the dense form's, whatever reduction follows. Gradients reach `student_hidden` and, if
-    it requires them, `lm_head_weight` in its role as the student's head; the teacher gets none.
-
-    It costs three products of the size (N, H) x (H, V), and one more if the head is trained. It holds two buffers
-    (chunk_size, V), one more if dtypes differ, and one more with `advantages`. If the head is trained and the losses
-    are not all weighted alike afterwards, the backward pass computes the chunks again: leave the inputs unchanged.
-
-    Logits are float32 even if hidden states and weight are not, and under autocast. On CUDA with a 16-bit weight, the
-    gradient of the logits is rounded to 16 bits for its product. On CUDA a Triton kernel does the element-wise part,
-    except for `top_k` and `advantages`, which use slower PyTorch operations.
-
-    Args:
-        student_hidden, teacher_hidden: (N, H), the head's input, of any floating dtype.
-        lm_head_weight: (V, H). The head has no bias.
-        teacher_lm_head_weight: (V, H), if the teacher has another head; its H may differ from the student's.
-        beta, temperature, clip, clip_mode, top_k, top_k_support, top_k_add_tail, return_statistics: as for
-            `generalized_jsd`.
-        head: how the logits follow from the head's output.
-        chunk_size: number of tokens at a time; `None` chooses it from V, the dtypes and the free memory.
-        token_weights: (N,), constants that multiply each token's divergence, but not its statistics. Unlike weights
-            that are multiplied in later, they do not make the backward pass compute the chunks again.
-        advantages: (N,), A_n: adds `policy_gradient_loss`, which `token_weights` do not multiply.
-        token_ids: (N,), int64, the sampled tokens; needed for the advantages only.
-
-    Returns:
-        (N,), nats, float32, or float64 if an input is.
-
-    Raises:
-        ValueError: for settings outside their range, for shapes that do not fit, and for advantages without token ids.
-    """
-    objective = Objective(
-        beta=beta,
-        temperature=temperature,
-        clip=clip,
-        clip_mode=clip_mode,
-        top_k=top_k,
-        top_k_support=top_k_support,
-        top_k_add_tail=top_k_add_tail,
-    )
-    inputs = _Inputs(
-        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, token_ids, token_weights, advantages
-    )
-    divergence, statistics = _fused_linear_loss(inputs, _Settings(objective, head, chunk_size, return_statistics))
-    return (divergence, statistics) if return_statistics else divergence
-
-
-def fused_linear_sampled_token_loss(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    lm_head_weight: Tensor,
-    token_ids: Tensor,
-    *,
-    teacher_lm_head_weight: Tensor | None = None,
-    temperature: float = 1.0,
-    clip: float | None = None,
-    importance_weights: Tensor | None = None,
-    head: HeadSettings = PLAIN_HEAD,
-    chunk_size: int | None = None,
-    return_statistics: bool = False,
-    beta: float = 1.0,
-    token_weights: Tensor | None = None,
-    advantages: Tensor | None = None,
-) -> Tensor | tuple[Tensor, TokenStatistics]:
-    """
-    Compute `sampled_token_loss` of the logits of a language model's head.
-
-    Arguments that are not listed here are as for `fused_linear_jsd`, and so are costs and errors.
-
-    Args:
-        token_ids: (N,), int64, the sampled tokens.
-        clip: bound on the advantage's absolute value in nats, or `None`.
-        importance_weights: (N,), as for `sampled_token_loss`.
-        return_statistics: return (loss, `TokenStatistics`), those of the divergence with `beta`, without cap and
-            weights. `wrong_way` is then 0, since the sign of one sample's gradient says nothing.
-        beta: of the statistics only. The loss has the gradient of beta = 1 in expectation.
-        token_weights: (N,), constants that multiply each token's loss, together with `importance_weights`.
-        advantages: (N,), further advantages of the sampled tokens, which neither weights nor `clip` change.
-
-    Returns:
-        (N,), float32 or float64.
-    """
-    objective = Objective(beta=beta, temperature=temperature, sampled_token=True, sampled_token_clip=clip)
-    inputs = _Inputs(
-        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, token_ids, token_weights, advantages
-    )
-    settings = _Settings(objective, head, chunk_size, return_statistics)
-    loss, statistics = _fused_linear_loss(inputs, settings, importance_weights)
-    return (loss, statistics) if return_statistics else loss
-
-
 @torch.no_grad()
-def fused_linear_logprobs(
-    hidden: Tensor,
-    lm_head_weight: Tensor,
-    token_ids: Tensor,
-    *,
-    temperature: float = 1.0,
-    head: HeadSettings = PLAIN_HEAD,
-    chunk_size: int | None = None,
+def _logprobs(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, temperature: float, head: HeadSettings, chunk_size: int | None
 ) -> Tensor:
-    """
-    Compute the log-probabilities of given tokens, without gradient and without the full logits.
-
-    Args:
-        hidden: (N, H), the head's input.
-        lm_head_weight: (V, H).
-        token_ids: (N,), int64.
-        temperature: of the softmax.
-        head, chunk_size: as for `fused_linear_jsd`.
-
-    Returns:
-        (N,), nats, float32, or float64 if an input is.
-    """
-    dtype = _result_dtype(hidden, lm_head_weight)
-    operand_dtype = _operand_dtype(hidden, lm_head_weight, dtype)
-    num_tokens, vocab_size = len(hidden), len(lm_head_weight)
+    """Log-probabilities of given tokens, (N,), nats, of the dtype of the losses, without the full logits."""
+    dtype, operand_dtype = _dtypes(hidden, weight)
     if chunk_size is None:
-        chunk_size = _automatic_chunk_size(2 * vocab_size * dtype.itemsize, hidden.device)
-    buffer = torch.empty(min(chunk_size, num_tokens), vocab_size, dtype=dtype, device=hidden.device)
-    logprobs = torch.empty(num_tokens, dtype=dtype, device=hidden.device)
+        chunk_size = _automatic_chunk_size(2 * len(weight) * dtype.itemsize, hidden.device)
+    buffer = torch.empty(min(chunk_size, len(hidden)), len(weight), dtype=dtype, device=hidden.device)
+    logprobs = []
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, num_tokens, chunk_size):
-            rows = slice(start, min(start + chunk_size, num_tokens))
-            logits = buffer[: rows.stop - start]
-            _project(hidden[rows], lm_head_weight, operand_dtype, logits)
+        for rows, ids in zip(hidden.split(chunk_size), token_ids.split(chunk_size), strict=True):
+            logits = buffer[: len(rows)]
+            _project(rows, weight, operand_dtype, logits)
             logits.mul_(head.logit_scale)
             if head.logit_softcap is not None:
                 logits.div_(head.logit_softcap).tanh_().mul_(head.logit_softcap)
             logits.div_(temperature)
-            logprobs[rows] = logits.gather(1, token_ids[rows, None]).squeeze(1) - logits.logsumexp(1)
-    return logprobs
+            logprobs.append(logits.gather(1, ids.unsqueeze(1)).squeeze(1) - logits.logsumexp(1))
+    return torch.cat(logprobs)
 
 
 def fused_token_losses(
@@ -437,38 +228,119 @@ def fused_token_losses(
     sampler_logprobs: Tensor | None = None,
 ) -> TokenLosses:
     """
-    Compute `dense_token_losses` from hidden states.
+    Compute `dense_token_losses` of the logits of a language model's head, `chunk_size` tokens at a time.
+
+    Values and gradients equal the dense form's, whatever reduction follows. Gradients reach `student_hidden` and, if
+    it requires them, `lm_head_weight` in its role as the student's head; the teacher gets none.
+
+    It costs three products of the size (N, H) x (H, V), one more if the head is trained, and one more with
+    `sampler_logprobs`. It holds two buffers (chunk_size, V), one more if dtypes differ, and one more with
+    `advantages`. If the head is trained and the losses are not all weighted alike afterwards, the backward pass
+    computes the chunks again: leave the inputs unchanged, and pass `weights` here.
+
+    Logits are float32 even if hidden states and weight are not, and under autocast. On CUDA with a 16-bit weight, the
+    gradient of the logits is rounded to 16 bits for its product. On CUDA a Triton kernel does the element-wise part,
+    except for `top_k` and `advantages`, which use slower PyTorch operations.
 
     Args:
-        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, head, chunk_size: as for
-            `fused_linear_jsd`.
+        student_hidden, teacher_hidden: (N, H), the head's input, of any floating dtype.
+        lm_head_weight: (V, H). The head has no bias.
+        teacher_lm_head_weight: (V, H), if the teacher has another head; its H may differ from the student's.
+        head: how the logits follow from the head's output.
+        chunk_size: number of tokens at a time; `None` chooses it from V, the dtypes and the free memory.
         token_ids, objective, weights, advantages, sampler_logprobs: as for `dense_token_losses`.
 
     Returns:
-        As `dense_token_losses`.
+        As `dense_token_losses`; float32, or float64 if an input is.
 
     Raises:
-        ValueError: for shapes that do not fit, and if the importance sampling correction lacks `sampler_logprobs`.
+        ValueError: for shapes that do not fit, for a `chunk_size` below 1, and if the importance sampling correction
+            lacks `sampler_logprobs`.
     """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, or None to choose it, got {chunk_size}")
+    teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
+    of_tokens = (token_ids, weights, advantages, sampler_logprobs)
+    tensors = (student_hidden, teacher_hidden, lm_head_weight, teacher_weight, *of_tokens)
+    shapes = [tuple(tensor.shape) for tensor in tensors if tensor is not None]
+    n, h, teacher_h, v = shapes[0][0], shapes[0][-1], shapes[1][-1], shapes[2][0]
+    if shapes != [(n, h), (n, teacher_h), (v, h), (v, teacher_h)] + [(n,)] * (len(shapes) - 4):
+        raise ValueError(
+            "expected student and teacher hidden states (N, H), heads (V, H), token ids, weights, advantages and "
+            f"sampler_logprobs (N,), got {', '.join(map(str, shapes))}"
+        )
+
     logprobs = None
     if sampler_logprobs is not None:
-        logprobs = fused_linear_logprobs(
-            student_hidden,
-            lm_head_weight,
-            token_ids,
-            temperature=objective.sampler_logprob_temperature,
-            head=head,
-            chunk_size=chunk_size,
-        )
+        temperature = objective.sampler_logprob_temperature
+        logprobs = _logprobs(student_hidden, lm_head_weight, token_ids, temperature, head, chunk_size)
     advantages, importance_weights = objective.policy_gradient_factors(advantages, logprobs, sampler_logprobs)
-    if weights is not None and (weights == 1).all():
-        weights = None  # saves a pass over the gradient of the logits
-    inputs = _Inputs(
-        student_hidden, teacher_hidden, lm_head_weight, teacher_lm_head_weight, token_ids, weights, advantages
-    )
-    loss, statistics = _fused_linear_loss(
-        inputs,
-        _Settings(objective, head, chunk_size, with_statistics=True),
-        importance_weights if objective.sampled_token else None,
-    )
-    return TokenLosses(loss, statistics, logprobs)
+    if objective.sampled_token and importance_weights is not None:
+        weights = importance_weights if weights is None else weights * importance_weights
+    inputs = (student_hidden, lm_head_weight, teacher_hidden, teacher_weight, token_ids, weights, advantages)
+    num_trained = 2 if torch.is_grad_enabled() else 0  # student_hidden and lm_head_weight
+    constants = [None if tensor is None else tensor.detach() for tensor in inputs[num_trained:]]
+    losses, statistics = _FusedLosses.apply((objective, head, chunk_size), *inputs[:num_trained], *constants)
+    return TokenLosses(losses, TokenStatistics(*statistics), logprobs)
+
+
+def fused_linear_jsd(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    lm_head_weight: Tensor,
+    *,
+    teacher_lm_head_weight: Tensor | None = None,
+    beta: float,
+    temperature: float = 1.0,
+    clip: float | None = None,
+    clip_mode: str = "pointwise",
+    top_k: int | None = None,
+    top_k_support: str = "teacher",
+    top_k_add_tail: bool = False,
+    head: HeadSettings = PLAIN_HEAD,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """
+    Compute `generalized_jsd` of the logits of a language model's head, (N,), nats, float32, or float64 if an input is.
+
+    Tensors, `head`, `chunk_size`, costs and errors are as for `fused_token_losses`, settings as for `generalized_jsd`.
+    """
+    return fused_token_losses(
+        student_hidden,
+        teacher_hidden,
+        lm_head_weight,
+        torch.zeros(len(student_hidden), dtype=torch.int64, device=student_hidden.device),  # not used
+        Objective(beta, temperature, clip, clip_mode, top_k, top_k_support, top_k_add_tail),
+        teacher_lm_head_weight=teacher_lm_head_weight,
+        head=head,
+        chunk_size=chunk_size,
+    ).loss
+
+
+def fused_linear_sampled_token_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    lm_head_weight: Tensor,
+    token_ids: Tensor,
+    *,
+    teacher_lm_head_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    clip: float | None = None,
+    head: HeadSettings = PLAIN_HEAD,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """
+    Compute `sampled_token_loss` of the logits of a language model's head, (N,), float32, or float64 if an input is.
+
+    `temperature` and `clip` are as for `sampled_token_loss`, all else as for `fused_token_losses`.
+    """
+    return fused_token_losses(
+        student_hidden,
+        teacher_hidden,
+        lm_head_weight,
+        token_ids,
+        Objective(temperature=temperature, sampled_token=True, sampled_token_clip=clip),
+        teacher_lm_head_weight=teacher_lm_head_weight,
+        head=head,
+        chunk_size=chunk_size,
+    ).loss

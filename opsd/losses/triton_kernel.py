@@ -17,16 +17,15 @@ def is_supported(logits: Tensor, objective: Objective) -> bool:
 def chunk_losses_triton(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    token_ids: Tensor | None,
+    token_ids: Tensor,
     objective: Objective,
     head: HeadSettings,
     gradient: Tensor | None,
-    with_statistics: bool,
 ) -> tuple[Tensor, Tensor]:
     """Arguments and results as for `chunk_losses`. The teacher's logits are left unchanged."""
     num_tokens, vocab_size = student_logits.shape
     losses = student_logits.new_empty(num_tokens)
-    statistics = student_logits.new_empty(len(TokenStatistics._fields) if with_statistics else 0, num_tokens)
+    statistics = student_logits.new_empty(len(TokenStatistics._fields), num_tokens)
     scale, cap = head.factors(objective.temperature)
     clip = objective.sampled_token_clip if objective.sampled_token else objective.clip
     clip_mode = None if objective.sampled_token or clip is None else objective.clip_mode
@@ -35,7 +34,7 @@ def chunk_losses_triton(
             student_logits,
             teacher_logits,
             student_logits if gradient is None else gradient,
-            losses if token_ids is None else token_ids,
+            token_ids,
             losses,
             statistics,
             vocab_size,
@@ -50,7 +49,6 @@ def chunk_losses_triton(
             SAMPLED=objective.sampled_token,
             SOFTCAP=cap is not None,
             GRADIENT=gradient is not None,
-            STATISTICS=with_statistics,
             BLOCK=2048,
             num_warps=8,
             enable_fp_fusion=False,  # both roles rounded alike, so that equal logits give exactly zero
@@ -126,7 +124,6 @@ def token_losses_kernel(
     SAMPLED: tl.constexpr,  # the sampled-token loss, where `clip` bounds the advantage (0: no bound)
     SOFTCAP: tl.constexpr,
     GRADIENT: tl.constexpr,
-    STATISTICS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     # One program per token. It reads the logits twice, or three times where the gradient of an entry depends on sums
@@ -193,13 +190,11 @@ def token_losses_kernel(
             capped_total += tl.minimum(f, clip)
             num_capped += tl.where(f > clip, 1.0, 0.0)
             g = tl.where(f > clip, -p_s if BETA == 1.0 else 0.0, g)
-            if STATISTICS:
-                top_column = tl.maximum(top_column, tl.where(z_t == t_max, columns, 0))
+            top_column = tl.maximum(top_column, tl.where(z_t == t_max, columns, 0))
         g_sum += g
-        if STATISTICS:
-            positive_mass += tl.maximum(f, 0.0)
-            s_entropy -= tl.where(mask, p_s * s, 0.0)
-            t_entropy -= tl.where(mask, p_t * t, 0.0)
+        positive_mass += tl.maximum(f, 0.0)
+        s_entropy -= tl.where(mask, p_s * s, 0.0)
+        t_entropy -= tl.where(mask, p_t * t, 0.0)
         if GRADIENT and GRADIENT_NOW:
             gradient = p_s + g
             if SAMPLED:
@@ -217,25 +212,24 @@ def token_losses_kernel(
         positive = tl.maximum(divergence, 0.0)
     if not SAMPLED:
         tl.store(losses_ptr + row, value)
-    if STATISTICS:
-        tl.store(statistics_ptr + row, divergence)
-        tl.store(statistics_ptr + num_tokens + row, clipped_entries)
-        tl.store(statistics_ptr + 2 * num_tokens + row, divergence - value)
-        tl.store(statistics_ptr + 3 * num_tokens + row, positive)
-        tl.store(statistics_ptr + 4 * num_tokens + row, tl.sum(s_entropy, 0))
-        tl.store(statistics_ptr + 5 * num_tokens + row, tl.sum(t_entropy, 0))
-        wrong_way = 0.0
-        if POINTWISE:
-            column = tl.max(top_column, 0)
-            top_student, student_slope = _scaled_logits(tl.load(student_ptr + column), True, scale, softcap, SOFTCAP)
-            top_teacher, teacher_slope = _scaled_logits(tl.load(teacher_ptr + column), True, scale, softcap, SOFTCAP)
-            top_p_s, top_p_t, top_f, top_g = _summands(
-                top_student - s_max - s_log_sum, top_teacher - t_max - t_log_sum, True, BETA
-            )
-            top_g = tl.where(top_f > clip, -top_p_s if BETA == 1.0 else 0.0, top_g)
-            should_rise = (top_p_t > top_p_s) & (clipped_entries > 0)
-            wrong_way = tl.where(should_rise & (top_g - top_p_s * tl.sum(g_sum, 0) > 0), 1.0, 0.0)
-        tl.store(statistics_ptr + 6 * num_tokens + row, wrong_way)
+    tl.store(statistics_ptr + row, divergence)
+    tl.store(statistics_ptr + num_tokens + row, clipped_entries)
+    tl.store(statistics_ptr + 2 * num_tokens + row, divergence - value)
+    tl.store(statistics_ptr + 3 * num_tokens + row, positive)
+    tl.store(statistics_ptr + 4 * num_tokens + row, tl.sum(s_entropy, 0))
+    tl.store(statistics_ptr + 5 * num_tokens + row, tl.sum(t_entropy, 0))
+    wrong_way = 0.0
+    if POINTWISE:
+        column = tl.max(top_column, 0)
+        top_student, student_slope = _scaled_logits(tl.load(student_ptr + column), True, scale, softcap, SOFTCAP)
+        top_teacher, teacher_slope = _scaled_logits(tl.load(teacher_ptr + column), True, scale, softcap, SOFTCAP)
+        top_p_s, top_p_t, top_f, top_g = _summands(
+            top_student - s_max - s_log_sum, top_teacher - t_max - t_log_sum, True, BETA
+        )
+        top_g = tl.where(top_f > clip, -top_p_s if BETA == 1.0 else 0.0, top_g)
+        should_rise = (top_p_t > top_p_s) & (clipped_entries > 0)
+        wrong_way = tl.where(should_rise & (top_g - top_p_s * tl.sum(g_sum, 0) > 0), 1.0, 0.0)
+    tl.store(statistics_ptr + 6 * num_tokens + row, wrong_way)
 
     if GRADIENT and not GRADIENT_NOW:
         factor = -tl.sum(g_sum, 0)
