@@ -187,7 +187,8 @@ def test_statistics_do_not_depend_on_the_gradient(beta, top_k):
     assert torch.equal(loss, expected_loss)
     for value, reference in zip(statistics, expected, strict=True):
         assert torch.equal(value, reference)
-    assert statistics.wrong_way.any()
+    if beta == 0.0:  # the summand of the teacher's most probable token is among the largest fifth in most rows
+        assert statistics.wrong_way.any()
 
 
 def of_tokens(num_tokens=NUM_TOKENS):
