@@ -1,9 +1,8 @@
 r"""
 Equality of answers: by their text, their structure, their values, and else by math-verify.
 
-math-verify's parser reads the values. Its `verify` decides what is not made of numbers, variables and functions only,
-such as equations, inequalities, matrices and integrals. It does not decide the rest, because it compares floats to 6
-decimals and other numbers to 15 digits, and computes 10^{10^{10}} if asked.
+math-verify's `verify` decides equations, inequalities, matrices, integrals and the like. It does not decide numbers
+and functions: it compares floats to 6 decimals and other numbers to 15 digits, and computes 10^{10^{10}} if asked.
 """
 
 import functools
