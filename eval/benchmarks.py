@@ -1,7 +1,5 @@
 """Benchmarks as data, and the questions with their prompts that come out of one."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,9 +23,7 @@ class Benchmark:
     solution_column: str = "solution"
     answer_type_column: str | None = None
     revision: str | None = "main"  # commit, tag or branch on the Hub
-    subsets: Mapping[str, Sequence[str]] = field(
-        default_factory=dict
-    )  # name -> answer types, scored by themselves too
+    subsets: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name -> answer types, scored separately too
 
 
 BENCHMARKS = (
@@ -118,34 +114,10 @@ def load_questions(
         columns["answer_type_column"] = benchmark.answer_type_column
     questions = []
     rows = load_problems(benchmark.path, benchmark.split, columns, revision=benchmark.revision)
+    template = TEACHER_PROMPT if privileged else STUDENT_PROMPT
     for index, row in enumerate(rows):
-        if privileged:
-            content = fill_template(TEACHER_PROMPT, problem=row["problem"], solution=row["solution"])
-        else:
-            content = fill_template(STUDENT_PROMPT, problem=row["problem"])
-        questions.append(
-            Question(
-                benchmark.name,
-                index,
-                row["problem"],
-                row["answer"].strip(),
-                row.get("answer_type"),
-                encode_chat_prompt(tokenizer, content, thinking),
-            )
-        )
+        content = fill_template(template, problem=row["problem"], solution=row.get("solution", ""))
+        prompt_ids = encode_chat_prompt(tokenizer, content, thinking)
+        answer = row["answer"].strip()
+        questions.append(Question(benchmark.name, index, row["problem"], answer, row.get("answer_type"), prompt_ids))
     return questions
-
-
-def content_hash(content: object) -> str:
-    """SHA-256 of anything that JSON can hold, in hexadecimal."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def data_hash(questions: Sequence[Question]) -> str:
-    """Hash of problems, reference answers and answer types, in their order."""
-    return content_hash([[question.problem, question.gold, question.answer_type] for question in questions])
-
-
-def prompt_hash(questions: Sequence[Question]) -> str:
-    """Hash of the token ids of the prompts: of prompt and chat template, thinking mode and tokenizer too."""
-    return content_hash([question.prompt_ids for question in questions])

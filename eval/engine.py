@@ -121,9 +121,7 @@ def check_adapter(folder: str) -> int:
         raise ValueError(f"--checkpoint_dir {folder}: the adapter is empty; save it again from all processes")
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     if config["peft_type"] != "LORA":
-        raise ValueError(
-            f"--checkpoint_dir {folder}: the adapter is of type {config['peft_type']}; only LORA is served"
-        )
+        raise ValueError(f"--checkpoint_dir {folder}: an adapter of type {config['peft_type']}; only LORA is served")
     return max([config["r"], *config.get("rank_pattern", {}).values()])
 
 
@@ -187,12 +185,7 @@ def generate(
         "skip_special_tokens": False,  # </think> may be one
         "output_kind": RequestOutputKind.FINAL_ONLY,
     }
-    drawn = {
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "min_p": sampling.min_p,
-    }
+    drawn = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
     core = engine.llm_engine
     # Enough that the scheduler never lacks a request, not so many that the first step waits for all prompts.
     queue_size = 2 * core.vllm_config.scheduler_config.max_num_seqs

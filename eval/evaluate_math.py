@@ -18,23 +18,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from eval.benchmarks import (
-    BENCHMARKS,
-    Benchmark,
-    Question,
-    content_hash,
-    data_hash,
-    find_benchmark,
-    load_questions,
-    prompt_hash,
-)
+from eval.benchmarks import BENCHMARKS, Benchmark, Question, find_benchmark, load_questions
 from eval.engine import (
     GREEDY,
     Completion,
@@ -47,9 +38,10 @@ from eval.engine import (
     start_engine,
     visible_devices,
 )
-from eval.report import accuracy_table, plot_accuracy, report_tables
+from eval.report import plot_accuracy, report_tables
 from eval.run_files import (
     Sample,
+    content_hash,
     files_hash,
     merge_settings,
     model_version,
@@ -59,8 +51,9 @@ from eval.run_files import (
     sample_line,
     stored_settings,
 )
-from eval.scores import elect, estimate, pass_at_k, pass_sizes, vote_classes
+from eval.scores import Estimate, elect, estimate, pass_at_k, pass_sizes, vote_classes
 from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
+from opsd.run.problem_data import is_path
 from opsd.thinking import after_thought, freeze_date
 from opsd.vllm_engine import stop_engine
 
@@ -156,15 +149,19 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         )
     greedy = [sample.correct for sample in ordered if sample.sample == GREEDY and sample.correct is not None]
     graded = [problem for problem in problems if None not in problem["correct"]]
-    result: dict[str, Any] = {
+    average = estimate([statistics.fmean(problem["correct"]) for problem in graded]) if graded else Estimate()
+    sizes = pass_sizes(min(len(problem["correct"]) for problem in graded)) if graded else []
+    return {
         "val_n": max(len(group) for group in groups),
         "num_problems": len(problems),
         "num_ungraded": len(problems) - len(graded),
-        "avg_at_k": None,
-        "standard_error": None,
-        "interval": None,
-        "pass_at_k": {},
-        "majority_at_k": None,
+        "avg_at_k": average.mean,
+        "standard_error": average.standard_error,
+        "interval": average.interval,
+        "pass_at_k": {
+            str(k): statistics.fmean(pass_at_k(len(p["correct"]), sum(p["correct"]), k) for p in graded) for k in sizes
+        },
+        "majority_at_k": statistics.fmean(problem["majority_correct"] for problem in graded) if graded else None,
         "greedy": statistics.fmean(greedy) if greedy else None,
         "truncated": statistics.fmean(sample.finish_reason == "length" for sample in drawn),
         "unclosed_thinking": statistics.fmean(after_thought(sample.text, True) is None for sample in drawn)
@@ -174,19 +171,6 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         "status": dict(Counter(sample.status for sample in drawn)),
         "problems": problems,
     }
-    if graded:
-        average = estimate([statistics.fmean(problem["correct"]) for problem in graded])
-        result |= {
-            "avg_at_k": average.mean,
-            "standard_error": average.standard_error,
-            "interval": average.interval,
-            "pass_at_k": {
-                str(k): statistics.fmean(pass_at_k(len(p["correct"]), sum(p["correct"]), k) for p in graded)
-                for k in pass_sizes(min(len(problem["correct"]) for problem in graded))
-            },
-            "majority_at_k": statistics.fmean(problem["majority_correct"] for problem in graded),
-        }
-    return result
 
 
 def score_all(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> list[dict[str, Any]]:
@@ -223,19 +207,10 @@ def paired_differences(results: Sequence[Mapping[str, Any]], reference: str) -> 
         if result["model"] == reference or result["dataset"] not in references:
             continue
         own, other = accuracies(result), references[result["dataset"]]
-        if not own.keys() & other.keys():
-            continue
-        difference = estimate([own[problem] - other[problem] for problem in own if problem in other])
-        differences.append(
-            {
-                "dataset": result["dataset"],
-                "model": result["model"],
-                "reference": reference,
-                "difference": difference.mean,
-                "standard_error": difference.standard_error,
-                "interval": difference.interval,
-            }
-        )
+        if common := [own[problem] - other[problem] for problem in own if problem in other]:
+            difference = asdict(estimate(common))
+            names = {"dataset": result["dataset"], "model": result["model"], "reference": reference}
+            differences.append(names | {"difference": difference.pop("mean")} | difference)
     return differences
 
 
@@ -303,26 +278,20 @@ def write_report(
     results = score_all(samples, pool, thinking=settings["thinking"])
     differences = paired_differences(results, reference)
     tables = report_tables(results, differences)
-    report = output_header(settings, arguments) | {
-        "complete": True,
-        "table": accuracy_table(results),
-        "differences": differences,
-        "results": results,
-    }
-    replace_file(output_file, json.dumps(report, indent=1).encode())
+    table: dict[str, dict[str, float | None]] = {}  # model -> data set -> Avg@k in [0, 1]
+    for result in results:
+        table.setdefault(result["model"], {})[result["dataset"]] = result["avg_at_k"]
+    write_output(output_file, settings, arguments, table=table, differences=differences, results=results)
     replace_file(output_file.with_suffix(".md"), tables.encode())
     plot_accuracy(results, output_file.with_suffix(".png"))
     return tables
 
 
-def output_header(settings: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What `output_file` begins with, from the start of the run on."""
-    return {
-        "arguments": arguments,
-        "settings": settings,
-        "fingerprint": content_hash(settings),
-        "complete": False,
-    }
+def write_output(file: Path, settings: Mapping[str, Any], arguments: Mapping[str, Any], **outcome: Any) -> None:
+    """Write `output_file`: at the start of a run without `outcome`, at its end complete."""
+    header = {"arguments": arguments, "settings": settings, "fingerprint": content_hash(settings)}
+    report = header | {"complete": bool(outcome)} | (outcome or {"results": []})
+    replace_file(file, json.dumps(report, indent=1).encode())
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -396,7 +365,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
     sampling = Sampling(**{knob.name: getattr(args, knob.name) for knob in fields(Sampling)})
     if args.base_model is None or not args.dataset:
         raise ValueError("give --base_model and --dataset (or --regrade with the output file of an earlier run)")
-    if args.base_model.startswith((".", "/", "~")) and not Path(args.base_model).is_dir():
+    if is_path(args.base_model) and not Path(args.base_model).is_dir():
         raise FileNotFoundError(f"--base_model {args.base_model}: no such folder; give a folder or a Hub id")
     models = [*([] if args.skip_base else [BASE]), *args.checkpoint_dir]
     if not models:
@@ -409,12 +378,10 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
     for flag, names in (("checkpoint_dir", models), ("dataset", [benchmark.name for benchmark in benchmarks])):
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(f"--{flag}: {twice[0]} names two of them; each needs a name of its own")
-    for flag in ("num_samples", "data_parallel", "tensor_parallel_size", "grade_workers"):
+    for flag in ("num_samples", "data_parallel", "tensor_parallel_size", "grade_workers", "grade_timeout"):
         value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise ValueError(f"--{flag} {value}: must be at least 1")
-    if args.grade_timeout <= 0:
-        raise ValueError(f"--grade_timeout {args.grade_timeout}: must be more than 0 seconds")
+        if value is not None and value <= 0:
+            raise ValueError(f"--{flag} {value}: must be more than 0")
     gpus, needed = len(visible_devices()), args.data_parallel * args.tensor_parallel_size
     if 0 < gpus < needed:
         raise ValueError(
@@ -443,23 +410,19 @@ def run_settings(
 
     The numbers of samples, problems, data sets, models and GPUs are not among them.
     """
-    settings = {"base_model": args.base_model, "base_model_version": model_version(args.base_model)}
+    settings: dict[str, Any] = {"base_model": args.base_model, "base_model_version": model_version(args.base_model)}
     settings |= {knob.name: getattr(sampling, knob.name) for knob in fields(Sampling)}
     del settings["val_n"], settings["greedy"]
-    names = ("thinking", "privileged", "max_model_len", "extract", "grader", "grade_timeout")
-    return (
-        settings
-        | {name: getattr(args, name) for name in names}
-        | {
-            "data_sets": {name: data_hash(loaded) for name, loaded in questions.items()},
-            "prompts": {name: prompt_hash(loaded) for name, loaded in questions.items()},
-            "adapters": {
-                folder: files_hash([Path(folder, "adapter_config.json"), Path(folder, "adapter_model.safetensors")])
-                for folder in args.checkpoint_dir
-            },
-            "versions": package_versions(),
-        }
-    )
+    for name in ("thinking", "privileged", "max_model_len", "extract", "grader", "grade_timeout"):
+        settings[name] = getattr(args, name)
+    settings |= {"data_sets": {}, "prompts": {}, "adapters": {}, "versions": package_versions()}
+    for name, loaded in questions.items():
+        settings["data_sets"][name] = content_hash([[q.problem, q.gold, q.answer_type] for q in loaded])
+        settings["prompts"][name] = content_hash([question.prompt_ids for question in loaded])
+    for folder in args.checkpoint_dir:
+        files = [Path(folder, "adapter_config.json"), Path(folder, "adapter_model.safetensors")]
+        settings["adapters"][folder] = files_hash(files)
+    return settings
 
 
 def regrade(args: argparse.Namespace) -> str:
@@ -484,8 +447,7 @@ def regrade(args: argparse.Namespace) -> str:
     pool = GradingPool(workers=args.grade_workers, timeout=args.grade_timeout, grader=args.grader)
     with handle, pool:
         graded = grade([samples], pool, thinking=settings["thinking"], method=args.extract)
-        for _ in tqdm(graded, total=len(samples), desc="grading"):
-            pass
+        list(tqdm(graded, total=len(samples), desc="grading"))
         replace_file(target.with_suffix(".jsonl"), b"".join(map(sample_line, samples)))
         return write_report(target, settings, arguments, samples, pool, args.reference)
 
@@ -542,8 +504,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = [request for request in requests if request_key(request) not in samples]
     pool = GradingPool(workers=args.grade_workers, timeout=args.grade_timeout, grader=args.grader)
     with file, pool:
-        header = output_header(settings, arguments) | {"results": []}
-        replace_file(args.output_file, json.dumps(header, indent=1).encode())
+        write_output(args.output_file, settings, arguments)
         if missing:
             batches = (
                 [make_sample(*pair) for pair in batch] for batch in completions(args, options, missing, sampling)

@@ -45,11 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
     add("--grader", choices=GRADERS, default="strict", help="how they are compared (default: %(default)s)")
     add("--grade_workers", type=int, help="worker processes (default: one per CPU core, at most 8)")
     add("--grade_timeout", type=float, default=10.0, help="processor seconds per answer (default: %(default)s)")
-    add("--memory_limit_gib", type=float, default=2.0, help="of a worker (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         records = read_lines(options.pairs or options.responses, {"pred" if options.pairs else "response", "gold"})
-        pool = GradingPool(options.grade_workers, options.grade_timeout, options.memory_limit_gib, options.grader)
+        pool = GradingPool(options.grade_workers, options.grade_timeout, grader=options.grader)
     except UnicodeDecodeError as error:
         parser.error(f"{options.pairs or options.responses}: not UTF-8 ({error}); convert it first")
     except (OSError, ValueError) as error:

@@ -19,14 +19,6 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def accuracy_table(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Model -> data set -> Avg@k in [0, 1]."""
-    table: dict[str, dict[str, float | None]] = {}
-    for result in results:
-        table.setdefault(result["model"], {})[result["dataset"]] = result["avg_at_k"]
-    return table
-
-
 def report_tables(results: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[str, Any]]) -> str:
     """Markdown, in percent: models by data sets, then the statistics of each pair, then the paired differences."""
     cells = {(result["model"], result["dataset"]): result for result in results}
@@ -56,15 +48,11 @@ def report_tables(results: Sequence[Mapping[str, Any]], differences: Sequence[Ma
     sections.append(markdown(header, rows))
 
     if differences:
-        rows = [
-            [
-                f"{difference['dataset']}, {difference['model']} - {difference['reference']}",
-                f"{100 * difference['difference']:+.1f}",
-                percent(difference["standard_error"]),
-                _interval(difference["interval"]),
-            ]
-            for difference in differences
-        ]
+        rows = []
+        for result in differences:
+            rows.append([f"{result['dataset']}, {result['model']} - {result['reference']}"])
+            rows[-1] += [f"{100 * result['difference']:+.1f}", percent(result["standard_error"])]
+            rows[-1].append(_interval(result["interval"]))
         sections.append(markdown(["paired difference", "points", "±", "95 % interval"], rows))
     return "\n".join(sections)
 

@@ -88,9 +88,7 @@ def stored_settings(output_file: Path) -> dict[str, Any] | None:
         try:
             return json.loads(output_file.read_text(encoding="utf-8"))["settings"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"--output_file {output_file}: exists, and is not an evaluation; name another file"
-            ) from error
+            raise ValueError(f"--output_file {output_file}: is not an evaluation; name another file") from error
     samples_file = output_file.with_suffix(".jsonl")
     if samples_file.is_file() and samples_file.stat().st_size > 0:
         raise ValueError(
@@ -111,23 +109,26 @@ def merge_settings(old: Mapping[str, Any], new: Mapping[str, Any], file: Path) -
     for name in dict.fromkeys([*old, *new]):
         before, now = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
-            changed += [
-                f"{name} {key}: {before[key]} -> {now[key]}"
-                for key in before
-                if now.get(key, before[key]) != before[key]
-            ]
             merged[name] = before | now
+            changed += [
+                f"{name} {key}: {value} -> {merged[name][key]}"
+                for key, value in before.items()
+                if value != merged[name][key]
+            ]
         else:
             changed += [f"{name}: {before} -> {now}"] * (before != now)
             merged[name] = now
     if changed:
         raise ValueError(
-            f"{file} was written with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nname another --output_file, start "
-            "anew with --overwrite, or grade what is there with --regrade"
+            "\n  ".join([f"{file} was written with other settings:", *changed])
+            + "\nname another --output_file, start anew with --overwrite, or grade what is there with --regrade"
         )
     return merged
+
+
+def content_hash(content: object) -> str:
+    """SHA-256 of anything that JSON can hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def files_hash(files: Iterable[Path]) -> str:
@@ -135,8 +136,7 @@ def files_hash(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

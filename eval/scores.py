@@ -13,11 +13,11 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems, its standard error, and its bootstrap interval at `LEVEL`; no errors for one problem."""
+    """A mean over problems, its standard error, and its bootstrap interval at `LEVEL`; errors need two problems."""
 
-    mean: float
-    standard_error: float | None
-    interval: tuple[float, float] | None
+    mean: float | None = None
+    standard_error: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
@@ -35,7 +35,7 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     array = np.asarray(values, dtype=np.float64)
     size = len(array)
     if size < 2:
-        return Estimate(float(array.mean()), None, None)
+        return Estimate(float(array.mean()))
     generator = np.random.default_rng(seed)
     draws = (generator.integers(size, size=(100, size)) for _ in range(RESAMPLES // 100))  # bounds the memory
     means = np.concatenate([array[drawn].mean(axis=1) for drawn in draws])  # (RESAMPLES,)

@@ -367,6 +367,8 @@ ANSWERS = [  # prediction, gold, equal, what it is about
     ("m=2,n=3", "n=3,m=2", True, "other notations"),
     ("m=2,n=3", "m=3,n=2", False, "other notations"),
     ("x=1", "y=1", False, "other notations"),
+    ("x=[2,3)", "y=[2,3)", False, "other notations"),  # no equation that sympy can solve
+    ("x=[2,3)", "[2,3)", True, "other notations"),
     ("(2,3)", "2,3", True, "other notations"),
     ("(2,3)", "3,2", False, "other notations"),
     ("[2,3]", "(2,3)", False, "other notations"),

@@ -1,9 +1,8 @@
 r"""
 Equality of answers: by their text, their structure, their values, and else by math-verify.
 
-math-verify's parser reads the values. Its `verify` decides what is not made of numbers, variables and functions only,
-such as equations, inequalities, matrices and integrals. It does not decide the rest, because it compares floats to 6
-decimals and other numbers to 15 digits, and computes 10^{10^{10}} if asked.
+math-verify's `verify` decides equations, inequalities, matrices, integrals and the like. It does not decide numbers
+and functions: it compares floats to 6 decimals and other numbers to 15 digits, and computes 10^{10^{10}} if asked.
 """
 
 import functools
@@ -245,7 +244,9 @@ def _same_expression(prediction: str, gold: str) -> tuple[bool, str]:
             with suppress(_UndefinedError, _UnsupportedError):
                 _Evaluation({symbol.name: Fraction(2) for symbol in node.free_symbols}, 100, False).value(node)
     with suppress(NotImplementedError):  # two equations without a solution are the same to math-verify
-        if all(isinstance(tree, sympy.Eq) for tree in trees) and not sympy.solve(trees[1]):
+        if all(isinstance(tree, sympy.Eq) and isinstance(tree.rhs, Expr) for tree in trees) and not sympy.solve(
+            trees[1]
+        ):
             return False, "math_verify"
     return verify(trees[1], trees[0], allow_set_relation_comp=True, timeout_seconds=None), "math_verify"
 

@@ -45,7 +45,7 @@ SYMBOLS = {
     **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
     **{"≈": r"\approx ", "。": ".", "、": ",", '"': "", "µ": "μ", "μ": "μ", "✓": "", "✔": "", "∎": ""},
 }
-CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "¢": "cent", "₩": "won"}
+CURRENCIES = {r"\$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "¢": "cent", "₩": "won"}
 CURRENCY = r"(?:\\\$|[€£¥₹¢₩])"
 COMMANDS = {  # what each command is replaced by; the argument of a face or a box stays in its braces
     r"\text": "mathrm mathsf mathtt mbox hbox emph textrm textbf textit textsf texttt textup textnormal operatorname",
@@ -129,9 +129,8 @@ def normalize(text: str) -> str:
     text = " ".join(text.split())
     if len(re.sub(r"\d+", "0", text)) > MAX_CHARACTERS:
         raise TooLargeError
-    before = None
-    while before != text:
-        before, text = text, re.sub(DOUBLED, r"\1\2", text)
+    while text != (text := re.sub(DOUBLED, r"\1\2", text)):
+        pass
     text = re.sub(r"([√∛])\s*([\d.]+)", r"\1{\2}", text)
     text = re.sub("}\0[_^]{|\0", "", "".join(map(_plain, text)))  # x¹² is x^{12}
     dollars = re.findall(r"(?<!\\)\$", text)
@@ -205,14 +204,12 @@ def _unit(text: str) -> tuple[str, bool]:
     """
     in_text, spaced = r"\text" in text, text[:1].isspace()
     for sign, name in CURRENCIES.items():
-        text = text.replace(rf"\{sign}" if sign == "$" else sign, f" {name} ")
-    text = re.sub(TEXT, r" \1 ", re.sub(r"\\(?:cdot|times)", " ", text))
-    text = re.sub(r"[{}]", "", text)
+        text = text.replace(sign, f" {name} ")
+    text = re.sub(r"[{}]", "", re.sub(TEXT, r" \1 ", re.sub(r"\\(?:cdot|times)", " ", text)))
     text = re.sub(r"\bsq(?:uared)?\b\.?(?=\s*[a-zA-Z])", "square", text)
     text = " ".join(re.sub(r"(?<=[a-zA-Z])\.", "", text).split())
     words = re.findall(r"[a-zA-Zμ]+", text)
-    is_product = re.fullmatch(r"(?:[a-zA-Zμ]+(?: *\^ *-?\d)?[ /]*)+", text.removeprefix("/")) is not None
-    is_product = is_product and not WORDS_OF_UNITS.issuperset(words)
+    is_product = re.fullmatch(r"/?(?:[a-zA-Zμ]+(?: *\^ *-?\d)?[ /]*)+", text) and not WORDS_OF_UNITS.issuperset(words)
     if is_product and all(_is_unit(word, in_text, spaced or len(words) > 1) for word in words):
         known = _registry().parse_unit_name
         text = re.sub(r"[a-zA-Zμ]+", lambda match: match[0] if known(match[0]) else match[0].lower(), text)

@@ -69,10 +69,9 @@ class GradingPool(contextlib.AbstractContextManager):
     """
     Worker processes that grade answers. A worker that exceeds its limits is killed and replaced.
 
-    A worker is a program of its own. It imports neither torch nor vLLM nor the caller's main program, and inherits no
-    open file. So it is safe beside an engine, from any thread, and with several pools at a time. Workers start when
-    there is work that the text alone does not decide, and end with the pool or its process. The kernel keeps the limit
-    on processor time, so that a verdict does not depend on the load of the machine. Also a context manager.
+    A worker is a program of its own, without torch, vLLM and the caller's main program. So it is safe beside an
+    engine, from any thread, and with several pools at a time. Workers start when the text alone does not decide, and
+    end with the pool or its process. The kernel limits processor time, so that a verdict does not depend on the load.
 
     Args:
         workers: how many at most; `None`: one for each CPU core, up to 8.
