@@ -7,10 +7,12 @@ decimals and other numbers to 15 digits, and computes 10^{10^{10}} if asked.
 """
 
 import functools
+import itertools
 import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -34,6 +36,8 @@ MAX_TERMS = 10_000  # of sums and products, together
 PARSING = {"convert_degrees": False, "normalization_config": None}
 PARSING["conversion_config"] = ConversionConfig(lowercase_symbols=False)
 POINTS = [(2, 40, 1), (-30_000, -3000, 1009), (100, 3000, 1009), (1000, 1020, 1009)] * 3  # ranges for the variables
+REDUCTIONS: dict[str, Callable] = {"Add": sum, "Sum": sum, "Mul": math.prod, "Product": math.prod, "Max": max}
+REDUCTIONS |= {"Min": min, "UnevaluatedExpr": sum}  # the last of one value
 CONSTANTS = {"Pi": "pi", "Exp1": "e", "Infinity": "inf", "NegativeInfinity": "inf"}
 FUNCTION = re.compile("a?(?:sin|cos|tan|cot)h?|sec|csc|exp|log|gamma|factorial|binomial|sign|floor|ceiling|Abs|Mod")
 INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|ne)(?![a-zA-Z])")
@@ -111,22 +115,18 @@ class _Evaluation:
         if kind in CONSTANTS:
             return self.mp.mpf(getattr(self.mp, CONSTANTS[kind])) * (-1 if kind == "NegativeInfinity" else 1)
         if kind in ("Sum", "Product") and len(arguments) == 2:
-            return (sum if kind == "Sum" else math.prod)(self._series(arguments[0], *arguments[1]))
+            return REDUCTIONS[kind](self._series(arguments[0], *arguments[1]))
         if kind == "factorial" and self.double_factorials and type(arguments[0]).__name__ == "factorial":
             return self.mp.fac2(self.value(arguments[0].args[0]))
         values = [self.value(argument) for argument in arguments]
-        if kind in ("Add", "Mul"):
-            return (sum if kind == "Add" else math.prod)(values)
-        if kind in ("Max", "Min"):
-            return (max if kind == "Max" else min)(map(self.mp.mpf, values))
+        if kind in REDUCTIONS:
+            return REDUCTIONS[kind](values)
         if kind in ("floor", "ceiling"):
             nearest = self.mp.nint(self.mp.mpf(values[0]))
             if abs(values[0] - nearest) < self.mp.mpf(2) ** (-self.mp.prec // 2):  # below it by rounding alone
                 return nearest
         if kind == "Pow":
             result = self._power(*values)
-        elif kind == "UnevaluatedExpr":
-            return values[0]
         elif FUNCTION.fullmatch(kind):
             result = getattr(self.mp, {"ceiling": "ceil", "Abs": "fabs", "Mod": "fmod"}.get(kind, kind))(*values)
         else:
@@ -141,15 +141,11 @@ class _Evaluation:
             return self.mp.mpf(self.point[name].numerator) / self.point[name].denominator
         if name == "i":
             return self.mp.j
-        if name.startswith("bar{") and (inner := _tree(name[4:-1])) is not None:  # \overline{3+4i} is no symbol
-            return self.mp.conj(self.value(inner))
         raise _UnsupportedError  # bound, by an integral or a limit
 
     def _power(self, base: Any, exponent: Any) -> Any:
-        if base == 0:
-            if self.mp.re(exponent) <= 0:
-                raise _UndefinedError
-            return base
+        if base == 0 == exponent:
+            raise _UndefinedError
         if abs(base) != 1 and abs(exponent) > 2**60 and not self.mp.isinf(exponent):
             raise TooLargeError
         if not self.mp.im(base) and not self.mp.im(exponent) and base < 0 and not self.mp.isint(exponent):
@@ -197,9 +193,8 @@ READINGS = [  # what the parser does not read, or reads as something else; in th
     (r"(\\sqrt\s*\[[^\[\]]*\]|\\(?:frac|binom|sqrt)(?![a-zA-Z]))\s*(?![\[{])(\\[a-zA-Z]+|[\w.])", r"\1{\2}"),
     (rf"(\\(?:frac|binom)\s*{GROUP})\s*(?!\{{)(\\[a-zA-Z]+|\w)", r"\1{\3}"),  # \frac{1}2
     (r"((?<![\w.^])\d[\d.]*|\)) *(?=[({])", r"\1\\cdot "),  # 3(1/2) is 3.5
-    (r"\) *(?=\d|\\frac)", r")\\cdot "),
+    (r"\) *(?=\d|\\frac)", r")\\cdot "),  # (2)3 is no mixed number
     (r"(?<![\w.])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})"),  # a mixed number
-    (r"(?<=\\[a-zA-Z]+)(?=\d)", " "),  # \lfloor2
     (r"(?<![a-zA-Z\\])d(?=\\(?!int))", "{d}"),  # d\pi is a differential
     (r"(\d+)\.(\d+)", lambda match: rf"{{\frac{{{match[1]}{match[2]}}}{{{10 ** len(match[2])}}}}}"),  # 15 digits of it
 ]
@@ -228,12 +223,11 @@ def _tree(text: str) -> Basic | MatrixBase | None:
 
 
 def _same_expression(prediction: str, gold: str) -> tuple[bool, str]:
-    trees = [_tree(prediction), _tree(gold)]
-    if any(tree is None for tree in trees):
+    trees = [tree for text in (prediction, gold) if (tree := _tree(text)) is not None]
+    if len(trees) < 2:
         return False, "text"
     if all(isinstance(tree, Expr) for tree in trees):
-        names = {symbol.name for tree in trees for symbol in tree.free_symbols}
-        names = sorted(name for name in names if name != "i" and not re.match(r"bar\{.*\d", name))
+        names = sorted({symbol.name for tree in trees for symbol in tree.free_symbols} - {"i"})
         status, points, generator = "expression" if names else "number", 0, random.Random(0)
         try:
             for low, high, denominator in POINTS if names else POINTS[:1]:
@@ -246,9 +240,7 @@ def _same_expression(prediction: str, gold: str) -> tuple[bool, str]:
             return enough, status if enough else "too_large"
         except _UnsupportedError:
             pass
-    for node in (
-        node for tree in trees for node in sympy.preorder_traversal(tree)
-    ):  # math-verify computes what it sees
+    for node in itertools.chain(*map(sympy.preorder_traversal, trees)):  # math-verify computes what it sees
         if isinstance(node, (sympy.Pow, sympy.factorial, sympy.binomial, sympy.gamma)):
             with suppress(_UndefinedError, _UnsupportedError):
                 _Evaluation({symbol.name: Fraction(2) for symbol in node.free_symbols}, 100, False).value(node)
@@ -338,16 +330,13 @@ def _rational(text: str) -> Fraction | None:
 
 
 def _compare_structures(prediction: str, gold: str, answer_type: str | None) -> tuple[bool, str]:
-    try:
-        texts = normalize(prediction), normalize(gold)
-        if texts[0] and without_spaces(texts[0]) == without_spaces(texts[1]):
-            return True, "exact"
-        flags = {"number": (True,), "set": (False,)}.get(answer_type, (True, False))
-        readings = dict.fromkeys(tuple(parse_answer(text, thousands=flag) for text in texts) for flag in flags)
-        verdicts = [_same(*reading) for reading in readings]
-        return next((verdict for verdict in verdicts if verdict[0]), verdicts[0])
-    except TooLargeError:
-        return False, "too_large"
+    texts = normalize(prediction), normalize(gold)
+    if texts[0] and without_spaces(texts[0]) == without_spaces(texts[1]):
+        return True, "exact"
+    flags = [answer_type == "number"] if answer_type in ("number", "set") else [True, False]
+    readings = dict.fromkeys(tuple(parse_answer(text, thousands=flag) for text in texts) for flag in flags)
+    verdicts = [_same(*reading) for reading in readings]
+    return next((verdict for verdict in verdicts if verdict[0]), verdicts[0])
 
 
 def grade(prediction: Answer, gold: Answer, *, grader: str = "strict", answer_type: str | None = None) -> Verdict:
@@ -369,11 +358,15 @@ def grade(prediction: Answer, gold: Answer, *, grader: str = "strict", answer_ty
         raise ValueError(f"grader {grader!r}: must be one of {', '.join(GRADERS)}")
     start = time.thread_time()
     prediction, gold = answer_text(prediction), answer_text(gold)
-    if grader == "strict":
-        decided = compare_texts(prediction, gold, answer_type)
-        equal, status = decided or _compare_structures(prediction, gold, answer_type)
+    if grader == "strict" and (decided := compare_texts(prediction, gold, answer_type)) is not None:
+        equal, status = decided
     elif prediction is None or gold is None:
         equal, status = False, "no_gold" if gold is None else "no_answer"
+    elif grader == "strict":
+        try:
+            equal, status = _compare_structures(prediction, gold, answer_type)
+        except TooLargeError:
+            equal, status = False, "too_large"
     else:
         equal, status = verify(parse(f"${gold}$"), parse(f"${prediction}$")), "release"
     return Verdict(equal, status, time.thread_time() - start)

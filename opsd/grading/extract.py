@@ -9,7 +9,7 @@ from opsd.thinking import after_thought
 
 EXTRACT_METHODS = ("final", "release")
 
-Answer = str | int | float | None
+Answer = str | int | float | np.number | None
 
 BOX = re.compile(
     r"\\(?:boxed|f(?:rame)?box)(?![a-zA-Z])\s*"

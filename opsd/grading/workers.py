@@ -1,24 +1,23 @@
 """Worker processes that grade, with limits on time and memory."""
 
 import contextlib
-import json
 import logging
 import os
 import queue
 import resource
-import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 from opsd.grading.compare import GRADERS, MAX_DIGITS, Verdict, compare_texts, grade
 from opsd.grading.extract import Answer, answer_text
 
+ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 600  # enough for a worker's imports on any machine
 STANDSTILL = 20  # a worker whose answer takes so many times its limit without using a processor is ended, too
 
@@ -28,41 +27,42 @@ class _Worker:
 
     def __init__(self, timeout: float, memory_limit_gib: float, grader: str):
         self.timeout = timeout
-        program = f"from {__name__} import work; work({grader!r}, {timeout}, {memory_limit_gib})"
-        self.command = [sys.executable, "-c", program]
-        self.process: subprocess.Popen[bytes] | None = None
+        self.settings = f"{grader!r}, {timeout}, {memory_limit_gib}"
+        self.running: tuple[subprocess.Popen[bytes], Connection] | None = None
 
-    def grade(self, prediction: str | None, gold: str | None, answer_type: str | None) -> Verdict:
-        if self.process is None or self.process.poll() is not None:
+    def grade(self, *answer: str | None) -> Verdict:
+        if self.running is not None and self.running[0].poll() is not None:
             self.stop()
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).resolve().parents[2]
-            )
-            if not self._reply(START_SECONDS):
-                self.stop()
-                raise RuntimeError(f"the grading worker does not start: {' '.join(self.command)}")
-        start = time.perf_counter()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps([prediction, gold, answer_type]).encode() + b"\n")
-            self.process.stdin.flush()
-        reply = self._reply(STANDSTILL * self.timeout)
-        if reply:
-            return Verdict(**json.loads(reply))
-        in_time = reply is not None and self.process.wait() != -signal.SIGPROF
+        process, connection = self.running or self._start()
+        start, status = time.perf_counter(), "timeout"
+        try:
+            connection.send(answer)
+            if connection.poll(STANDSTILL * self.timeout):
+                return connection.recv()
+        except (EOFError, ConnectionError):  # the process has ended
+            if process.wait() != -signal.SIGPROF:
+                status = "crashed"
         self.stop()
-        return Verdict(False, "crashed" if in_time else "timeout", min(self.timeout, time.perf_counter() - start))
+        return Verdict(False, status, min(self.timeout, time.perf_counter() - start))
 
-    def _reply(self, seconds: float) -> bytes | None:
-        """A line from the process, empty if it has ended; `None` if there is none in time."""
-        poll = select.poll()
-        poll.register(self.process.stdout, select.POLLIN)
-        return self.process.stdout.readline() if poll.poll(1000 * seconds) else None
+    def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        connection, other_end = Pipe()
+        program = f"from {__name__} import work; work({other_end.fileno()}, {self.settings})"
+        with other_end:
+            command = [sys.executable, "-c", program]  # what a library prints there goes to stderr
+            process = subprocess.Popen(command, stdout=2, cwd=ROOT, pass_fds=[other_end.fileno()])
+        self.running = process, connection
+        with contextlib.suppress(EOFError, ConnectionError):
+            if connection.poll(START_SECONDS) and connection.recv():
+                return self.running
+        self.stop()
+        raise RuntimeError(f"the grading worker does not start: {sys.executable} -c '{program}'")
 
     def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()
-            self.process = None
+        if self.running is not None:
+            with self.running[0] as process, self.running[1]:  # waits for its end, and closes the connection
+                process.kill()
+            self.running = None
 
 
 class GradingPool(contextlib.AbstractContextManager):
@@ -83,7 +83,7 @@ class GradingPool(contextlib.AbstractContextManager):
     def __init__(
         self, workers: int | None = None, timeout: float = 10.0, memory_limit_gib: float = 2.0, grader: str = "strict"
     ):
-        workers = min(os.cpu_count(), 8) if workers is None else workers
+        workers = min(os.cpu_count() or 1, 8) if workers is None else workers
         for name, value in (("workers", workers), ("timeout", timeout), ("memory_limit_gib", memory_limit_gib)):
             if not value > 0:
                 raise ValueError(f"{name} {value}: must be more than 0")
@@ -131,23 +131,23 @@ class GradingPool(contextlib.AbstractContextManager):
         self.close()
 
 
-def work(grader: str, timeout: float, memory_limit_gib: float) -> None:
-    """Read JSON lines [prediction, gold, answer_type]; write one line with the fields of the verdict for each."""
-    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no reply
+def work(descriptor: int, grader: str, timeout: float, memory_limit_gib: float) -> None:
+    """Answer each (prediction, gold, answer_type) that comes over the connection `descriptor` with its verdict."""
+    connection: Connection = Connection(descriptor)
+    connection.send("ready")
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_limit_gib * 2**30),) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.set_int_max_str_digits(MAX_DIGITS)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time limit that this process has
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        # The signal ends the process, even within C code or if its parent was killed.
-        signal.setitimer(signal.ITIMER_PROF, timeout)
-        start = time.thread_time()
-        prediction, gold, answer_type = json.loads(line)
-        try:
-            verdict = grade(prediction, gold, grader=grader, answer_type=answer_type)
-        except (MemoryError, SystemError):
-            verdict = Verdict(False, "memory", time.thread_time() - start)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(asdict(verdict)), file=replies, flush=True)
+    with contextlib.suppress(EOFError):  # the parent has ended
+        while True:
+            prediction, gold, answer_type = connection.recv()
+            # The signal ends the process, even within C code or if its parent was killed.
+            signal.setitimer(signal.ITIMER_PROF, timeout)
+            start = time.thread_time()
+            try:
+                verdict = grade(prediction, gold, grader=grader, answer_type=answer_type)
+            except (MemoryError, SystemError):
+                verdict = Verdict(False, "memory", time.thread_time() - start)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.send(verdict)

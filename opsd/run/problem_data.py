@@ -67,7 +67,10 @@ def load_problems(
     """
     every = {**columns, **(optional_columns or {})}
     kept: dict[str, list[str | None]] = {flag: [] for flag in every}
-    num_rows, names, textual, filled = 0, set(), set(), set()  # names of columns; flags with a text, with any value
+    num_rows = 0
+    names: set[str] = set()  # of columns
+    textual: set[str] = set()  # flags of the columns that hold a text
+    filled: set[str] = set()  # and of those that hold a text or number
     for place, row in _read_rows(_find(name, split, config, revision), every):
         num_rows += 1
         names.update(row)
