@@ -42,6 +42,7 @@ TRANSITION_PROMPT = OWN_SOLUTION
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")  # \boxed{} is not one
 ELLIPSIS = "\n[...]\n"
+MARK = "\ufdd0"  # stands for a control token in a text; Unicode keeps this one out of texts
 
 
 def check_template(flag: str, template: str, placeholders: set[str]) -> None:
@@ -81,14 +82,36 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, flag: str = "model_n
 
 
 def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool) -> list[int]:
-    """Encode one user turn, up to and including the header of the assistant's turn."""
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
+    """
+    Encode one user turn, up to and including the header of the assistant's turn.
+
+    Control tokens that stand in the content, such as `<|im_end|>`, become tokens of text: only the template has turns.
+
+    Raises:
+        ValueError: for a content with control tokens, if the chat template does not repeat it exactly once.
+    """
+    texts_and_controls = re.split(f"({control_tokens(tokenizer)})", content)
+    controls = texts_and_controls[1::2]
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": MARK.join(texts_and_controls[::2])}],
         add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
+        tokenize=False,
         enable_thinking=thinking,
     )
+    first, *others = rendered.split(MARK) if controls else [rendered]
+    if len(others) != len(controls):
+        raise ValueError(f"the chat template does not keep {controls[0]!r} in the text {content[:80]!r}: leave it out")
+    token_ids = tokenizer(first, add_special_tokens=False).input_ids
+    for control, text in zip(controls, others, strict=True):
+        token_ids += tokenizer(control, add_special_tokens=False, split_special_tokens=True).input_ids
+        token_ids += tokenizer(text, add_special_tokens=False).input_ids
+    return token_ids
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a regular expression for the special tokens, which in a text would be those of the chat template."""
+    tokens = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)"
 
 
 def encode_next_turn(tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool) -> list[int]:

@@ -9,6 +9,7 @@ The model sees the prompt that the evaluator asks with. All flags: `python grpo_
 """
 
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, get_peft_config
 
-from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
+from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
 from opsd.rewards import REWARDS, make_reward
 from opsd.rollouts import VLLMSampler
 from opsd.run.arguments import RunArguments, parse_arguments
@@ -108,7 +109,7 @@ class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
 def prepare(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool, max_prompt_length: int | None
 ) -> Dataset:
-    """Make rows of `prompt`, a conversation of one turn, and `answer`; drop those with a longer prompt."""
+    """Make rows of `prompt`, a conversation of one turn, and `answer`; drop long prompts and control tokens."""
 
     def converse(row: dict[str, str]) -> dict[str, Any]:
         content = fill_template(STUDENT_PROMPT, problem=row["problem"])
@@ -116,7 +117,12 @@ def prepare(
         return {"prompt": [{"role": "user", "content": content}], "num_tokens": num_tokens}
 
     rows = dataset.map(converse, remove_columns="problem", desc="Making prompts")
-    return drop_long_rows(rows, max_prompt_length, "max_prompt_length")
+    rows = drop_long_rows(rows, max_prompt_length, "max_prompt_length")
+    controls = re.compile(control_tokens(tokenizer))  # TRL, which encodes the prompts, would take them for its own
+    plain = rows.filter(lambda prompt: controls.search(prompt[0]["content"]) is None, input_columns="prompt")
+    if dropped := len(rows) - len(plain):
+        logger.warning("%d of %d examples left out, with control tokens in the problem", dropped, len(rows))
+    return plain
 
 
 def check_settings(training_args: GRPOConfig) -> None:

@@ -7,6 +7,7 @@ Fine-tune a model on reference solutions (SFT): the off-policy baseline of the p
 The model sees the prompt that the evaluator asks with. All flags: `python sft_train.py --help`.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
-from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
+from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
 from opsd.run.arguments import RunArguments, parse_arguments
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.problem_data import drop_long_rows
@@ -43,7 +44,10 @@ def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking:
     """
     content = fill_template(STUDENT_PROMPT, problem=row["problem"])
     prompt_ids = encode_chat_prompt(tokenizer, content, thinking)
-    completion_ids = tokenizer(row["solution"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    # One end of turn, where the solution brings one too; control tokens inside it are text
+    solution = re.sub(rf"(?:\s*(?:{control_tokens(tokenizer)}))+\s*$", "", row["solution"])
+    completion_ids = tokenizer(solution, add_special_tokens=False, split_special_tokens=True).input_ids
+    completion_ids.append(tokenizer.eos_token_id)
     return {
         "input_ids": prompt_ids + completion_ids,
         "completion_mask": [0] * len(prompt_ids) + [1] * len(completion_ids),

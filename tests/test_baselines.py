@@ -234,8 +234,9 @@ def test_grpo_samples_with_transformers_and_evaluates(run, train_file, tmp_path,
 def training_rows() -> Dataset:
     """Rows with the eleven columns of the published training data, from real problems where these are at hand."""
     if AIME.exists():
-        rows = load_problems(str(AIME))
-        texts = [(row["problem"], row["solution"], str(row["answer"])) for row in rows]
+        columns = {f"{name}_column": name for name in ("problem", "solution", "answer")}
+        rows = load_problems(str(AIME), "train", columns)
+        texts = [(row["problem"], row["solution"], row["answer"]) for row in rows]
         texts = sorted(texts, key=lambda row: sum(map(len, row)))[:16]
     else:
         texts = [(rf"What is ${i}+{i}$?", rf"Twice {i} is \boxed{{{2 * i}}}.", str(2 * i)) for i in range(100, 116)]

@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import sft_train
 from data_collator import (
     ELLIPSIS,
     STUDENT_PROMPT,
     TEACHER_PROMPT,
     SelfDistillationDataCollator,
+    encode_chat_prompt,
     fill_template,
     start_rollouts,
 )
@@ -190,6 +192,54 @@ def test_inputs_of_a_role_have_the_same_completions(tokenizer):
             prompt_ids = rollout.prompt_ids if role == "student" else rollout.teacher_prompt_ids
             assert inputs["input_ids"][row][mask].tolist() == prompt_ids + rollout.completion_ids
             assert inputs["position_ids"][row][mask].tolist() == list(range(mask.sum()))
+
+
+def control_ids(ids, tokenizer):
+    return [tokenizer.decode(i) for i in ids if i in tokenizer.all_special_ids]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It is 2.<|im_end|>\n<|im_start|>user\nThanks",
+        "<|im_start|><|im_end|>",
+        "ends in <|endoftext|>",
+        "<<|im_end|>|im_end|>",
+        "braces {solution} and <think> stay</think>",
+    ],
+)
+def test_control_tokens_in_texts_are_text(tokenizer, text):
+    """Turns come from the template alone; all other text is encoded as ever."""
+    collator = SelfDistillationDataCollator(tokenizer, reason_first=True)
+    plain = collator.encode(EXAMPLE)
+    encoded = collator.encode({"problem": f"What is {text}?", "solution": text})
+    for name in ("student_prompt_ids", "teacher_prompt_ids", "reasoning_prompt_ids"):
+        assert control_ids(encoded[name], tokenizer) == control_ids(plain[name], tokenizer)
+        assert text in tokenizer.decode(encoded[name])
+    sft = sft_train.encode({"problem": text, "solution": f"{text}, hence 2"}, tokenizer, thinking=False)
+    assert control_ids(sft["input_ids"], tokenizer) == ["<|im_start|>", "<|im_end|>", "<|im_start|>", "<|im_end|>"]
+    assert text in tokenizer.decode(sft["input_ids"][sft["completion_mask"].index(1) :])
+
+
+@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n", " <|im_end|>\n<|endoftext|>"])
+def test_a_learned_solution_has_one_end(tokenizer, end):
+    learned = sft_train.encode({"problem": "1+1", "solution": f"It is 2.{end}"}, tokenizer, thinking=False)
+    assert tokenizer.decode(learned["input_ids"]).endswith("\n\nIt is 2.<|im_end|>")
+
+
+def test_text_without_control_tokens_is_encoded_as_by_the_template(tokenizer):
+    for content in (EXAMPLE["problem"], "a\u2028b  \n\n <think> é数"):
+        expected = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, return_dict=False, enable_thinking=True
+        )
+        assert encode_chat_prompt(tokenizer, content, thinking=True) == expected
+
+
+def test_chat_template_that_loses_a_control_token(tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = "{{ messages[0].content[:5] }}"
+    with pytest.raises(ValueError, match=r"the chat template does not keep '<\|im_end\|>' in the text '1234567"):
+        encode_chat_prompt(tokenizer, "1234567<|im_end|>", thinking=False)
 
 
 def test_prompts_name_their_placeholders():

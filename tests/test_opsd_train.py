@@ -105,7 +105,7 @@ def test_bad_data_is_refused_before_a_model_is_loaded(run, no_model, tmp_path):
     )
     with pytest.raises(SystemExit, match="the column 'solution' is empty in all of them"):
         run("--dataset_name", blank)
-    with pytest.raises(SystemExit, match="empty.jsonl: the file is empty"):
+    with pytest.raises(SystemExit, match="empty.jsonl: no rows in it"):
         run("--dataset_name", write(tmp_path / "empty.jsonl"))
     broken = write(tmp_path / "broken.jsonl", '{"problem": "1+1", "solution": "2"}', '{"problem": "2+2", ')
     with pytest.raises(SystemExit, match=r"broken.jsonl, line 2: not JSON"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 from trl import GRPOConfig, SFTConfig
@@ -84,6 +85,42 @@ def test_dry_run_prints_the_settings(capsys, tmp_path):
     missing = parse_arguments(SFTArguments, SFTConfig, [*CPU, "--dry_run", "4", "--dataset_name", "./nowhere.jsonl"])
     with pytest.raises(FileNotFoundError, match="--dataset_name ./nowhere.jsonl: no such file or folder"):
         Run("sft", *missing).check(None)
+
+
+def write_problems(path, size=3):
+    rows = [{"problem": f"{i}+1", "solution": str(i + 1), "answer": i + 1} for i in range(size)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_configuration_and_revision_are_those_of_the_training_data(tmp_path):
+    """And of data to evaluate on that comes from the same place, or from the Hub."""
+    train, other = (write_problems(tmp_path / name) for name in ("train.jsonl", "other.jsonl"))
+    columns, optional = {"problem_column": "problem"}, {"answer_column": "answer", "solution_column": None}
+
+    def load(*arguments):
+        return Run("opsd", *parse("--dataset_name", train, *arguments)).load_data(columns, optional)
+
+    rows, evaluation = load("--eval_dataset_name", other, "--eval_strategy", "epoch")
+    assert rows.to_list() == evaluation.to_list() == [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(3)]
+    assert load()[1] is None
+    with pytest.raises(ValueError, match="--dataset_config main: the local --dataset_name .*train.jsonl has none"):
+        load("--dataset_config", "main")
+    (tmp_path / "set").mkdir()
+    write_problems(tmp_path / "set" / "train.jsonl", 2)
+    (tmp_path / "set" / "README.md").write_text("---\nconfigs:\n- config_name: main\n  data_files: train.jsonl\n---\n")
+    given = ["--dataset_name", str(tmp_path / "set"), "--dataset_config", "main"]
+    assert [len(part) for part in load(*given, "--eval_dataset_name", other, "--eval_strategy", "epoch")] == [2, 3]
+
+
+@pytest.mark.parametrize(("size", "batch", "rest"), [(20, 8, "4 of 20 problems"), (24, 8, None), (9, 4, "1 of 9")])
+def test_problems_left_out_of_each_epoch_are_counted(make_trainer, problems, monkeypatch, caplog, size, batch, rest):
+    run = Run("opsd", *parse())
+    trainer = make_trainer(problems.select(range(size)), per_device_train_batch_size=batch, curriculum="none")
+    monkeypatch.setattr(trainer, "train", lambda **kwargs: sys.exit("trains"))
+    with pytest.raises(SystemExit, match="trains"):
+        run.train(trainer)
+    assert (f"{rest} " in caplog.text) if rest else ("left out of each epoch" not in caplog.text)
 
 
 def test_model_is_not_spread_over_all_gpus_of_the_machine():

@@ -1,20 +1,16 @@
 """Data sets of problems with solutions and answers, from the Hub or from local files, checked before they are used."""
 
-import hashlib
-import inspect
 import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset, load_dataset_builder, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 
 from opsd.grading import answer_text
 
@@ -49,10 +45,9 @@ def load_problems(
     revision: str | None = None,
 ) -> Dataset:
     """
-    Load one split of a data set as rows of texts, cached under a hash of the content of its files.
+    Load one split of a data set into memory, as rows of texts.
 
-    Rows in which a needed text is missing or blank are left out. The log says how many, and how many problems are
-    equal.
+    Rows in which a needed text is missing or blank are left out. The log counts them, and problems that come again.
 
     Args:
         name: a Hub id; or a local json, jsonl or parquet file; or a local folder, also one from `save_to_disk`. Its
@@ -70,26 +65,46 @@ def load_problems(
         ValueError: a file that cannot be read (with the line), an unknown suffix, split, configuration or column, a
             value that is neither text nor number, no row left.
     """
-    source = _find(name, split, config, revision)
     every = {**columns, **(optional_columns or {})}
-    try:
-        dataset = Dataset.from_generator(
-            lambda: _read_texts(source, every),
-            features=Features({flag.removesuffix("_column"): Value("large_string") for flag in every}),
-            fingerprint=_fingerprint(source, every),
+    kept: dict[str, list[str | None]] = {flag: [] for flag in every}
+    num_rows = 0
+    names: set[str] = set()  # of columns
+    textual: set[str] = set()  # flags of the columns that hold a text
+    filled: set[str] = set()  # and of those that hold a text or number
+    for place, row in _read_rows(_find(name, split, config, revision), every):
+        num_rows += 1
+        names.update(row)
+        texts = {flag: _as_text(row.get(column), flag, f"{column}: {place}") for flag, column in every.items()}
+        textual.update(flag for flag, column in every.items() if isinstance(row.get(column), str))
+        filled.update(flag for flag, text in texts.items() if text is not None)
+        if all(texts[flag] is not None for flag in columns):
+            for flag, text in texts.items():
+                kept[flag].append(text)
+    if num_rows == 0:
+        raise ValueError(f"--dataset_name {name}: no rows in it")
+    _check_columns(names, every)
+    if numeric := filled - textual - {"answer_column"}:
+        raise ValueError(f"--{min(numeric)} {every[min(numeric)]}: the column does not hold text but numbers")
+    dataset = Dataset.from_dict(
+        {flag.removesuffix("_column"): texts for flag, texts in kept.items()},
+        Features({flag.removesuffix("_column"): Value("large_string") for flag in every}),
+    )
+    if len(dataset) == 0:
+        blank = [columns[flag] for flag in columns if flag not in filled]
+        raise ValueError(
+            f"no usable row among {num_rows}: "
+            + (f"the column {blank[0]!r} is empty in all of them" if blank else "each lacks one of the needed texts")
+            + f"; choose other columns with {' and '.join('--' + flag for flag in columns)}"
         )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
-            raise ValueError(f"--dataset_name {name}: {error.__cause__}") from error
-        raise
-    return _drop_incomplete_rows(dataset, columns)
-
-
-# From a name to files or rows
+    if dropped := num_rows - len(dataset):
+        logger.warning("left out %d of %d examples with an empty %s", dropped, num_rows, " or ".join(columns.values()))
+    if repeated := len(dataset) - len(set(kept.get("problem_column", range(len(dataset))))):
+        logger.warning("%d of %d examples repeat the problem of another example", repeated, len(dataset))
+    return dataset
 
 
 def _find(name: str, split: str, config: str | None, revision: str | None) -> Dataset | list[Path]:
-    """Return the json files of a split, or the rows of any other source."""
+    """Return the rows of a split, or the files that they are in."""
     path = find_local(name)
     if path is not None and (revision or config and path.is_file()):
         flag, value = ("revision", revision) if revision else ("config", config)
@@ -113,88 +128,37 @@ def _find(name: str, split: str, config: str | None, revision: str | None) -> Da
         raise ValueError(f"--dataset_name {name}, --dataset_config {config}: {error}") from error
     if split not in splits:
         raise ValueError(f"--dataset_split {split}: {name} has the splits {', '.join(map(str, splits))}")
-    source = splits[split]
-    if isinstance(source, Dataset):
-        return source
-    if len(suffixes := {file.suffix for file in source}) > 1 or not suffixes <= set(SUFFIXES):
-        raise ValueError(
-            f"--dataset_name {name}: ends in {', '.join(sorted(suffixes))}; name files of one of {', '.join(SUFFIXES)}"
-        )
-    if suffixes != {".parquet"}:
-        return source
-    try:  # `datasets` knows a cached file by its time; the name makes it the content
-        return load_dataset("parquet", _fingerprint(source, {}), data_files=list(map(str, source)), split="train")
-    except (DatasetGenerationError, ValueError) as error:
-        raise ValueError(f"--dataset_name {name}: not readable as .parquet: {error.__cause__ or error}") from error
+    return splits[split]
 
 
 def _find_files(folder: Path, split: str, config: str | None) -> dict[str, list[Path]]:
     """Return the files of each split, as `datasets` finds them; `ValueError` where these may be different data."""
     card = folder / "README.md"
-    if config or card.is_file() and re.search("^configs:", card.read_text(encoding="utf-8"), re.MULTILINE):
-        return _split_files(folder, config)
-    if whole := [file for suffix in SUFFIXES if (file := folder / (split + suffix)).is_file()]:
+    is_described = card.is_file() and re.search("^configs:", card.read_text(encoding="utf-8"), re.MULTILINE)
+    whole = [file for suffix in SUFFIXES if (file := folder / (split + suffix)).is_file()]
+    if whole and not is_described and config is None:
         return {split: whole}  # `datasets` would add train_shuffled.jsonl to train.jsonl
-    splits = _split_files(folder, None)
+    data_files = load_dataset_builder(str(folder), config).config.data_files
+    splits = {str(name): [Path(file) for file in files] for name, files in data_files.items()}
     first: dict[str, Path] = {}
     for file in splits.get(split, []):
-        if first.setdefault(file.name, file) != file:
+        if first.setdefault(file.name, file) != file and not is_described:
             raise ValueError(f"{first[file.name]} and {file} may be different data; name one folder or file")
     return splits
 
 
-def _split_files(folder: Path, config: str | None) -> dict[str, list[Path]]:
-    splits = load_dataset_builder(str(folder), config).config.data_files
-    return {str(split): [Path(file) for file in files] for split, files in splits.items()}
-
-
-def _fingerprint(source: Dataset | list[Path], columns: Mapping[str, str]) -> str:
-    """Hash of the content of the source, of the columns, and of the code that reads them."""
-    parts = [json.dumps(columns), inspect.getsource(answer_text), Path(__file__).read_text(encoding="utf-8")]
-    if isinstance(source, Dataset):
-        return hashlib.sha256("\n".join([*parts, source._fingerprint]).encode()).hexdigest()[:32]
-    for file in source:
-        with file.open("rb") as content:
-            parts.append(hashlib.file_digest(content, "sha256").hexdigest())
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-# From files or rows to texts
-
-
-def _read_texts(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iterator[dict[str, str | None]]:
-    """Yield the needed texts of each row; a blank one is `None`."""
-    names: set[str] = set()
-    texts_of: set[str] = set()  # flags
-    numbers_of: set[str] = set()
-    for place, row in _read_rows(source, columns):
-        names.update(row)
-        texts = {}
-        for flag, column in columns.items():
-            try:
-                text = _as_text(row.get(column), flag == "answer_column")
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"--{flag} {column}: {place}: {error}") from error
-            texts[flag.removesuffix("_column")] = text
-            if text is not None:
-                (texts_of if isinstance(row[column], str) else numbers_of).add(flag)
-        yield texts
-    if not names:
-        raise ValueError("no rows in it")
-    _check_columns(names, columns)
-    if flags := numbers_of - texts_of - {"answer_column"}:
-        raise ValueError(f"--{min(flags)} {columns[min(flags)]}: the column does not hold text but numbers")
-
-
-def _as_text(value: Any, is_answer: bool) -> str | None:
-    """Return a text or number as text, `None` for what is blank; `TypeError` or `ValueError` for all else."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float, np.number, type(None))):
-        raise TypeError(f"neither text nor number but {type(value).__name__} {str(value)[:80]}; write it as text")
-    text = answer_text(value) if is_answer or not isinstance(value, str) else value
-    if text is None or not text.strip():
-        return None
-    text.encode()  # half a surrogate pair is a ValueError
-    return text
+def _as_text(value: Any, flag: str, place: str) -> str | None:
+    """Return a text or number as text, `None` for what is blank; `ValueError` for all else."""
+    try:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float, np.number, type(None))):
+            raise TypeError(f"neither text nor number but {type(value).__name__} {str(value)[:80]}; write it as text")
+        text = answer_text(value) if flag == "answer_column" or not isinstance(value, str) else value
+        if text is None or not text.strip():
+            return None
+        text.encode()  # half a surrogate pair is a ValueError
+        return text
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--{flag} {place}: {error}") from error
 
 
 def _check_columns(names: set[str], columns: Mapping[str, str]) -> None:
@@ -205,20 +169,33 @@ def _check_columns(names: set[str], columns: Mapping[str, str]) -> None:
 
 def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield rows, each with the place where it stands."""
-    if not isinstance(source, Dataset):
-        for file in source:
-            yield from _read_json(file)
+    if isinstance(source, Dataset):
+        _check_columns(set(source.column_names), columns)
+        rows = source.select_columns(sorted(set(columns.values())))
+        for column, feature in rows.features.items():
+            if isinstance(feature, ClassLabel):
+                raise ValueError(f"column {column}: holds numbers of classes, not text: {feature}")
+        floats = (Value("float16"), Value("float32"))
+        narrow = {name: getattr(np, kind.dtype) for name, kind in rows.features.items() if kind in floats}
+        for index, row in enumerate(rows, 1):  # a narrow float keeps its digits as NumPy's
+            yield f"row {index}", row | {column: kind(row[column]) for column, kind in narrow.items() if row[column]}
         return
-    _check_columns(set(source.column_names), columns)
-    rows = source.select_columns(sorted(set(columns.values())))
-    narrow = {}  # floats, which keep their digits as NumPy's
-    for column, feature in rows.features.items():
-        if isinstance(feature, ClassLabel):
-            raise ValueError(f"column {column}: holds numbers of classes, not text: {feature}")
-        if feature in (Value("float16"), Value("float32")):
-            narrow[column] = getattr(np, feature.dtype)
-    for index, row in enumerate(rows, 1):
-        yield f"row {index}", row | {column: kind(row[column]) for column, kind in narrow.items() if row[column]}
+    if len(suffixes := {file.suffix for file in source}) > 1 or not suffixes <= set(SUFFIXES):
+        raise ValueError(
+            f"{source[0]}: the data are in files ending in {', '.join(sorted(suffixes))}; name files of one of "
+            + ", ".join(SUFFIXES)
+        )
+    for file in source:
+        if file.suffix != ".parquet":
+            yield from _read_json(file)
+            continue
+        try:  # not `load_dataset`, which knows the content that it has cached by the time of the file
+            needed = sorted(set(columns.values()))
+            has_all = set(needed) <= set(pq.read_schema(file).names)
+            table = pq.read_table(file, columns=needed if has_all else None, partitioning=None)
+        except ValueError as error:
+            raise ValueError(f"{file}: not readable as Parquet: {error}") from error
+        yield from ((f"{file}, {place}", row) for place, row in _read_rows(Dataset(table), columns))
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -252,34 +229,6 @@ def _exact_float(text: str) -> float | str:
     """Return the number, or its text if a float would lose digits."""
     number = float(text)
     return number if Decimal(repr(number)) == Decimal(text) else text
-
-
-# Rows to use
-
-
-def _drop_incomplete_rows(dataset: Dataset, columns: Mapping[str, str]) -> Dataset:
-    """Drop the rows that lack a needed text; log how many these and the equal problems are."""
-    table = dataset.data.table
-    needed = {column: table[flag.removesuffix("_column")] for flag, column in columns.items()}
-    complete = reduce(pc.and_, map(pc.is_valid, needed.values()))
-    indices = pc.indices_nonzero(complete)
-    if len(indices) == 0:
-        blank = [column for column, texts in needed.items() if texts.null_count == len(texts)]
-        raise ValueError(
-            f"no usable row among {len(dataset)}: "
-            + (f"the column {blank[0]!r} is empty in all of them" if blank else "each lacks one of the needed texts")
-            + f"; choose other columns with {' and '.join('--' + flag for flag in columns)}"
-        )
-    if dropped := len(dataset) - len(indices):
-        logger.warning(
-            "left out %d of %d examples with an empty %s", dropped, len(dataset), " or ".join(columns.values())
-        )
-        dataset = dataset.select(indices.to_pylist())
-    if "problem" in dataset.column_names:
-        repeated = len(indices) - pc.count_distinct(table["problem"].filter(complete)).as_py()
-        if repeated:
-            logger.warning("%d of %d examples repeat the problem of another example", repeated, len(indices))
-    return dataset
 
 
 def drop_long_rows(dataset: Dataset, max_length: int | None, flag: str) -> Dataset:

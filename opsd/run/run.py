@@ -20,6 +20,7 @@ from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import is_flash_attn_2_available
 from trl import get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
+from trl.trainer.utils import RepeatSampler
 
 from data_collator import check_chat_template
 from opsd.rollouts import check_vllm_lora_support
@@ -204,6 +205,13 @@ class Run:
         trainer.max_nonfinite_steps = self.args.max_nonfinite_steps
         starts_anew = self.checkpoint is None and self.args.overwrite_output_dir
         output_dir = Path(self.training_args.output_dir)
+        order = trainer._get_train_sampler(trainer.train_dataset)
+        draws = getattr(trainer.args, "curriculum", "none") != "none"
+        if isinstance(order, RepeatSampler) and not draws and (rest := order.num_samples % order.batch_size):
+            logger.warning(
+                "%d of %d problems are left out of each epoch, each time others: a step takes %d problems",
+                rest, order.num_samples, order.batch_size,
+            )  # fmt: skip
         trainer.add_callback(RecordSettingsCallback(output_dir, self.settings(), starts_anew))
         if self.checkpoint is not None:
             logger.info("going on from %s", self.checkpoint)
