@@ -373,6 +373,7 @@ ANSWERS = [  # prediction, gold, equal, what it is about
     ("(2,3)", "3,2", False, "other notations"),
     ("[2,3]", "(2,3)", False, "other notations"),
     (r"\boxed{5}\text{ meters}", "5", True, "other notations"),
+    (r"so that $n=\boxed{5}$", "5", True, "other notations"),
     (r"\text{Answer: }5", "5", True, "other notations"),
     ("The answer is 5", "5", True, "other notations"),
     ("answer = 5", "5", True, "other notations"),

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import regex as re  # for balanced brackets
 
+from opsd.grading.extract import extract_answer
+
 MAX_CHARACTERS = 1500  # of an answer that is to be parsed, each run of digits counted as one
 MAX_DEPTH = 25  # of nested brackets
 MAX_ELEMENTS = 200  # of a set that is given by a rule
@@ -129,6 +131,8 @@ def normalize(text: str) -> str:
     text = " ".join(text.split())
     if len(re.sub(r"\d+", "0", text)) > MAX_CHARACTERS:
         raise TooLargeError
+    if not re.match(r"[\s$]*\\(?:boxed|fbox|framebox)", text):  # else, a unit may follow
+        text = extract_answer(text) or text
     while text != (text := re.sub(DOUBLED, r"\1\2", text)):
         pass
     text = re.sub(r"([√∛])\s*([\d.]+)", r"\1{\2}", text)
