@@ -328,7 +328,7 @@ class OPSDConfig(GOLDConfig):
         if self.loss_temperature is None:
             self.loss_temperature = self.temperature
         super().__post_init__()
-        self._check_rationale_sampling(self.rationale_sampling)
+        self._check_rationale_sampling()
 
     def _refuse(self, flag: str, requirement: str) -> None:
         raise ValueError(f"--{flag} {getattr(self, flag)}: must {requirement}")
@@ -394,17 +394,19 @@ class OPSDConfig(GOLDConfig):
                     "and does not say which",
                 )
 
-    @staticmethod
-    def _check_rationale_sampling(kwargs: dict[str, Any]) -> None:
-        """Raise `ValueError` for an unknown setting or one out of range."""
-        for name, interval in (("temperature", "(0, 2]"), ("top_p", "(0, 1]"), ("top_k", "[0, inf)")):
-            if not _lies_in(kwargs[name], interval):
-                raise ValueError(f"--reasoning_generation_kwargs: {name} {kwargs[name]} must lie in {interval}")
-        if unknown := kwargs.keys() - REASONING_GENERATION.keys() - {"max_tokens"}:
+    def _check_rationale_sampling(self) -> None:
+        """Raise `ValueError` for what is no dictionary, for an unknown setting, and for one out of range."""
+        given, kwargs = self.reasoning_generation_kwargs, self.rationale_sampling
+        if not isinstance(given, dict | None):
+            raise ValueError(f'--reasoning_generation_kwargs {given}: must be a JSON object, such as {{"top_k": 20}}')
+        if unknown := (given or {}).keys() - REASONING_GENERATION.keys():
             raise ValueError(
                 f"--reasoning_generation_kwargs: unknown setting {min(unknown)!r}; there are "
                 f"{', '.join(REASONING_GENERATION)}"
             )
+        for name, interval in (("temperature", "(0, 2]"), ("top_p", "(0, 1]"), ("top_k", "[0, inf)")):
+            if not _lies_in(kwargs[name], interval):
+                raise ValueError(f"--reasoning_generation_kwargs: {name} {kwargs[name]} must lie in {interval}")
 
     @property
     def rationale_sampling(self) -> dict[str, Any]:

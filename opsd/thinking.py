@@ -42,9 +42,9 @@ def decode_response(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) ->
     return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def check_thinking_mode(tokenizer: "PreTrainedTokenizerBase", flag: str) -> None:
+def check_thinking_mode(tokenizer: "PreTrainedTokenizerBase", flag: str, way_out: str = "leave it out") -> None:
     """
-    Raise `ValueError`, naming `flag`, for a chat template without thinking mode.
+    Raise `ValueError`, naming `flag` and `way_out`, for a chat template without thinking mode.
 
     A template has one if `enable_thinking` changes its prompt, or if its prompt ends in an open thought. If it names
     the marks for earlier turns only, the model may answer without a thought, and each such answer would count as cut
@@ -60,7 +60,7 @@ def check_thinking_mode(tokenizer: "PreTrainedTokenizerBase", flag: str) -> None
     if prompts[0] == prompts[1] and not ends_in_thought:
         raise ValueError(
             f"--{flag}: the chat template of {tokenizer.name_or_path} has no thinking mode to switch on, so that a "
-            "response without a thought would count as cut off; leave the mode off"
+            f"response without a thought would count as cut off; {way_out}"
         )
 
 
