@@ -172,7 +172,8 @@ def test_fused_loss_equals_the_dense_one(make_trainer, settings):
     (dense_loss, dense_gradient, dense_metrics), (loss, gradient, metrics) = results
     assert gradient.dtype == torch.float64 and dense_gradient.norm() > 1e-3
     assert loss == pytest.approx(dense_loss, rel=1e-9)
-    assert (gradient - dense_gradient).norm() <= 1e-9 * dense_gradient.norm()
+    # On its way back the gradient passes the model's norms, which round to float32 (6e-8 relative).
+    assert (gradient - dense_gradient).norm() <= 1e-7 * dense_gradient.norm()
     assert metrics == pytest.approx(dense_metrics, rel=1e-6, abs=1e-9)
 
 
