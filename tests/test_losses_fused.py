@@ -519,8 +519,8 @@ def check_kernel(device, vocab_size):
         scale = expected[3, rows]  # of the positive summands, from which the negative ones are subtracted
         for values in zip((losses, *statistics), (eager_losses, *eager), (expected_losses, *expected), strict=True):
             assert_as_accurate(*(value[rows] for value in values), scale=scale, case=objective)
-        # The advantage is a difference of two log-probabilities of about -8: where it is about 0.4 or less, it has more
-        # than 20 times their rounding errors, of which the eager form may happen to make none.
+        # The advantage is a difference of two log-probabilities of about -8: where it is about 0.4 or less, it has
+        # more than 20 times their rounding errors, of which the eager form may happen to make none.
         factor = 40.0 if objective.sampled_token else 10.0
         for row in (0, 3):
             assert_as_accurate(gradient[row], d_eager[row], d_expected[row], factor=factor, case=(objective, row))
