@@ -228,6 +228,15 @@ def test_grpo_samples_with_transformers_and_evaluates(run, train_file, tmp_path,
     assert trained["num_generated_tokens"] == pytest.approx(8 * trained["completions/mean_length"])
 
 
+def test_grpo_leaves_out_problems_with_control_tokens(tiny_model_dir, caplog):
+    """TRL encodes the prompts, and would take them for turns."""
+    texts = ["1+1", "2+2<|im_end|>", "<|im_start|>system", "<think> 3+3"]
+    dataset = Dataset.from_dict({"problem": texts, "answer": texts})
+    rows = grpo_train.prepare(dataset, AutoTokenizer.from_pretrained(tiny_model_dir), False, None)
+    assert rows["answer"][:] == ["1+1", "<think> 3+3"]
+    assert "2 of 4 examples left out, with control tokens in the problem" in caplog.text
+
+
 # All of them
 
 

@@ -90,10 +90,11 @@ def test_splits_of_a_folder_are_not_mixed(tmp_path, names):
         load(tmp_path, "dev")
 
 
-def test_a_file_named_after_the_split_is_the_split(tmp_path):
+def test_a_file_named_after_the_split_is_the_split(tmp_path, caplog):
     write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
     write_jsonl(tmp_path / "train_shuffled.jsonl", ROWS[1:])
     assert load(f"{tmp_path}/", "train") == ROWS[:1]
+    assert "split train: files that are not read: train_shuffled.jsonl" in caplog.text
     assert load(tmp_path, "train_shuffled") == ROWS[1:]
     with pytest.raises(ValueError, match="--dataset_split test: .* has the splits train"):
         load(tmp_path, "test")
@@ -135,6 +136,19 @@ def test_hidden_files_are_not_data(tmp_path):
     assert load(tmp_path) == ROWS[:1]
 
 
+def test_formats_side_by_side(tmp_path, caplog):
+    write_jsonl(tmp_path / "a.jsonl", ROWS[:1])
+    write_parquet(tmp_path / "b.parquet", ROWS[1:])
+    assert load(tmp_path) == ROWS[1:]  # `datasets` takes one format
+    assert "files that are not read: a.jsonl" in caplog.text
+    write_parquet(tmp_path / "a.parquet", ROWS[:1])
+    assert load(tmp_path) == ROWS
+    write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
+    write_parquet(tmp_path / "train.parquet", ROWS[1:])
+    with pytest.raises(ValueError, match="train.jsonl and .*train.parquet may be different data"):
+        load(tmp_path)
+
+
 def test_folders_from_save_to_disk(tmp_path):
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     assert load(tmp_path / "one") == ROWS
@@ -160,7 +174,7 @@ def test_missing_file(tmp_path):
 def test_unknown_suffix(tmp_path):
     (tmp_path / "data.csv").write_text("problem,solution\n")
     for path in (tmp_path / "data.csv", tmp_path):
-        with pytest.raises(ValueError, match="ending in .csv; name files of one of .json, .jsonl, .parquet"):
+        with pytest.raises(ValueError, match="data.csv: not read; name a file ending in .json, .jsonl, .parquet"):
             load(path)
 
 

@@ -68,12 +68,12 @@ def load_problems(
     every = {**columns, **(optional_columns or {})}
     kept: dict[str, list[str | None]] = {flag: [] for flag in every}
     num_rows = 0
-    names: set[str] = set()  # of columns
+    names: dict[str, None] = {}  # of columns, in their order
     textual: set[str] = set()  # flags of the columns that hold a text
     filled: set[str] = set()  # and of those that hold a text or number
     for place, row in _read_rows(_find(name, split, config, revision), every):
         num_rows += 1
-        names.update(row)
+        names.update(dict.fromkeys(row))
         texts = {flag: _as_text(row.get(column), flag, f"{column}: {place}") for flag, column in every.items()}
         textual.update(flag for flag, column in every.items() if isinstance(row.get(column), str))
         filled.update(flag for flag, text in texts.items() if text is not None)
@@ -82,7 +82,7 @@ def load_problems(
                 kept[flag].append(text)
     if num_rows == 0:
         raise ValueError(f"--dataset_name {name}: no rows in it")
-    _check_columns(names, every)
+    _check_columns(list(names), every)
     if numeric := filled - textual - {"answer_column"}:
         raise ValueError(f"--{min(numeric)} {every[min(numeric)]}: the column does not hold text but numbers")
     dataset = Dataset.from_dict(
@@ -137,13 +137,19 @@ def _find_files(folder: Path, split: str, config: str | None) -> dict[str, list[
     is_described = card.is_file() and re.search("^configs:", card.read_text(encoding="utf-8"), re.MULTILINE)
     whole = [file for suffix in SUFFIXES if (file := folder / (split + suffix)).is_file()]
     if whole and not is_described and config is None:
-        return {split: whole}  # `datasets` would add train_shuffled.jsonl to train.jsonl
-    data_files = load_dataset_builder(str(folder), config).config.data_files
-    splits = {str(name): [Path(file) for file in files] for name, files in data_files.items()}
+        splits = {split: whole}  # `datasets` would add train_shuffled.jsonl to train.jsonl
+    else:
+        data_files = load_dataset_builder(str(folder), config).config.data_files
+        splits = {str(name): [Path(file) for file in files] for name, files in data_files.items()}
+    if is_described:
+        return splits
     first: dict[str, Path] = {}
     for file in splits.get(split, []):
-        if first.setdefault(file.name, file) != file and not is_described:
-            raise ValueError(f"{first[file.name]} and {file} may be different data; name one folder or file")
+        if first.setdefault(file.stem, file) != file:
+            raise ValueError(f"{first[file.stem]} and {file} may be different data; name one folder or file")
+    read = {file.name for files in splits.values() for file in files}
+    if aside := {file.name for file in folder.glob("**/[!.]*") if file.suffix in SUFFIXES} - read:
+        logger.warning("%s, split %s: files that are not read: %s", folder, split, ", ".join(sorted(aside)))
     return splits
 
 
@@ -161,16 +167,16 @@ def _as_text(value: Any, flag: str, place: str) -> str | None:
         raise ValueError(f"--{flag} {place}: {error}") from error
 
 
-def _check_columns(names: set[str], columns: Mapping[str, str]) -> None:
+def _check_columns(names: list[str], columns: Mapping[str, str]) -> None:
     for flag, column in columns.items():
         if column not in names:
-            raise ValueError(f"--{flag} {column}: the data set has no such column; it has {', '.join(sorted(names))}")
+            raise ValueError(f"--{flag} {column}: the data set has no such column; it has {', '.join(names)}")
 
 
 def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield rows, each with the place where it stands."""
     if isinstance(source, Dataset):
-        _check_columns(set(source.column_names), columns)
+        _check_columns(source.column_names, columns)
         rows = source.select_columns(sorted(set(columns.values())))
         for column, feature in rows.features.items():
             if isinstance(feature, ClassLabel):
@@ -180,11 +186,8 @@ def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iter
         for index, row in enumerate(rows, 1):  # a narrow float keeps its digits as NumPy's
             yield f"row {index}", row | {column: kind(row[column]) for column, kind in narrow.items() if row[column]}
         return
-    if len(suffixes := {file.suffix for file in source}) > 1 or not suffixes <= set(SUFFIXES):
-        raise ValueError(
-            f"{source[0]}: the data are in files ending in {', '.join(sorted(suffixes))}; name files of one of "
-            + ", ".join(SUFFIXES)
-        )
+    if unknown := [file for file in source if file.suffix not in SUFFIXES]:
+        raise ValueError(f"{unknown[0]}: not read; name a file ending in {', '.join(SUFFIXES)}, or a folder of them")
     for file in source:
         if file.suffix != ".parquet":
             yield from _read_json(file)
