@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import threading
@@ -11,16 +12,20 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from eval.benchmarks import Question
+from opsd.adapters import Adapter
 from opsd.vllm_engine import engine_options, lora_options, stop_engine
 
 if TYPE_CHECKING:  # vLLM reads its environment when it is imported: see start_engine
     from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_IDS = itertools.count(1)  # vLLM caches adapters by id: a new one for each use, as files may have changed
 
@@ -98,33 +103,6 @@ def sampling_requests(checkpoint: str | None, questions: Iterable[Question], sam
     return requests
 
 
-def check_adapter(folder: str) -> int:
-    """
-    The LoRA rank of an adapter.
-
-    Raises:
-        ValueError: if `folder` holds no usable adapter. A model without its adapter would be the base model.
-    """
-    path = Path(folder)
-    weights = path / "adapter_model.safetensors"
-    for file in (path / "adapter_config.json", weights):
-        if not file.is_file():
-            inside = sorted(str(found.parent) for found in path.glob("*/adapter_config.json"))
-            hint = f"; there are adapters in {', '.join(inside)}" if inside else ""
-            raise ValueError(f"--checkpoint_dir {folder}: no LoRA adapter, {file.name} is missing{hint}")
-    try:
-        with safe_open(weights, "pt") as tensors:
-            shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118 (no iterator)
-    except SafetensorError as error:
-        raise ValueError(f"--checkpoint_dir {folder}: {weights.name} cannot be read: {error}") from error
-    if not shapes or any(0 in shape for shape in shapes):  # saved under ZeRO-3 without gathering, shapes are [0]
-        raise ValueError(f"--checkpoint_dir {folder}: the adapter is empty; save it again from all processes")
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    if config["peft_type"] != "LORA":
-        raise ValueError(f"--checkpoint_dir {folder}: an adapter of type {config['peft_type']}; only LORA is served")
-    return max([config["r"], *config.get("rank_pattern", {}).values()])
-
-
 def start_engine(
     base_model: str,
     *,
@@ -133,6 +111,7 @@ def start_engine(
     gpu_memory_utilization: float | None = None,
     tensor_parallel_size: int = 1,
     enforce_eager: bool = False,
+    dtype: str | None = None,
 ) -> "LLM":
     """
     Start the vLLM engine that serves `base_model` and, if there are any, its LoRA adapters.
@@ -142,9 +121,12 @@ def start_engine(
         max_model_len: tokens of prompt and response together; `None` for the model's own limit.
         gpu_memory_utilization: share of the memory; `None` for 0.9 on a GPU and 0.1 on a CPU.
         enforce_eager: without CUDA graphs.
+        dtype: of weights and logits; `None` for that of the model, and on a CPU float32.
     """
     options = engine_options(gpu_memory_utilization)
     options["enforce_eager"] = options.get("enforce_eager", False) or enforce_eager
+    if dtype is not None:
+        options["dtype"] = dtype
     if lora_rank > 0:
         # Two at a time: the next adapter starts while the last long responses of the one before go on.
         options |= lora_options(lora_rank, max_loras=2)
@@ -167,18 +149,54 @@ def generate(
         After each step of the engine the responses that it finished, mostly none.
 
     Raises:
-        ValueError: if a checkpoint holds no usable adapter.
+        ValueError: if a checkpoint holds no usable adapter, before anything is sampled.
     """
-    from vllm import SamplingParams
     from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import RequestOutputKind
 
     adapters: dict[str | None, LoRARequest | None] = {None: None}
-    for checkpoint in {request.checkpoint for request in requests} - {None}:
-        check_adapter(checkpoint)
-        number = next(ADAPTER_IDS)
-        # The prefix cache goes by name and path.
-        adapters[checkpoint] = LoRARequest(f"{checkpoint}#{number}", number, checkpoint)
+    with TemporaryDirectory(prefix="opsd-adapters-") as plain:
+        for checkpoint in sorted({request.checkpoint for request in requests if request.checkpoint is not None}):
+            adapter = Adapter.read(checkpoint, "checkpoint_dir")
+            number = next(ADAPTER_IDS)
+            # The prefix cache goes by name and path.
+            folder = adapter.make_plain(Path(plain, str(number)))
+            adapters[checkpoint] = LoRARequest(f"{checkpoint}#{number}", number, folder)
+            _check_effect(engine, adapters[checkpoint], requests[0].question.prompt_ids)
+        yield from _run(engine, requests, sampling, adapters)
+
+
+def _check_effect(engine: "LLM", adapter: "LoRARequest", prompt_ids: list[int]) -> None:
+    """Warn if the adapter, in this engine, leaves the log-probabilities of up to 32 tokens as the base has them."""
+    from vllm import SamplingParams
+
+    def logprobs(lora_request: "LoRARequest | None") -> list[float]:
+        (output,) = engine.generate(
+            [{"prompt_token_ids": prompt_ids[:32]}],
+            SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, logprobs=0),
+            lora_request=lora_request,
+            use_tqdm=False,
+        )
+        places = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]  # token id -> its log-probability
+        return [entry.logprob for place in places for entry in place.values()]
+
+    if logprobs(None) == logprobs(adapter):
+        logger.warning(
+            "%s: in this engine its log-probabilities are those of the base model, and so its scores will be: the "
+            "adapter is zero, or too small for the engine's precision",
+            adapter.lora_name,
+        )
+
+
+def _run(
+    engine: "LLM",
+    requests: Sequence[Request],
+    sampling: Sampling,
+    adapters: Mapping[str | None, "LoRARequest | None"],
+) -> Iterator[list[tuple[Request, Completion]]]:
+    """The requests of `generate`, each with its adapter."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
     common = {
         "max_tokens": sampling.max_new_tokens,
         "presence_penalty": sampling.presence_penalty,

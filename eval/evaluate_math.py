@@ -18,8 +18,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -31,7 +32,6 @@ from eval.engine import (
     Completion,
     Request,
     Sampling,
-    check_adapter,
     generate,
     generate_in_parallel,
     sampling_requests,
@@ -52,6 +52,7 @@ from eval.run_files import (
     stored_settings,
 )
 from eval.scores import Estimate, elect, estimate, pass_at_k, pass_sizes, vote_classes
+from opsd.adapters import Adapter
 from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
 from opsd.run.problem_data import is_path
 from opsd.thinking import after_thought, freeze_date
@@ -372,7 +373,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
         raise ValueError("--skip_base: nothing to evaluate; give adapters with --checkpoint_dir")
     if args.reference != BASE and args.reference not in models:
         raise ValueError(f"--reference {args.reference}: not among the models, which are {', '.join(models)}")
-    lora_rank = max([check_adapter(folder) for folder in args.checkpoint_dir], default=0)
+    lora_rank = max([Adapter.read(folder, "checkpoint_dir").rank for folder in args.checkpoint_dir], default=0)
     columns = {name: getattr(args, name) for name in ("problem_column", "answer_column", "solution_column")}
     benchmarks = [find_benchmark(name, args.data_root, split=args.dataset_split, **columns) for name in args.dataset]
     for flag, names in (("checkpoint_dir", models), ("dataset", [benchmark.name for benchmark in benchmarks])):
@@ -455,11 +456,34 @@ def regrade(args: argparse.Namespace) -> str:
 def completions(
     args: argparse.Namespace, options: Mapping[str, Any], requests: Sequence[Request], sampling: Sampling
 ) -> Iterator[list[tuple[Request, Completion]]]:
-    """Start the engine or engines, and yield what they finish."""
+    """
+    Start the engine or engines, and yield what they finish.
+
+    One engine serves the base and the adapters. One that vLLM does not serve, such as DoRA, is merged into a
+    temporary copy of the base in float32, which gets an engine of its own.
+    """
+    adapters = {folder: Adapter.read(folder, "checkpoint_dir") for folder in args.checkpoint_dir}
+    merged = [folder for folder, adapter in adapters.items() if adapter.must_be_merged]
+    for folder in merged:  # first, so that what cannot be merged is known before the base is sampled
+        own = [replace(request, checkpoint=None) for request in requests if request.checkpoint == folder]
+        if own:
+            with TemporaryDirectory(prefix="opsd-merged-") as model:
+                adapters[folder].merge(args.base_model, model)
+                own_options = {**options, "lora_rank": 0, "dtype": "float32"}
+                for batch in _start_and_generate(args, model, own_options, own, sampling):
+                    yield [(replace(request, checkpoint=folder), completion) for request, completion in batch]
+    served = [request for request in requests if request.checkpoint not in merged]
+    if served:
+        yield from _start_and_generate(args, args.base_model, options, served, sampling)
+
+
+def _start_and_generate(
+    args: argparse.Namespace, model: str, options: Mapping[str, Any], requests: Sequence[Request], sampling: Sampling
+) -> Iterator[list[tuple[Request, Completion]]]:
     if args.data_parallel > 1:
-        yield from generate_in_parallel(args.data_parallel, args.base_model, options, requests, sampling)
+        yield from generate_in_parallel(args.data_parallel, model, options, requests, sampling)
     else:
-        engine = start_engine(args.base_model, **options)
+        engine = start_engine(model, **options)
         yield from generate(engine, requests, sampling)
         stop_engine(engine)
 
@@ -476,6 +500,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.dry_run:
             sys.stdout.write(resolved_command(args) + "\n")
             return
+        for folder in args.checkpoint_dir:
+            Adapter.read(folder, "checkpoint_dir").check_base(args.base_model)
         stored = None if args.overwrite else stored_settings(args.output_file)
         tokenizer = AutoTokenizer.from_pretrained(args.base_model)
         date = freeze_date(tokenizer, (stored or {}).get("date"))

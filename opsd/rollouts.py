@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -35,6 +35,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache, extract_logprobs
 from trl.models.utils import unwrap_model_for_generation
 
+from opsd.adapters import check_vllm_lora_support
 from opsd.config import OPSDConfig
 from opsd.vllm_engine import engine_options, keep_linear_weights, lora_options, stop_engine
 
@@ -49,21 +50,6 @@ VLLM_SETTINGS = (
 SAMPLING_SETTINGS = (
     "temperature", "top_p", "top_k", "min_p", "max_completion_length", "trust_remote_code", "seed",
 )  # fmt: skip
-
-
-def check_vllm_lora_support(peft_config: PeftConfig) -> None:
-    """Raise `ValueError`, naming the flag, for an adapter that vLLM cannot serve as it is trained."""
-    for flag, servable, way_out in (
-        ("lora_modules_to_save", not getattr(peft_config, "modules_to_save", None), "leave it out"),
-        ("use_dora", not getattr(peft_config, "use_dora", False), "leave it out"),
-        ("peft_type", isinstance(peft_config, LoraConfig), "use LoRA"),
-        ("rank_pattern", not getattr(peft_config, "rank_pattern", None), "give all modules one rank"),
-        ("alpha_pattern", not getattr(peft_config, "alpha_pattern", None), "give all modules one alpha"),
-    ):
-        if not servable:
-            raise ValueError(
-                f"--{flag}: vLLM does not serve such an adapter natively; {way_out}, or sample without --use_vllm"
-            )
 
 
 def prompt_keys(prompts: Sequence[Sequence[int]], seed: int, step: int) -> list[bytes]:

@@ -24,7 +24,6 @@ from eval.benchmarks import Benchmark, find_benchmark, load_questions
 from eval.engine import (
     GREEDY,
     Sampling,
-    check_adapter,
     generate,
     sample_seed,
     sampling_requests,
@@ -33,6 +32,7 @@ from eval.engine import (
 from eval.evaluate_math import evaluate, main, paired_differences, request_key, score, score_all
 from eval.report import plot_accuracy, report_tables
 from eval.run_files import Sample, open_samples
+from opsd.adapters import Adapter
 from opsd.grading import GradingPool
 from opsd.vllm_engine import stop_engine
 
@@ -73,13 +73,17 @@ def adapters(tiny_model_dir, tmp_path_factory):
     return folders
 
 
+def read(folder):
+    return Adapter.read(folder, "checkpoint_dir")
+
+
 @pytest.fixture(scope="module")
 def engine(tiny_model_dir, adapters):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the fastest for a tiny model, by far so where other processes compete
     with mock.patch.dict(os.environ):  # vLLM adds to it
         engine = start_engine(
-            str(tiny_model_dir), lora_rank=max(map(check_adapter, adapters.values())), max_model_len=512
+            str(tiny_model_dir), lora_rank=max(read(a).rank for a in adapters.values()), max_model_len=512
         )
         yield engine
         stop_engine(engine)
@@ -177,6 +181,25 @@ def test_an_adapter_replaced_in_its_folder_is_loaded_anew(sample, questions, ada
     folder.symlink_to(adapters["zero"])
     assert texts(changed) != texts(base_samples)
     assert sample(questions, checkpoint=str(folder)) == base_samples
+
+
+@pytest.mark.vllm
+def test_an_adapter_with_patterns_is_sampled_as_the_same_function(sample, questions, adapters, tmp_path):
+    """The scaling is 2 for both; a power of two, so that no rounding tells them apart."""
+    shutil.copytree(adapters["random"], tmp_path / "pattern")
+    file = tmp_path / "pattern" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    pattern = dict.fromkeys(config["target_modules"], config["lora_alpha"])
+    file.write_text(json.dumps(config | {"lora_alpha": 1, "alpha_pattern": pattern}))
+    assert sample(questions, checkpoint=str(tmp_path / "pattern")) == sample(questions, checkpoint=adapters["random"])
+
+
+@pytest.mark.vllm
+def test_an_adapter_without_effect_is_reported(sample, questions, adapters, caplog):
+    sample(questions[:1], checkpoint=adapters["random"])
+    assert caplog.messages == []
+    sample(questions[:1], checkpoint=adapters["zero"])
+    assert f"{adapters['zero']}#" in caplog.text and "are those of the base model" in caplog.text
 
 
 def completion_log_probs(model, prompt_ids, completion_ids):
@@ -598,13 +621,13 @@ def spoil(adapter: str, target: Path, spoiled: str) -> str:
 def test_unusable_adapters_are_refused(adapters, tmp_path, spoiled, message):
     folder = spoil(adapters["random"], tmp_path / "spoiled", spoiled)
     with pytest.raises(ValueError, match=f"--checkpoint_dir .*{message}"):
-        check_adapter(folder)
+        read(folder)
 
 
 def test_adapter_rank_and_hint(adapters):
-    assert check_adapter(adapters["random"]) == 4
+    assert read(adapters["random"]).rank == 4
     with pytest.raises(ValueError, match=f"there are adapters in .*{adapters['random']}"):
-        check_adapter(str(Path(adapters["random"]).parent))
+        read(str(Path(adapters["random"]).parent))
 
 
 @pytest.mark.parametrize(

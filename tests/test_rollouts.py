@@ -10,7 +10,8 @@ from helpers import LOGPROB_GAP, MEAN_LOGPROB_GAP, Recorder, make_problems, make
 from peft import LoraConfig
 
 from data_collator import MicroBatch
-from opsd.rollouts import TransformersSampler, check_vllm_lora_support, prompt_keys, sample_seeds
+from opsd.adapters import check_vllm_lora_support
+from opsd.rollouts import TransformersSampler, prompt_keys, sample_seeds
 from opsd_trainer import OPSDTrainer
 
 
@@ -209,6 +210,8 @@ def test_resumed_run_goes_on_with_the_same_rollouts(make_trainer, tmp_path):
         ({"modules_to_save": ["lm_head"]}, "--lora_modules_to_save"),
         ({"use_dora": True}, "--use_dora"),
         ({"rank_pattern": {"q_proj": 4}}, "--rank_pattern"),
+        ({"init_lora_weights": "pissa"}, "--init_lora_weights pissa"),
+        ({"trainable_token_indices": [3]}, "--trainable_token_indices"),
     ],
 )
 def test_adapters_that_vllm_does_not_serve(make_trainer, settings, flag):

@@ -1,0 +1,213 @@
+"""LoRA adapters: one check of their files against the base model, and forms of them that vLLM serves."""
+
+import copy
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+# Settings that vLLM applies, that the names of the tensors tell, or that only training reads. Any other one, where it
+# is not PEFT's default, changes the model in a way that vLLM does not know.
+SERVED = {
+    *("r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "fan_in_fan_out", "eva_config", "megatron_core", "runtime_config"),
+}
+PATTERNS = {"rank_pattern", "alpha_pattern"}  # can be folded into plain factors
+MERGEABLE = PATTERNS | {
+    *("use_dora", "modules_to_save", "bias", "trainable_token_indices", "init_lora_weights", "target_parameters"),
+}
+PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base, such as PiSSA
+FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+
+
+def unserved_settings(config: PeftConfig) -> list[str]:
+    """Return the settings of an adapter that vLLM would leave out."""
+    if not isinstance(config, LoraConfig):
+        return ["peft_type"]
+    default = LoraConfig()
+    names = [f.name for f in fields(config) if f.name not in SERVED]
+    changed = [n for n in names if (getattr(config, n) or None) != (getattr(default, n) or None)]
+    return [n for n in changed if n != "init_lora_weights" or config.init_lora_weights not in PLAIN_INITIALIZATIONS]
+
+
+def check_vllm_lora_support(config: PeftConfig) -> None:
+    """Raise `ValueError`, naming the flag, for an adapter that vLLM cannot serve as it is trained."""
+    for name in unserved_settings(config):
+        flag = "lora_modules_to_save" if name == "modules_to_save" else name
+        raise ValueError(
+            f"--{flag} {getattr(config, name)}: vLLM does not serve such an adapter natively; leave it out, or sample "
+            "without --use_vllm"
+        )
+
+
+def make_skeleton(base_model: str, **options: Any) -> PreTrainedModel:
+    """Build a model without its weights, of the class that it is trained as. `options` are those of `AutoConfig`."""
+    config = AutoConfig.from_pretrained(base_model, **options)
+    kind = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
+
+
+def add_to_skeleton(skeleton: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Put an adapter into a model without weights. Raises `ValueError` for one that does not fit, as PEFT does."""
+    config = copy.deepcopy(config)
+    if isinstance(config, LoraConfig):
+        config.init_lora_weights = True  # others compute with the weights
+    return get_peft_model(skeleton, config)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """
+    A LoRA adapter in a folder, as `read` checked it.
+
+    Attributes:
+        name: the flag and the folder, for messages.
+        shapes: of the tensors, by their names in the file.
+    """
+
+    name: str
+    folder: str
+    config: LoraConfig
+    shapes: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def read(cls, folder: str, flag: str) -> "Adapter":
+        """
+        Read an adapter's configuration and the shapes of its tensors.
+
+        Raises:
+            ValueError: if there is no usable LoRA adapter. A model without its adapter would be the base model.
+        """
+        name, path = f"--{flag} {folder}", Path(folder)
+        for file in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            if not (path / file).is_file():
+                inside = sorted(str(found.parent) for found in path.glob(f"*/{CONFIG_NAME}"))
+                hint = f"; there are adapters in {', '.join(inside)}" if inside else ""
+                raise ValueError(f"{name}: no LoRA adapter, {file} is missing{hint}")
+        try:
+            with safe_open(path / SAFETENSORS_WEIGHTS_NAME, "pt") as tensors:
+                shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{name}: {SAFETENSORS_WEIGHTS_NAME} cannot be read: {error}") from error
+        if not shapes or any(0 in shape for shape in shapes.values()):  # saved under ZeRO-3 without gathering
+            raise ValueError(f"{name}: the adapter is empty; save it again from all processes")
+        config = PeftConfig.from_pretrained(folder)
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"{name}: the adapter is of type {config.peft_type}; only LORA is supported")
+        return cls(name, folder, config, shapes)
+
+    @property
+    def must_be_merged(self) -> bool:
+        """
+        True if vLLM can serve it only as a part of the base.
+
+        Raises:
+            ValueError: for settings that vLLM can serve in no way, naming them.
+        """
+        unserved = set(unserved_settings(self.config))
+        if unserved - MERGEABLE:
+            raise ValueError(f"{self.name}: vLLM cannot serve an adapter with {min(unserved - MERGEABLE)}")
+        return not unserved <= PATTERNS
+
+    @property
+    def rank(self) -> int:
+        """The rank that vLLM needs for it; 0 if it is served merged."""
+        return 0 if self.must_be_merged else max(self.config.r, *self.config.rank_pattern.values(), 0)
+
+    def check_base(self, base_model: str, **options: Any) -> None:
+        """
+        Check that the tensors are those that PEFT makes for this configuration and base model, in name and shape.
+
+        Args:
+            base_model: folder or Hub id.
+            options: those of `AutoConfig.from_pretrained`.
+
+        Raises:
+            ValueError: naming the first tensors that do not fit. PEFT and vLLM may pass over them.
+        """
+        skeleton = make_skeleton(base_model, **options)
+        of_base = {f"base_model.model.{key}": tuple(t.shape) for key, t in skeleton.state_dict().items()}
+        try:
+            model = add_to_skeleton(skeleton, self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: does not fit {base_model}: {error}") from error
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
+        for key in self.shapes.keys() - expected.keys():
+            if key.endswith(".base_layer.weight"):  # embeddings that PEFT saves beside the adapter on them
+                expected[key] = of_base.get(key.replace(".base_layer", ""), ())
+        wrong = {key for key in self.shapes | expected if self.shapes.get(key) != expected.get(key)}
+        if wrong:
+            key, none = min(wrong, key=lambda key: (key not in self.shapes, key)), "nothing"
+            raise ValueError(
+                f"{self.name}: {len(wrong)} tensors do not fit {base_model}, such as {key}: "
+                f"{self.shapes.get(key, none)} in the adapter, {expected.get(key, none)} for the model; is it of "
+                "another base, or were its tensors renamed?"
+            )
+        trained_on = self.config.base_model_name_or_path
+        if trained_on is not None and Path(trained_on).name != Path(base_model).name:
+            logger.warning("%s: was trained on %s, and the base model is %s", self.name, trained_on, base_model)
+
+    def make_plain(self, target: Path) -> str:
+        """
+        Return a folder with the adapter in a form that vLLM serves: its own, or `target`.
+
+        `target` gets factors with one rank and the scaling 1, in float32: those of lower rank are padded with zeros,
+        and B is multiplied by alpha / rank of its module (with rsLoRA: by alpha / sqrt(rank)).
+
+        Raises:
+            ValueError: for an adapter that `must_be_merged`.
+        """
+        if not unserved_settings(self.config):
+            return self.folder
+        if self.must_be_merged:
+            raise ValueError(f"{self.name}: vLLM serves it only merged into the base, in an engine of its own")
+        config, tensors = copy.deepcopy(self.config), {}
+        for key, tensor in load_file(Path(self.folder, SAFETENSORS_WEIGHTS_NAME)).items():
+            suffix = next((suffix for suffix in FACTORS if key.endswith(suffix)), None)
+            if suffix is None:  # an embedding of the base
+                tensors[key] = tensor
+                continue
+            module, is_b = key.removeprefix("base_model.model.").removesuffix(suffix), "_B" in suffix
+            rank = tensor.shape[is_b]
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+            scaling = alpha / (rank**0.5 if config.use_rslora else rank)
+            padding = (0, self.rank - rank) if is_b else (0, 0, 0, self.rank - rank)
+            tensors[key] = torch.nn.functional.pad(tensor.float() * (scaling if is_b else 1.0), padding)
+        config.r = config.lora_alpha = self.rank
+        config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
+        config.save_pretrained(target)
+        save_file(tensors, target / SAFETENSORS_WEIGHTS_NAME)
+        return str(target)
+
+    @torch.no_grad()
+    def merge(self, base_model: str, target: str) -> None:
+        """
+        Write the base model with the adapter merged into it, in float32, and its tokenizer.
+
+        Raises:
+            ValueError: if the merged model is not the one with the adapter, as where embeddings are tied.
+        """
+        base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, self.folder).eval()
+        input_ids = torch.arange(8)[None]
+        expected = model(input_ids).logits
+        merged = model.merge_and_unload()
+        error = (merged(input_ids).logits - expected).norm() / expected.norm()
+        if not error < 1e-3:  # rounding leaves 1e-6 to 1e-5
+            raise ValueError(f"{self.name}: cannot be merged into {base_model}: its logits change by {error:.1%}")
+        merged.save_pretrained(target)
+        AutoTokenizer.from_pretrained(base_model).save_pretrained(target)

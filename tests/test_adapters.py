@@ -1,0 +1,193 @@
+"""Adapters: what does not fit the base is refused, and other forms are the same function as PEFT's."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from eval import evaluate_math
+from eval.benchmarks import Question
+from eval.engine import Completion, Sampling, sampling_requests
+from opsd.adapters import Adapter, unserved_settings
+
+INPUT_IDS = torch.arange(20, 60)[None]
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def make_adapter(tiny_model_dir, tmp_path):
+    """A function that saves an adapter with random weights, and returns its folder and the logits with it."""
+
+    def make(name="adapter", **settings):
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+        settings = {"r": 8, "lora_alpha": 4, "init_lora_weights": False, "task_type": "CAUSAL_LM"} | settings
+        model = get_peft_model(base, LoraConfig(**settings)).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.requires_grad:
+                    weight += 0.02 * torch.randn_like(weight)
+            logits = model(INPUT_IDS).logits
+        model.save_pretrained(tmp_path / name)
+        return str(tmp_path / name), logits
+
+    return make
+
+
+def read(folder):
+    return Adapter.read(folder, "checkpoint_dir")
+
+
+def relative_error(model, logits):
+    with torch.no_grad():
+        return ((model.eval()(INPUT_IDS).logits - logits).norm() / logits.norm()).item()
+
+
+def load_base(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lora_alpha": 1, "alpha_pattern": {"q_proj": 32, "v_proj": 2}},
+        {"rank_pattern": {"q_proj": 32}},
+        {"rank_pattern": {r"layers\.1\.self_attn\.v_proj": 2}, "alpha_pattern": {"layers.0.self_attn.q_proj": 3}},
+        {"use_rslora": True, "rank_pattern": {"o_proj": 16}, "target_modules": ["o_proj", "down_proj"]},
+        {"target_modules": ["embed_tokens", "up_proj"], "rank_pattern": {"embed_tokens": 3}},
+    ],
+    ids=["alpha_pattern", "rank_pattern", "patterns of one layer", "rsLoRA", "embeddings"],
+)
+def test_patterns_are_folded_into_plain_factors(make_adapter, tiny_model_dir, tmp_path, settings):
+    folder, logits = make_adapter(**settings)
+    adapter = read(folder)
+    adapter.check_base(str(tiny_model_dir))
+    plain = read(adapter.make_plain(tmp_path / "plain"))
+    plain.check_base(str(tiny_model_dir))
+    assert unserved_settings(plain.config) == [] and plain.config.r == adapter.rank
+    # float32 rounds by 1e-7 to 1e-6; without the patterns the logits are off by more than 1e-2
+    assert relative_error(PeftModel.from_pretrained(load_base(tiny_model_dir), plain.folder), logits) < 1e-5
+
+
+def test_a_plain_adapter_is_served_from_its_own_folder(make_adapter, tmp_path):
+    folder, _ = make_adapter(use_rslora=True, layers_to_transform=[1], target_modules=["q_proj"], lora_dropout=0.1)
+    assert read(folder).make_plain(tmp_path / "plain") == folder
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"], "rank_pattern": {"q_proj": 4}},
+        {"init_lora_weights": "pissa"},
+        {"trainable_token_indices": [30, 31]},
+    ],
+    ids=["DoRA", "head", "embeddings", "PiSSA, which changes the base", "tokens"],
+)
+def test_others_are_merged_in_float32(make_adapter, tiny_model_dir, tmp_path, settings):
+    folder, logits = make_adapter(**settings)
+    adapter = read(folder)
+    adapter.check_base(str(tiny_model_dir))
+    assert adapter.must_be_merged and adapter.rank == 0
+    with pytest.raises(ValueError, match="only merged into the base"):
+        adapter.make_plain(tmp_path / "plain")
+    adapter.merge(str(tiny_model_dir), str(tmp_path / "merged"))
+    assert relative_error(load_base(tmp_path / "merged"), logits) < 1e-5
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_what_cannot_be_served_is_refused_by_name(make_adapter, tiny_model_dir, tmp_path):
+    for number, settings in enumerate(({"alora_invocation_tokens": [5]}, {"lora_bias": True})):
+        folder, _ = make_adapter(str(number), **settings)
+        with pytest.raises(
+            ValueError, match=f"--checkpoint_dir .*{number}: vLLM cannot serve .* {next(iter(settings))}"
+        ):
+            assert read(folder).rank
+    tied, _ = make_adapter("tied", use_dora=True, target_modules=["embed_tokens"])  # the head would change with it
+    with pytest.raises(ValueError, match="cannot be merged into"):
+        read(tied).merge(str(tiny_model_dir), str(tmp_path / "merged"))
+
+
+def rename(old, new):
+    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
+
+
+def without(part):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            rename(".model.layers", ".model.language_model.layers"),
+            "24 tensors do not fit .*layers.0.*nothing for the model",
+        ),
+        (rename("base_model.model.model.", "base_model.model."), "nothing for the model"),
+        (rename("layers.2.", "layers.3."), "layers.3.*nothing for the model"),
+        (
+            lambda t: {n: x for n, x in t.items() if "layers.1.self_attn.q_proj.lora_B" not in n},
+            ": 1 tensors .*nothing in the adapter",
+        ),
+        (
+            lambda t: {n: x[:4] if "lora_A" in n else x[:, :4].contiguous() for n, x in t.items()},
+            r"\(4, 128\) in the adapter",
+        ),
+        (lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(494, 128)}, "lm_head.weight"),
+    ],
+    ids=["other prefix", "no prefix", "layer that is not there", "half of a module", "other rank", "head beside it"],
+)
+def test_tensors_that_the_model_has_no_place_for(make_adapter, tiny_model_dir, spoil, message):
+    folder, _ = make_adapter()
+    save_file(spoil(load_file(Path(folder, WEIGHTS))), Path(folder, WEIGHTS))
+    with pytest.raises(ValueError, match=f"--checkpoint_dir .*{message}"):
+        read(folder).check_base(str(tiny_model_dir))
+
+
+def test_adapter_of_another_base(make_adapter, tiny_model_dir, tmp_path, caplog):
+    folder, _ = make_adapter(target_modules="all-linear")
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((tiny_model_dir / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 512}))
+    with pytest.raises(ValueError, match=r"mlp.*256.* in the adapter, .*512.* for the model; is it of another"):
+        read(folder).check_base(str(other))
+    (other / "config.json").write_text(json.dumps(config))  # as large: only the name tells
+    read(folder).check_base(str(other))
+    assert "was trained on" in caplog.text and str(other) in caplog.text
+
+
+def test_evaluator_gives_a_merged_adapter_an_engine_of_its_own(make_adapter, tiny_model_dir, monkeypatch):
+    """It is sampled first, so that a failure is known before the base is sampled."""
+    (dora, logits), (plain, _) = make_adapter("dora", use_dora=True), make_adapter("plain")
+    engines = []
+
+    def start_engine(model, **options):
+        if model != str(tiny_model_dir):
+            assert relative_error(load_base(model), logits) < 1e-5
+        engines.append((options["lora_rank"], options.get("dtype")))
+
+    def generate(engine, requests, sampling):
+        yield [(request, Completion(str(request.checkpoint), 1, "stop")) for request in requests]
+
+    monkeypatch.setattr(evaluate_math, "start_engine", start_engine)
+    monkeypatch.setattr(evaluate_math, "generate", generate)
+    monkeypatch.setattr(evaluate_math, "stop_engine", lambda engine: None)
+    args = Namespace(base_model=str(tiny_model_dir), checkpoint_dir=[plain, dora], data_parallel=1)
+    question, sampling = Question("b", 0, "1+1", "2", None, [5]), Sampling(val_n=2)
+    requests = [r for folder in (None, plain, dora) for r in sampling_requests(folder, [question], sampling)]
+    batches = evaluate_math.completions(args, {"lora_rank": 8}, requests, sampling)
+    pairs = [pair for batch in batches for pair in batch]
+    assert engines == [(0, "float32"), (8, None)]
+    assert {request.checkpoint: completion.text for request, completion in pairs} == {
+        dora: "None",  # the model itself
+        plain: plain,
+        None: "None",
+    }
+    assert len(pairs) == len(requests)
