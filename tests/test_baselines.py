@@ -79,7 +79,7 @@ def no_model(monkeypatch):
             {"eos_token": "<|endoftext|>"},
             "--eos_token <|endoftext|>: would act after the prompts are encoded",
         ),
-        (grpo_train, {"use_vllm": True, "use_dora": True, "num_generations": 4}, "--use_dora: vLLM does not serve"),
+        (grpo_train, {"use_vllm": True, "use_dora": True, "num_generations": 4}, "--use_dora True: vLLM does not serve"),
         (
             grpo_train,
             {"use_vllm": True, "loss_type": "vespo", "num_generations": 4},
@@ -160,15 +160,20 @@ def test_sft_trains_evaluates_and_resumes(run, train_file, tiny_model_dir, probl
         ("", "12", 0.0, 0.0),
     ],
 )
-def test_rewards(response, answer, math, exact_match):
+def test_rewards(tiny_model_dir, response, answer, math, exact_match):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     arguments = {"completions": [[{"role": "assistant", "content": response}]], "answer": [answer], "prompts": []}
-    assert make_reward("math", thinking=False)(**arguments) == [math]
-    assert make_reward("exact_match", thinking=False)(**arguments) == [exact_match]
+    arguments["completion_ids"] = [tokenizer(response + "<|im_end|>", add_special_tokens=False).input_ids]
+    assert make_reward("math", False, tokenizer)(**arguments) == [math]
+    assert make_reward("exact_match", False, tokenizer)(**arguments) == [exact_match]
 
 
-def test_thoughts_that_were_cut_off_earn_nothing():
-    completions = [[{"role": "assistant", "content": text}] for text in (r"<think>\boxed{1}", r"</think>\boxed{1}")]
-    assert make_reward("math", thinking=True)(completions=completions, answer=["1", "1"]) == [0.0, 1.0]
+def test_thoughts_that_were_cut_off_earn_nothing(tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    texts = [r"<think>\boxed{1}", r"</think>\boxed{1}"]
+    completion_ids = tokenizer(texts, add_special_tokens=False).input_ids
+    reward = make_reward("math", True, tokenizer)
+    assert reward(completions=[], completion_ids=completion_ids, answer=["1", "1"]) == [0.0, 1.0]
 
 
 @pytest.mark.vllm
