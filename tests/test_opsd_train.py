@@ -72,7 +72,7 @@ def write(file, *lines):
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a complete checkpoint"),
         (["--per_device_train_batch_size", "128"], "64 usable examples, fewer than one step takes (128)"),
         (["--eval_strategy", "steps"], "--eval_dataset_name and --eval_strategy need each other"),
-        (["--use_vllm", "true", "--use_peft", "--use_dora"], "--use_dora: vLLM does not serve such an adapter"),
+        (["--use_vllm", "true", "--use_peft", "--use_dora"], "--use_dora True: vLLM does not serve such an adapter"),
         (["--use_vllm", "true", "--use_peft", "--load_in_4bit"], "leave out --load_in_4bit"),
         (["--presence_penalty", "1"], "--presence_penalty 1.0: must be 0 without --use_vllm"),
         (
