@@ -79,7 +79,11 @@ def no_model(monkeypatch):
             {"eos_token": "<|endoftext|>"},
             "--eos_token <|endoftext|>: would act after the prompts are encoded",
         ),
-        (grpo_train, {"use_vllm": True, "use_dora": True, "num_generations": 4}, "--use_dora True: vLLM does not serve"),
+        (
+            grpo_train,
+            {"use_vllm": True, "use_dora": True, "num_generations": 4},
+            "--use_dora True: vLLM does not serve",
+        ),
         (
             grpo_train,
             {"use_vllm": True, "loss_type": "vespo", "num_generations": 4},

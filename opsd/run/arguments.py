@@ -23,7 +23,7 @@ class RunArguments:
         default="siyanzhao/Openthoughts_math_30k_opsd",
         metadata={"help": "Hub id, or a local json, jsonl or parquet file, or a folder of them."},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a folder or of a Hub data set."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a folder or Hub data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub data set."})
     dataset_split: str = field(
         default="train", metadata={"help": "Split to train on.", "aliases": ["--dataset_train_split"]}
