@@ -69,8 +69,8 @@ class StepCallback(TrainerCallback):
 
 class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     """
-    Trains a model to match itself: the student's distribution, given the problem, follows the teacher's, which is
-    also given the reference solution, at every token that the student samples.
+    Trains a model to match itself: at every token that the student samples, its distribution is pulled towards the
+    teacher's, which also sees the reference solution.
 
     An optimizer step is `prepare_step` (sample, build the teacher's context, make micro-batches), then `compute_loss`
     for each micro-batch. The order of the data, the buffer of micro-batches and the training loop are GOLD's. Unlike
@@ -111,8 +111,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     ):
         if args.fixed_teacher and (bias := getattr(peft_config, "bias", "none")) != "none":
             raise ValueError(
-                f"bias={bias!r} in the LoRA configuration trains weights that stay when the adapter is "
-                "off, so that --fixed_teacher would move; use bias='none'"
+                f"bias={bias!r} in the LoRA configuration trains biases that remain active when the "
+                "adapter is off, so that the fixed teacher would change; use bias='none'"
             )
         if args.use_vllm and peft_config is not None:
             check_vllm_lora_support(peft_config)
@@ -273,9 +273,11 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     def _count_tokens(self, rollouts: list[Rollout]) -> Tensor | float:
         """
-        Set the denominator of the divergence's mean: the number of tokens of the optimizer step over all processes,
-        each times its weight. Return the factor that gives the reward's policy gradient its weight: its mean is over
-        all tokens.
+        Set the divergence's denominator: the sum of the token weights of this optimizer step over all processes.
+
+        Returns:
+            policy_gradient_weight x (this denominator) / (number of tokens). Multiplied into the advantages, it makes
+            the policy gradient a mean over all tokens.
         """
         skipped = self.args.num_loss_tokens_to_skip
         counts = [max(len(rollout.completion_ids) - skipped, 0) for rollout in rollouts]
@@ -288,7 +290,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         totals = self.accelerator.reduce(totals, "sum")
         if totals[1] == 0.0:
             logger.warning(
-                "step %d: no token counts in the divergence (see references/none_ratio and rewards/accuracy/mean)",
+                "step %d: the divergence has no tokens to learn from (see references/none_ratio and "
+                "rewards/accuracy/mean)",
                 self.state.global_step + 1,
             )
         if self.model.training:
@@ -299,7 +302,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         return self.args.policy_gradient_weight * self._loss_denominator / num_tokens
 
     def _record_rollouts(self, rollouts: list[Rollout], num_batches: int) -> None:
-        """Log lengths, score problems by their right answers, keep the texts."""
+        """Log lengths, note for the curriculum which rollouts are right, keep the texts."""
         lengths = [len(rollout.completion_ids) for rollout in rollouts]
         self.metrics.add_values("completions/mean_length", lengths)
         self.metrics.add_extreme("completions/min_length", min, lengths)
@@ -389,7 +392,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         return batch.of_tokens(outputs.logits[:, :-1])
 
     def _in_forward(self, model: nn.Module, method: Callable, *args: Any) -> Any:
-        """Call a method inside the wrapped model's forward, so that DDP, ZeRO and FSDP do there what they have to."""
+        """Call a method inside the wrapped model's forward, where DDP, ZeRO and FSDP have their hooks."""
         policy = self.accelerator.unwrap_model(model)
         return self._forward_redirection(model, policy, method, policy, *args)
 
@@ -426,8 +429,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             )
 
     def _record_tokens(self, batch: MicroBatch, losses: TokenLosses) -> None:
-        """Log the statistics of the tokens that count in the divergence, and score problems by it."""
-        counts = batch.of_tokens(batch.weights) > 0.0  # (N,); not what counts for the reward alone
+        """Log the statistics of the tokens with a weight in the divergence; note it by problem for the curriculum."""
+        counts = batch.of_tokens(batch.weights) > 0.0  # (N,); tokens with only a reward are left out
         statistics = type(losses.statistics)(*(value[counts] for value in losses.statistics))
         num_tokens = counts.sum()
         sums = {name: value.sum(dtype=torch.float64) for name, value in statistics._asdict().items()}
@@ -467,7 +470,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     # Optimizer step and log
 
     def training_step(self, model: nn.Module, inputs: list[Rollout], num_items_in_batch=None) -> Tensor:
-        with self.metrics.timed("student"):  # without the phases inside: forward pass, loss and backward pass
+        with self.metrics.timed("student"):  # without the phases timed inside it: forward pass, loss and backward pass
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.metrics.add_seconds()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 class Metrics:
     """
-    Collects what is logged. Values on the accelerator are read when they are popped: adding never waits for it.
+    Collects what is logged. Values on the accelerator are read when they are popped, so that adding does not wait.
 
-    Training and evaluation have metrics of their own; `mode` ("train" or "eval") says which are meant.
+    Training and evaluation have metrics of their own; `mode` ("train" or "eval") selects them.
 
     Args:
         accelerator: the trainer's accelerator.
@@ -90,7 +90,7 @@ class Metrics:
                 self._spans.append((phase, around, start, self._now()))
 
     def add_seconds(self) -> None:
-        """Add the phases of an optimizer step that ends now, as `seconds/PHASE`."""
+        """Turn the timed phases of the finished optimizer step into `seconds/PHASE`."""
         seconds: dict[str, float] = defaultdict(float)
         for phase, around, start, end in self._spans:
             if isinstance(start, float):

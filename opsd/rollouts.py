@@ -117,7 +117,7 @@ class VLLMSampler(VLLMGeneration):
         self.seed = seed
         self.logprobs_mode = logprobs_mode
         self.step = 0  # of the run: a rollout's seed derives from it, the run's seed and the prompt
-        self._synced_step: int | None = None  # step of the student's weights that vLLM holds; None: it holds others
+        self._synced_step: int | None = None  # step whose student's weights vLLM holds; None: it holds others
         has_room = MEMORY_DIR.is_dir() and shutil.disk_usage(MEMORY_DIR).free > MEMORY_DIR_FREE
         self.adapter_dir = Path(adapter_dir or (MEMORY_DIR if has_room else tempfile.gettempdir())).resolve()
         self.engine_arguments = engine_arguments or {}
@@ -326,7 +326,7 @@ class VLLMSampler(VLLMGeneration):
         **settings: Any,
     ) -> tuple[list[list[int]], list[list[int]], list[list[list[float]]], list[list[list[int]]]]:
         """
-        Do the same in the form that TRL's trainers call.
+        Sample as `sample` does, with the signature of `VLLMGeneration.generate`, which TRL's trainers call.
 
         Args:
             images, num_generations, profiler: not used.
@@ -511,7 +511,8 @@ class TransformersSampler:
             config.update(max_new_tokens=settings.pop("max_tokens"), min_p=None, **settings)
         pad_id, end_ids = config.pad_token_id, config.eos_token_id
         end_ids = {end_ids} if isinstance(end_ids, int) else set(end_ids)
-        # Under ZeRO-3 and FSDP2 all processes take part in each call: those with fewer prompts repeat a short one.
+        # Under ZeRO-3 and FSDP2 all processes take part in each call: those without a prompt go on from a padding
+        # token.
         num_calls = max(gather_object([math.ceil(len(prompts) / self.batch_size)]))
         completions = []
         with self._generating(config) as model:

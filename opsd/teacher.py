@@ -89,7 +89,7 @@ class Teacher:
             self.weights.load(checkpoint)
 
     def update(self, step: int) -> None:
-        """Move an average towards the student after optimizer step `step`, if an update is due. A copy stays."""
+        """Move an average towards the student after optimizer step `step`, if due. A start policy stays."""
         if self.weights is not None and step % self.args.ema_update_steps == 0:
             self.weights.update()
 
@@ -105,8 +105,8 @@ class Teacher:
         else:
             teacher = nullcontext()
         with torch.no_grad(), teacher:
-            # PEFT clears requires_grad with the adapter. FSDP2 reads it in its first forward pass, which is the
-            # teacher's, to choose the dtype in which gradients are reduced.
+            # `disable_adapter` clears requires_grad. FSDP2 reads it in its first forward pass, which is the teacher's,
+            # to choose the dtype in which gradients are reduced.
             for weight in trained:
                 weight.requires_grad_(True)
             yield
@@ -239,13 +239,13 @@ class FrozenWeights:
         if self.accelerator.reduce(changed.any().float(), "sum").item() > 0:
             names = [name for name, is_changed in zip(self._weights, changed.tolist(), strict=True) if is_changed]
             raise RuntimeError(
-                "frozen weights have changed during the training, so that --fixed_teacher is no longer the initial "
-                f"policy: {len(names)} of {len(self._weights)} on this process, {names[:3]}. Something writes to the "
+                "frozen weights have changed during the training, so that the base model is no longer that of the "
+                f"start: {len(names)} of {len(self._weights)} on this process, {names[:3]}. Something writes to the "
                 "base model (merging the adapter does); earlier checkpoints are not affected"
             )
 
 
-# Weights under any launcher: whole on each process, or under ZeRO-3 and FSDP2 a shard of each
+# Each process holds a weight whole or, under ZeRO-3 and FSDP2, one shard of it.
 
 
 def local_shard(weight: nn.Parameter) -> Tensor:

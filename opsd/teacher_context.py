@@ -108,16 +108,16 @@ class TeacherContext:
         return None
 
     def _add_rationales(self, rollouts: Sequence[Rollout], model: nn.Module) -> None:
-        """Let the teacher write about the reference, and put that into its prompt. An empty text leaves the prompt."""
+        """Let the teacher write about the reference, and put that into its prompt. An empty rationale is left out."""
         asked = [
             (tuple(rollout.reasoning_prompt_ids), rollout)
             for rollout in rollouts
             if rollout.weight > 0.0 and rollout.reasoning_prompt_ids
         ]
-        prompts = dict.fromkeys(prompt for prompt, _ in asked)  # equal ones are written once
+        prompts = dict.fromkeys(prompt for prompt, _ in asked)  # one rationale for each distinct prompt
         with self.metrics.timed("rationale"), self.teacher.active(model):
             if self.teacher.weights is not None:
-                self.sampler.sync_weights()  # the teacher's; the student's are handed over before its next rollouts
+                self.sampler.sync_weights()  # the teacher's; `sync` brings the student's back
             written = self.sampler.sample(
                 list(map(list, prompts)),
                 base=self.teacher.is_base,
