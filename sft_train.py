@@ -87,6 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
             {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
         )
         tokenizer = run.load_tokenizer()
+        run.make_skeleton()
+        run.check_resumed_settings()
         train_dataset, eval_dataset = (
             None if dataset is None else prepare(dataset, tokenizer, script_args.thinking, training_args)
             for dataset in datasets

@@ -79,13 +79,19 @@ def no_model(monkeypatch):
             {"eos_token": "<|endoftext|>"},
             "--eos_token <|endoftext|>: would act after the prompts are encoded",
         ),
-        (grpo_train, {"use_vllm": True, "use_dora": True, "num_generations": 4}, "--use_dora: vLLM does not serve"),
+        (
+            grpo_train,
+            {"use_vllm": True, "use_dora": True, "num_generations": 4},
+            "--use_dora True: vLLM does not serve",
+        ),
         (
             grpo_train,
             {"use_vllm": True, "loss_type": "vespo", "num_generations": 4},
             "--vllm_importance_sampling_mode sequence_mask: must be one of token_truncate, token_mask with "
             "--loss_type",
         ),
+        (grpo_train, {"num_generations": 4, "neftune_noise_alpha": 5}, "--neftune_noise_alpha 5"),
+        (sft_train, {"lora_target_modules": "q_prj"}, "--lora_target_modules q_prj: the model has no such module"),
         (
             grpo_train,
             {"num_generations": 4, "model_name_or_path": "./nowhere"},
