@@ -150,6 +150,11 @@ def main(arguments: list[str] | None = None) -> None:
             ) from error
         run = Run("grpo", script_args, training_args, model_args)
         run.check(num_tokens=training_args.max_completion_length)
+        if training_args.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"--neftune_noise_alpha {training_args.neftune_noise_alpha}: must be left out: the policy would have "
+                "noise that its rollouts do not have"
+            )
         check_settings(training_args)
         if script_args.dry_run is not None:
             run.print_settings()
@@ -160,6 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = run.load_tokenizer()
         if script_args.thinking:
             check_thinking_mode(tokenizer, "thinking")
+        run.make_skeleton()
+        run.check_resumed_settings()
         train_dataset, eval_dataset = (
             None
             if dataset is None

@@ -9,13 +9,13 @@ All flags: `python opsd_train.py --help`. They may also stand in a YAML file: `-
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft import PeftModel
 from trl import get_peft_config
 from trl.trainer.utils import create_model_from_path
 
+from opsd.adapters import Adapter, check_vllm_lora_support
+from opsd.losses import read_head_settings
 from opsd.preflight import Preflight
 from opsd.run.arguments import ModelArguments, RunArguments, parse_arguments
 from opsd.run.run import Run, exit_on_invalid_input
@@ -23,6 +23,11 @@ from opsd.thinking import check_thinking_mode
 from opsd_trainer import OPSDConfig, OPSDTrainer
 
 logger = logging.getLogger(__name__)
+
+# Settings of a LoRA adapter that flags describe too
+ADAPTER_SETTINGS = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora",
+)  # fmt: skip
 
 
 @dataclass
@@ -81,23 +86,27 @@ def needed_columns(
     return needed | {"answer_column": script_args.answer_column}, {}
 
 
-def check_adapter(folder: str, model_args: ModelArguments) -> None:
-    """Raise `ValueError`, naming the flag, for an adapter to start from that is not there or was not asked for."""
-    missing = [name for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME) if not Path(folder, name).is_file()]
-    if missing:
-        raise ValueError(
-            f"--adapter_name_or_path {folder}: has no {' and no '.join(missing)}; name the folder of a LoRA adapter"
-        )
+def read_adapter(folder: str, model_args: ModelArguments) -> Adapter:
+    """
+    Read the adapter to start from, and give the flags that it decides its values.
+
+    Raises:
+        ValueError: if it is not there, not asked for, or not the one that the flags describe.
+    """
+    adapter, default = Adapter.read(folder, "adapter_name_or_path"), ModelArguments()
     if not model_args.use_peft:
-        raise ValueError(f"--adapter_name_or_path {folder}: trains an adapter, not the model; add --use_peft")
-    config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"--adapter_name_or_path {folder}: is not a LoRA adapter but {config.peft_type}")
-    if config.base_model_name_or_path != model_args.model_name_or_path:
-        logger.warning(
-            "--adapter_name_or_path %s: was trained on %s, and --model_name_or_path is %s",
-            folder, config.base_model_name_or_path, model_args.model_name_or_path,
-        )  # fmt: skip
+        raise ValueError(f"{adapter.name}: trains an adapter, not the model; add --use_peft")
+    for name in ADAPTER_SETTINGS:
+        flag = name if name.startswith("use_") else f"lora_{name.removeprefix('lora_')}"
+        given, own = getattr(model_args, flag), getattr(adapter.config, name)
+        own = sorted(own) if isinstance(own, set | list) else own
+        given = sorted(given) if isinstance(given, list) else given
+        if given not in (getattr(default, flag), own, "all-linear"):
+            raise ValueError(f"--{flag} {given}: {adapter.name} has {own}, and keeps it; leave the flag out")
+        if given != own:
+            logger.info("%s: --%s is that of the adapter, %s", adapter.name, flag, own)
+        setattr(model_args, flag, own)
+    return adapter
 
 
 def load_with_adapter(model: str, folder: str, training_args: OPSDConfig) -> PeftModel:
@@ -114,8 +123,14 @@ def main(arguments: list[str] | None = None) -> None:
         script_args, training_args, model_args = parse_arguments(OPSDArguments, OPSDConfig, arguments)
         run = Run("opsd", script_args, training_args, model_args)
         run.check(num_tokens=training_args.max_completion_length)
+        adapter = None
         if script_args.adapter_name_or_path is not None:
-            check_adapter(script_args.adapter_name_or_path, model_args)
+            adapter = read_adapter(script_args.adapter_name_or_path, model_args)
+            if training_args.use_vllm:
+                check_vllm_lora_support(adapter.config)
+        if model_args.lora_dropout > 0.0 and model_args.use_peft:
+            logger.info("--lora_dropout %g: taken as 0, since it would reach the teacher", model_args.lora_dropout)
+            model_args.lora_dropout = 0.0
         columns = needed_columns(script_args, training_args)
         if script_args.dry_run is not None:
             run.print_settings()
@@ -125,6 +140,10 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = run.load_tokenizer()
         if training_args.student_thinking:
             check_thinking_mode(tokenizer, "student_thinking")
+        skeleton = run.make_skeleton(adapter)
+        if training_args.loss_implementation == "fused":
+            read_head_settings(skeleton)
+        run.check_resumed_settings()
 
     training_args.model_init_kwargs = run.model_options()
     model, peft_config = model_args.model_name_or_path, get_peft_config(model_args)

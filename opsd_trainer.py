@@ -19,11 +19,19 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from data_collator import MicroBatch, Rollout, SelfDistillationDataCollator, start_rollouts
+from opsd.adapters import check_vllm_lora_support
 from opsd.config import OPSDConfig
 from opsd.curriculum import Curriculum
-from opsd.losses import HeadSettings, TokenLosses, dense_token_losses, fused_token_losses, read_head_settings
+from opsd.losses import (
+    HeadSettings,
+    TokenLosses,
+    check_head,
+    dense_token_losses,
+    fused_token_losses,
+    read_head_settings,
+)
 from opsd.metrics import Metrics
-from opsd.rollouts import Sampler, TransformersSampler, check_vllm_lora_support, make_vllm_sampler
+from opsd.rollouts import Sampler, TransformersSampler, make_vllm_sampler
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.teacher import Teacher
 from opsd.teacher_context import TeacherContext
@@ -58,6 +66,9 @@ class StepCallback(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         trainer = self.trainer
+        if trainer.args.loss_implementation == "fused":
+            with torch.no_grad():
+                trainer._in_forward(trainer.model_wrapped, trainer._check_head)
         trainer.teacher.start(trainer.model_wrapped, trainer._run_state, trainer._resumed_from)
         trainer._start_curriculum()
 
@@ -396,6 +407,16 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         policy = self.accelerator.unwrap_model(model)
         return self._forward_redirection(model, policy, method, policy, *args)
 
+    def _check_head(self, policy: nn.Module) -> None:
+        """Raise `ValueError` if the model's logits for a token are not those that the fused losses compute."""
+        model = self._causal_lm(policy)
+        weight = model.get_output_embeddings().weight
+        input_ids = torch.tensor([self.train_dataset[0]["student_prompt_ids"][:1]], device=self.accelerator.device)
+        is_half = weight.dtype.itemsize == 2 or self.accelerator.mixed_precision != "no"
+        with maybe_gather_lm_head_ctx(weight), self.accelerator.autocast():
+            full_weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            check_head(model, input_ids, full_weight, self._head_settings, precision=0.03 if is_half else 1e-4)
+
     def _hidden_states(self, policy: nn.Module, batch: MicroBatch, role: str) -> Tensor:
         """Compute the hidden states (N, H) that the head turns into `completion_logits`."""
         with self.accelerator.autocast():
@@ -500,7 +521,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             )
         if self.args.curriculum == "none":
             return
-        self.curriculum = Curriculum(self.args.curriculum, len(self.train_dataset), self.args.seed)
+        self.curriculum = Curriculum(self.args.curriculum, len(self.train_dataset), self.data_seed)
         if self._resumed_from is not None:
             self.curriculum.load(self._resumed_from)
 

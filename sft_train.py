@@ -94,6 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = run.load_tokenizer()
         if script_args.thinking:
             check_thinking_mode(tokenizer, "thinking")
+        run.make_skeleton()
+        run.check_resumed_settings()
         train_dataset, eval_dataset = (
             None if dataset is None else prepare(dataset, tokenizer, script_args.thinking, training_args)
             for dataset in datasets

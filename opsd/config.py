@@ -24,6 +24,32 @@ FIXED = {
     "vllm_sync_frequency": (1, "each rollout comes from the present student"),
     "vllm_structured_outputs_regex": (None, "rollouts are free text"),
 }
+# reason -> flags of TRL and transformers that must keep their default, since they would do nothing or harm
+UNUSED = {
+    "rollouts are neither packed nor cut": (
+        "packing", "packing_strategy", "eval_packing", "padding_free", "pad_to_multiple_of", "truncation_mode",
+        "shuffle_dataset", "train_sampling_strategy", "length_column_name",
+    ),
+    "the collator makes the prompts, with the tokenizer of the model's folder": (
+        "chat_template_path", "eos_token", "pad_token", "dataset_text_field", "dataset_kwargs",
+        "completion_only_loss", "assistant_only_loss",
+    ),
+    "OPSD has a loss of its own": (
+        "loss_type", "label_smoothing_factor", "router_aux_loss_coef", "use_liger_kernel", "liger_kernel_config",
+    ),
+    "noise would reach the teacher too": ("neftune_noise_alpha", "disable_dropout"),
+    "OPSD calls parts of the model by themselves": (
+        "torch_compile", "torch_compile_backend", "torch_compile_mode", "activation_offloading",
+    ),
+    "there is no second model or tokenizer": (
+        "teacher_model_revision", "teacher_model_init_kwargs", "teacher_tokenizer_name_or_path", "use_extended_uld",
+        "uld_token_merge_strategy", "uld_use_hybrid_loss", "uld_hybrid_matched_weight", "uld_hybrid_unmatched_weight",
+        "uld_crossentropy_weight", "uld_distillation_weight", "uld_student_temperature", "uld_teacher_temperature",
+        "uld_skip_student_eos", "uld_skip_teacher_eos",
+    ),
+    "the batch would change in the middle of the run": ("auto_find_batch_size",),
+}  # fmt: skip
+FIXED |= {flag: (getattr(GOLDConfig, flag), reason) for reason, flags in UNUSED.items() for flag in flags}
 # flag -> its interval, and the meaning of an end point
 INTERVALS = {
     "beta": ("[0, 1]", ": 0 forward KL, 1 reverse KL, 0.5 JSD"),

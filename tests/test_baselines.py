@@ -90,6 +90,8 @@ def no_model(monkeypatch):
             "--vllm_importance_sampling_mode sequence_mask: must be one of token_truncate, token_mask with "
             "--loss_type",
         ),
+        (grpo_train, {"num_generations": 4, "neftune_noise_alpha": 5}, "--neftune_noise_alpha 5"),
+        (sft_train, {"lora_target_modules": "q_prj"}, "--lora_target_modules q_prj: the model has no such module"),
         (
             grpo_train,
             {"num_generations": 4, "model_name_or_path": "./nowhere"},

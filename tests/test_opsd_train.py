@@ -3,10 +3,14 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer
 
@@ -77,7 +81,7 @@ def write(file, *lines):
         (["--presence_penalty", "1"], "--presence_penalty 1.0: must be 0 without --use_vllm"),
         (
             ["--adapter_name_or_path", "nowhere"],
-            "--adapter_name_or_path nowhere: has no adapter_config.json and no adapter_model",
+            "--adapter_name_or_path nowhere: no LoRA adapter, adapter_config.json is missing",
         ),
         (["--max_nonfinite_steps", "0"], "--max_nonfinite_steps 0: must be at least 1"),
         (["--loss_temperature", "0"], "--loss_temperature 0.0: must lie in"),
@@ -85,6 +89,33 @@ def write(file, *lines):
             ["--num_loss_tokens_to_skip", "64"],
             "--num_loss_tokens_to_skip 64: must be below --max_completion_length 64",
         ),
+        (["--disable_dropout", "false"], "--disable_dropout False: must be True: noise would reach the teacher too"),
+        (["--neftune_noise_alpha", "5"], "--neftune_noise_alpha 5.0: must be None: noise would reach the teacher too"),
+        (["--label_smoothing_factor", "0.1"], "--label_smoothing_factor 0.1: must be 0.0: OPSD has a loss of its own"),
+        (["--loss_type", "dft"], "--loss_type dft: must be"),
+        (["--eos_token", "<pad>"], "--eos_token <pad>: must be None: the collator makes the prompts"),
+        (["--pad_token", "<pad>"], "--pad_token <pad>: must be None"),
+        (["--pad_to_multiple_of", "8"], "--pad_to_multiple_of 8: must be auto: rollouts are neither packed nor cut"),
+        (["--train_sampling_strategy", "sequential"], "--train_sampling_strategy sequential: must be random"),
+        (["--padding_free"], "--padding_free True: must be False"),
+        (["--packing"], "--packing True: must be False"),
+        (["--use_liger_kernel"], "--use_liger_kernel True: must be False"),
+        (["--activation_offloading"], "--activation_offloading True: must be False"),
+        (["--torch_compile"], "--torch_compile True: must be False: OPSD calls parts of the model by themselves"),
+        (["--torch_compile_backend", "eager"], "--torch_compile_backend eager: must be None"),
+        (["--uld_student_temperature", "2"], "--uld_student_temperature 2.0: must be 1.0: there is no second model"),
+        (["--auto_find_batch_size"], "--auto_find_batch_size True: must be False: the batch would change"),
+        (["--fp16", "true"], "--fp16: there is no float16 training on a CPU"),
+        (["--eval_on_start"], "--eval_on_start: needs --eval_dataset_name"),
+        (["--report_to", "notebook"], "--report_to notebook: notebook is not supported, only"),
+        (["--lora_r", "0"], "--lora_r 0: `r` should be a positive integer"),
+        (
+            ["--lora_target_modules", "q_prj"],
+            "--lora_target_modules q_prj: the model has no such module; it has down_proj",
+        ),
+        (["--lora_target_modules", "q_proj", "layers.7.v_proj"], "--lora_target_modules layers.7.v_proj: the model"),
+        (["--lora_modules_to_save", "score"], "--lora_modules_to_save score: the model has no such module"),
+        (["--lora_modules_to_save", "lm_head"], "--loss_implementation fused needs a plain linear head"),
         (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -164,6 +195,115 @@ def test_training_goes_on_from_a_finished_adapter(run, tmp_path):
     assert len(teacher) == len(before)
     for name, weight in before.items():
         assert_close(teacher[".".join(name.split(".")[:-1]) + ".default.weight"], weight, rtol=0, atol=0)
+
+
+def test_an_adapter_to_start_from_must_fit_and_is_recorded(run, tmp_path, monkeypatch):
+    first = run("--max_steps", "1", "--lora_r", "4", "--lora_target_modules", "q_proj")
+    start = ["--adapter_name_or_path", str(first), "--output_dir", str(tmp_path / "second"), "--max_steps", "1"]
+    run(*start)
+    recorded = json.loads((tmp_path / "second" / "run_config.json").read_text())["model"]
+    assert (recorded["lora_r"], recorded["lora_target_modules"], recorded["lora_dropout"]) == (4, ["q_proj"], 0.0)
+
+    start[3] = str(tmp_path / "third")
+    for flags, message in (
+        (["--lora_r", "8"], "--lora_r 8: --adapter_name_or_path .* has 4, and keeps it; leave the flag out"),
+        (["--lora_alpha", "64"], "--lora_alpha 64: .* has 32"),
+        (["--use_dora"], "--use_dora True: .* has False"),
+        (["--lora_target_modules", "q_proj", "v_proj"], r"--lora_target_modules \['q_proj', 'v_proj'\]: .* has"),
+        (["--use_peft", "false"], "add --use_peft"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(*start, *flags)
+    weights = load_file(first / "adapter_model.safetensors")
+    renamed = {name.replace(".model.layers", ".model.language_model.layers"): weights[name] for name in weights}
+    save_file(renamed, first / "adapter_model.safetensors")
+    monkeypatch.setattr(opsd_train, "load_with_adapter", None)  # before a model is loaded
+    with pytest.raises(SystemExit, match="--adapter_name_or_path .*: 12 tensors do not fit .* nothing for the model"):
+        run(*start)
+
+
+def test_resume_keeps_what_makes_policy_and_data(run, no_model, monkeypatch, tmp_path, train_file, tiny_model_dir):
+    monkeypatch.undo()
+    out = run("--max_steps", "1")
+    record = (out / "run_config.json").read_text()
+    monkeypatch.setattr(opsd_train.OPSDTrainer, "__init__", None)
+    lines = train_file.read_text().splitlines(keepends=True)
+    other, reordered, template = tmp_path / "other.jsonl", tmp_path / "reordered.jsonl", tmp_path / "template"
+    other.write_text("".join(lines[:-1]))
+    reordered.write_text("".join(lines[::-1]))
+    shutil.copytree(tiny_model_dir, template)
+    file = template / "chat_template.jinja"
+    file.write_text("{# changed #}" + file.read_text())
+    for flags, *expected in (
+        ("--lora_alpha 64", "lora_alpha: 32 -> 64"),
+        ("--use_rslora true --lora_alpha 8", "use_rslora: False -> True", "lora_alpha: 32 -> 8"),
+        ("--lora_r 8", "lora_r: 16 -> 8"),
+        ("--lora_target_modules q_proj", "lora_target_modules: all-linear -> ['q_proj']"),
+        ("--seed 3", "seed: 42 -> 3"),
+        ("--data_seed 3", "data_seed: None -> 3"),
+        ("--beta 1", "beta: 0.5 -> 1.0"),
+        ("--teacher_thinking true", "teacher_thinking: False -> True"),
+        ("--max_completion_length 32", "max_completion_length: 64 -> 32"),
+        ("--per_device_train_batch_size 8", "sequences_per_step: 4 -> 8"),
+        ("--solution_column answer", "train_dataset: "),
+        (f"--dataset_name {other}", "train_dataset: "),
+        (f"--dataset_name {reordered}", "train_dataset: "),
+        (f"--model_name_or_path {template}", "chat_template: "),
+    ):
+        with pytest.raises(SystemExit) as refusal:
+            run("--resume_from_checkpoint", "true", "--max_steps", "2", *flags.split())
+        assert "was trained with other settings" in str(refusal.value)
+        for text in expected:
+            assert text in str(refusal.value)
+        assert "max_steps" not in str(refusal.value)
+    assert (out / "run_config.json").read_text() == record
+
+
+def test_resume_applies_what_may_change(run, tmp_path, train_file, caplog):
+    out = run("--max_steps", "1", "--weight_decay", "0.25", "--lr_scheduler_type", "linear")
+    moved = train_file.rename(tmp_path / "moved.jsonl")
+    changes = ["--learning_rate", "1e-5", "--weight_decay", "0.5", "--max_steps", "4", "--save_steps", "2"]
+    changes += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "2"]
+    with caplog.at_level("INFO"):
+        run(
+            "--resume_from_checkpoint", "true", "--lr_scheduler_type", "linear", "--dataset_name", str(moved), *changes
+        )
+    (message,) = [text for text in caplog.messages if "resumed with other settings" in text]
+    for change in ("learning_rate: 0.002 -> 1e-05", "weight_decay: 0.25 -> 0.5", "max_steps: 1 -> 4"):
+        assert change in message
+    optimizer = torch.load(out / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    group = optimizer["param_groups"][0]
+    assert group["weight_decay"] == 0.5
+    assert group["initial_lr"] == 1e-5 and group["lr"] == pytest.approx(1e-5 / 2)  # linear over 4 steps, after 2
+    log = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
+    rates = {entry["step"]: entry["learning_rate"] for entry in log if "learning_rate" in entry}
+    assert rates == {1: 2e-3, 2: pytest.approx(1e-5 * 3 / 4), 4: pytest.approx(1e-5 / 4)}
+    assert not (out / "checkpoint-3").exists()
+    records = [json.loads((out / name).read_text())["training"] for name in ("run_config_1.json", "run_config.json")]
+    assert [record["learning_rate"] for record in records] == [2e-3, 1e-5]
+
+
+def test_resume_without_a_record_says_so(run, caplog):
+    out = run("--max_steps", "1")
+    (out / "run_config.json").unlink()
+    run("--resume_from_checkpoint", "true", "--max_steps", "2", "--lora_alpha", "32")
+    assert f"{out} has no run_config.json" in caplog.text and (out / "run_config.json").is_file()
+
+
+@pytest.mark.multiprocess
+def test_one_process_goes_on_as_two_on_a_cpu(run, tiny_model_dir, train_file, tmp_path):
+    out = run("--max_steps", "1")
+    root = Path(opsd_train.__file__).parent
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    command += ["--config_file", root / "scripts" / "accelerate" / "ddp.yaml", "--mixed_precision", "no"]
+    command += [root / "opsd_train.py", "--config", root / "quickstart" / "opsd.yaml", "--use_vllm", "false"]
+    command += ["--model_name_or_path", tiny_model_dir, "--dataset_name", train_file, "--output_dir", out]
+    command += ["--per_device_train_batch_size", "2", "--max_steps", "2", "--resume_from_checkpoint", "true"]
+    environment = os.environ | {"PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("ACCELERATE_TORCH_DEVICE", None)
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert (out / "checkpoint-2" / "rng_state_1.pth").is_file()
 
 
 def test_wandb_offline(run, monkeypatch, tmp_path):

@@ -28,7 +28,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, TrainerCallback
 
 from data_collator import start_rollouts
-from opsd.losses import generalized_jsd, read_head_settings
+from opsd.losses import check_head, generalized_jsd, read_head_settings
 from opsd_trainer import OPSDConfig
 
 # One step
@@ -207,11 +207,50 @@ def test_head_settings_give_the_models_own_logits(family, settings):
     if head.logit_softcap is not None:
         expected = head.logit_softcap * torch.tanh(expected / head.logit_softcap)
     assert_close(logits, expected)
+    check_head(model, input_ids, model.get_output_embeddings().weight, head, precision=1e-4)
+
+
+def change_logits(function):
+    """Let a model's head go on with `function` of its logits, which its configuration does not tell."""
+    return lambda model: model.get_output_embeddings().register_forward_hook(lambda m, i, output: function(output))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_logits(lambda logits: 0.9 * logits),
+        change_logits(lambda logits: 20.0 * torch.tanh(logits / 20.0)),
+        change_logits(lambda logits: logits + torch.linspace(-1.0, 1.0, logits.shape[-1])),
+        lambda model: model.get_output_embeddings().register_forward_pre_hook(lambda m, inputs: (inputs[0] / 2.0,)),
+    ],
+    ids=["scale", "cap", "bias", "scale of the hidden states"],
+)
+def test_fused_loss_refuses_a_head_that_no_rule_knows(make_trainer, change):
+    trainer = make_trainer()
+    change(trainer.model.get_base_model())
+    with pytest.raises(ValueError, match="--loss_implementation fused: the logits of Qwen3ForCausalLM do not follow"):
+        trainer.train()
+    trainer = make_trainer(loss_implementation="dense", max_steps=1)
+    change(trainer.model.get_base_model())
+    trainer.train()
 
 
 def test_fused_loss_refuses_an_adapter_on_the_head(make_trainer):
     with pytest.raises(ValueError, match="--loss_implementation fused needs a plain linear head"):
         make_trainer(lora_settings={"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]})
+
+
+def test_data_seed_orders_the_data(make_trainer):
+    def first_problems(**settings):
+        trainer = make_trainer(max_steps=1, **settings)
+        seen = []
+        trainer.prepare_step = lambda rollouts, steps: seen.append([r.prompt_ids for r in rollouts]) or 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        return seen[0]
+
+    assert first_problems() != first_problems(data_seed=5) == first_problems(data_seed=5, seed=1)
+    assert first_problems() == first_problems(data_seed=SEED)
 
 
 def cap_between_entries(make_trainer):

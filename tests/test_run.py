@@ -10,6 +10,7 @@ from trl import GRPOConfig, SFTConfig
 from grpo_train import GRPOArguments
 from opsd.run import run as run_module
 from opsd.run.arguments import parse_arguments
+from opsd.run.record import check_resumed_settings, write_record
 from opsd.run.run import Run, choose_attention
 from opsd_train import OPSDArguments
 from opsd_trainer import OPSDConfig
@@ -157,3 +158,44 @@ def test_lora_flags_need_an_adapter_or_a_word():
     assert parse("--lora_r", "64", "--use_peft")[2].use_peft is True
     assert parse("--lora_r", "64", "--use_peft", "false")[2].use_peft is False
     assert parse()[2].use_peft is False
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["q_proj"], ["q_proj"]),
+        (["self_attn.q_proj"], ["self_attn.q_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["all-linear"], "all-linear"),
+        ([r".*\.[qv]_proj"], r".*\.[qv]_proj"),
+    ],
+)
+def test_one_target_module_is_a_name(given, expected):
+    assert parse("--use_peft", "--lora_target_modules", *given)[2].lora_target_modules == expected
+
+
+def test_hub_that_is_switched_off(monkeypatch):
+    monkeypatch.setattr(run_module, "is_offline_mode", lambda: True)
+    with pytest.raises(ValueError, match="--push_to_hub: the Hub is switched off by HF_HUB_OFFLINE"):
+        Run("opsd", *parse("--push_to_hub")).check(None)
+
+
+def test_records_of_earlier_starts_stay(tmp_path):
+    for start, has_checkpoint in enumerate((False, True, True)):
+        (tmp_path / f"checkpoint-{start}").mkdir() if has_checkpoint else None
+        write_record(tmp_path, {"start": start}, starts_anew=False)
+    records = {file.name: json.loads(file.read_text())["start"] for file in tmp_path.glob("*.json")}
+    assert records == {"run_config_1.json": 0, "run_config_2.json": 1, "run_config.json": 2}
+    write_record(tmp_path, {"start": 3}, starts_anew=True)
+    assert [file.name for file in tmp_path.glob("*.json")] == ["run_config.json"]
+
+
+def test_a_new_learning_rate_that_its_scheduler_would_not_take(tmp_path):
+    """ReduceLROnPlateau keeps the rate in the optimizer's state."""
+    settings = {"script": {}, "model": {}, "data": {}, "training": {"lr_scheduler_type": "reduce_lr_on_plateau"}}
+    settings["training"]["learning_rate"] = 1e-3
+    write_record(tmp_path, settings, starts_anew=False)
+    check_resumed_settings(tmp_path, settings)
+    settings["training"] = settings["training"] | {"learning_rate": 1e-4}
+    with pytest.raises(ValueError, match=r"learning_rate: 0.001 -> 0.0001"):
+        check_resumed_settings(tmp_path, settings)

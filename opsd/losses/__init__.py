@@ -13,6 +13,7 @@ from opsd.losses.divergence import (
 )
 from opsd.losses.elementwise import HeadSettings
 from opsd.losses.fused import (
+    check_head,
     fused_linear_jsd,
     fused_linear_sampled_token_loss,
     fused_token_losses,
@@ -26,6 +27,7 @@ __all__ = [
     "Objective",
     "TokenLosses",
     "TokenStatistics",
+    "check_head",
     "dense_token_losses",
     "fused_linear_jsd",
     "fused_linear_sampled_token_loss",

@@ -344,3 +344,38 @@ def fused_linear_sampled_token_loss(
         head=head,
         chunk_size=chunk_size,
     ).loss
+
+
+@torch.no_grad()
+def check_head(
+    model: PreTrainedModel, input_ids: Tensor, weight: Tensor, head: HeadSettings, precision: float
+) -> None:
+    """
+    Compare the logits of a model with those that the fused losses compute from its hidden states.
+
+    Args:
+        model: model, inside the forward pass of its wrapper if it has one.
+        input_ids: (1, T), a few tokens.
+        weight: (V, H), the whole weight of the model's head.
+        head: settings to check.
+        precision: relative error that rounding may leave.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    kept = []
+    hook = model.base_model.register_forward_hook(lambda module, inputs, output: kept.append(output[0]))
+    try:
+        logits = model.forward(input_ids=input_ids, use_cache=False).logits[0].float()
+    finally:
+        hook.remove()
+    with torch.autocast(logits.device.type, enabled=False):
+        expected = head.logit_scale * (kept[0][0].to(weight.dtype) @ weight.T).float()
+    if head.logit_softcap is not None:
+        expected = head.logit_softcap * torch.tanh(expected / head.logit_softcap)
+    error = (logits - expected).norm()
+    if not error <= precision * expected.norm():
+        raise ValueError(
+            f"--loss_implementation fused: the logits of {type(model).__name__} do not follow from its hidden states "
+            f"as expected (relative error {error / expected.norm():.1e}); choose --loss_implementation dense"
+        )

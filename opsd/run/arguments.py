@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,12 @@ class ModelArguments(ModelConfig):
         },
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        target = self.lora_target_modules  # TRL takes one word for a regular expression of whole names
+        if isinstance(target, str) and target != "all-linear" and re.fullmatch(r"[\w.]+", target):
+            self.lora_target_modules = [target]
+
 
 RunArgumentsT = TypeVar("RunArgumentsT", bound=RunArguments)
 ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
@@ -89,6 +96,8 @@ class _RunParser(TrlParser):
     def parse_args_into_dataclasses(self, args: Sequence[str], **kwargs: Any) -> tuple:
         self.dataclass_types: list[type]
         given, _ = self.parse_known_args(args)
+        if given.use_cpu:  # else "cpu:0" in a run of several processes, where torch.load can put nothing
+            os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
         args = [*args, *self._use_peft(args, given), *self._accumulation(given)]
         if given.dry_run is not None:
             if not torch.cuda.is_available():

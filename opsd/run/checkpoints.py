@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints, sort_checkpoints
 from trl.trainer.utils import RepeatSampler
@@ -236,16 +238,42 @@ class CompleteCheckpoints(Base):
                 "--max_nonfinite_steps; --resume_from_checkpoint true goes on from the last complete checkpoint"
             )
 
+    # Optimizer of a resumed run
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        groups = [group for group in getattr(optimizer, "param_groups", []) if group["params"]]
+        self._optimizer_settings = [{name: group[name] for name in group if name != "params"} for group in groups]
+        return optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load their state, but keep this start's learning rate, weight decay and the like."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        if checkpoint is None or not isinstance(scheduler, LambdaLR):
+            return
+        factor = scheduler.lr_lambdas[0](scheduler.last_epoch)  # the same for all groups
+        groups = [group for group in self.optimizer.param_groups if group["params"]]
+        for group, settings in zip(groups, self._optimizer_settings, strict=True):
+            group.update(settings, initial_lr=settings["lr"], lr=settings["lr"] * factor)
+        scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]  # which is logged
+
     # Data order, signal, checkpoints
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         self._train_sampler = super()._get_train_sampler(*args, **kwargs)
         return self._train_sampler
 
+    @property
+    def data_seed(self) -> int:
+        """Seed of the order of the data."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
         if isinstance(self._train_sampler, RepeatSampler):
             # It draws an epoch's order from where the last one left its generator, which a resumed run does not know.
-            self._train_sampler.generator.manual_seed(self.args.seed + epoch)
+            self._train_sampler.generator.manual_seed(self.data_seed + epoch)
         if self.state.global_step >= self.state.max_steps:  # resumed at the end: transformers would do one step more
             self.control.should_training_stop = True
             return

@@ -1,13 +1,14 @@
 """One run of a training program: how it is checked, named, recorded, started and ended."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,16 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from huggingface_hub import is_offline_mode
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import is_flash_attn_2_available
 from trl import get_peft_config, get_quantization_config
@@ -23,10 +33,11 @@ from trl.import_utils import is_vllm_available
 from trl.trainer.utils import RepeatSampler
 
 from data_collator import check_chat_template
-from opsd.rollouts import check_vllm_lora_support
+from opsd.adapters import Adapter, add_to_skeleton, check_vllm_lora_support, make_skeleton
 from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.checkpoints import find_checkpoint
 from opsd.run.problem_data import find_local, is_path, load_problems
+from opsd.run.record import check_resumed_settings, write_record
 from opsd.thinking import freeze_date
 
 logger = logging.getLogger(__name__)
@@ -56,6 +67,7 @@ class Run:
         self.method, self.args, self.training_args, self.model_args = method, args, training_args, model_args
         self.checkpoint: str | None = None  # to go on from
         self.prompt_date: str | None = None  # in prompts whose template asks for the present date
+        self.data_hashes: dict[str, str] = {}  # of what a resumed run must find again
 
     # Before a model is loaded
 
@@ -70,6 +82,7 @@ class Run:
             FileNotFoundError, ValueError: for what cannot be, naming the flag and the way out.
         """
         self._check_model()
+        self._check_trainer_flags()
         self._resolve(num_tokens)
         if (self.args.eval_dataset_name is None) != (self.training_args.eval_strategy == "no"):
             raise ValueError("--eval_dataset_name and --eval_strategy need each other: give both, or none of them")
@@ -99,6 +112,21 @@ class Run:
                 "out --load_in_4bit and --load_in_8bit, or sample without --use_vllm"
             )
 
+    def _check_trainer_flags(self) -> None:
+        """Raise `ValueError` for flags that transformers would refuse only after the model is loaded, or ignore."""
+        args = self.training_args
+        if args.fp16 and self.args.dry_run is None and args.device.type == "cpu":
+            raise ValueError("--fp16: there is no float16 training on a CPU; leave it out")
+        if args.eval_on_start and self.args.eval_dataset_name is None:
+            raise ValueError("--eval_on_start: needs --eval_dataset_name and --eval_strategy")
+        if args.push_to_hub and is_offline_mode():
+            raise ValueError("--push_to_hub: the Hub is switched off by HF_HUB_OFFLINE; leave one of the two out")
+        try:
+            for make_callback in get_reporting_integration_callbacks(args.report_to):
+                make_callback()
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise ValueError(f"--report_to {' '.join(args.report_to)}: {error}") from error
+
     def _resolve(self, num_tokens: int | None) -> None:
         """Settle name and folder, from --run_config or composed of what tells runs apart."""
         args, training_args = self.args, self.training_args
@@ -116,11 +144,14 @@ class Run:
 
     def settings(self) -> dict[str, Any]:
         """All settings, and the versions of the packages."""
+        training_args = self.training_args
+        batch = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
         return {
             "script": dataclasses.asdict(self.args),
-            "training": self.training_args.to_dict(),
+            "training": training_args.to_dict(),
             "model": dataclasses.asdict(self.model_args),
             "prompt_date": self.prompt_date,
+            "data": self.data_hashes | {"sequences_per_step": batch * training_args.world_size},
             "versions": {package: version(package) for package in PACKAGES},
         }
 
@@ -154,6 +185,8 @@ class Run:
             return load_problems(name, split, columns, optional, config, revision)
 
         train_dataset = load(args.dataset_name, args.dataset_split)
+        needed = [flag.removesuffix("_column") for flag in columns]
+        self.data_hashes["train_dataset"] = text_hash(train_dataset.select_columns(needed))
         if args.eval_dataset_name is None:
             return train_dataset, None
         return train_dataset, load(args.eval_dataset_name, args.eval_dataset_split)
@@ -174,7 +207,47 @@ class Run:
         record = Path(self.training_args.output_dir, "run_config.json")
         before = json.loads(record.read_text()) if self.checkpoint is not None and record.is_file() else {}
         self.prompt_date = freeze_date(tokenizer, before.get("prompt_date"))
+        self.data_hashes["chat_template"] = text_hash([tokenizer.chat_template])
         return tokenizer
+
+    def check_resumed_settings(self) -> None:
+        """Raise `ValueError` if the run is resumed with settings that it must keep; log those that change."""
+        if self.checkpoint is not None:
+            check_resumed_settings(Path(self.checkpoint).parent, self.settings())
+
+    def make_skeleton(self, adapter: Adapter | None = None) -> PreTrainedModel:
+        """
+        Build the model that is trained, without weights, and check its adapter on it.
+
+        Args:
+            adapter: to start from; `None` for a new one as the flags say, or none.
+
+        Raises:
+            ValueError: for an adapter that does not fit the model, and for a module that the model does not have.
+        """
+        args = self.model_args
+        options = {"revision": args.model_revision, "trust_remote_code": self.training_args.trust_remote_code}
+        skeleton = make_skeleton(args.model_name_or_path, **options)
+        if adapter is not None:
+            adapter.check_base(args.model_name_or_path, **options)
+        if not args.use_peft:
+            return skeleton
+        names = [name for name, _ in skeleton.named_modules()]
+        for flag in ("lora_target_modules", "lora_modules_to_save"):
+            given = getattr(args, flag)
+            for module in given if isinstance(given, list) else []:
+                if not any(f".{name}".endswith(f".{module}") for name in names):
+                    matrices = {
+                        key.split(".")[-2] for key, weight in skeleton.state_dict().items() if weight.dim() == 2
+                    }
+                    raise ValueError(
+                        f"--{flag} {module}: the model has no such module; it has {', '.join(sorted(matrices))}"
+                    )
+        try:
+            add_to_skeleton(skeleton, adapter.config if adapter is not None else get_peft_config(args))
+        except ValueError as error:
+            raise ValueError(f"--use_peft, --lora_r {args.lora_r}: {error}") from error
+        return skeleton
 
     def model_options(self) -> dict[str, Any]:
         """`model_init_kwargs` of TRL's trainers: revision, dtype, attention and, where asked for, quantization."""
@@ -226,6 +299,14 @@ class Run:
             sys.exit(128 + signal.SIGTERM)
 
 
+def text_hash(rows: Iterable[Any]) -> str:
+    """SHA-256 of rows of texts, in their order, in hexadecimal."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def choose_attention(requested: str | None, dtype: str | None, training_args: TrainingArguments) -> str:
     """Choose FlashAttention 2 where it can run, else PyTorch's attention, and log it; another one only on request."""
     if requested not in (None, "flash_attention_2"):
@@ -244,6 +325,7 @@ class RecordSettingsCallback(TrainerCallback):
         self.output_dir, self.settings, self.starts_anew = output_dir, settings, starts_anew
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        state.compute_steps(args, state.max_steps)  # transformers keeps those of the checkpoint for log and saves
         if not state.is_world_process_zero:
             return
         if self.starts_anew:
@@ -251,9 +333,7 @@ class RecordSettingsCallback(TrainerCallback):
             for old in (*sort_checkpoints(self.output_dir), *filter(Path.exists, folders)):
                 shutil.rmtree(old)
                 logger.info("--overwrite_output_dir: deleted %s", old)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.settings, indent=2, default=str)
-        (self.output_dir / "run_config.json").write_text(text + "\n", encoding="utf-8")
+        write_record(self.output_dir, self.settings, self.starts_anew)
 
 
 def shutdown(trainer: Trainer, sampler: Any = None) -> None:

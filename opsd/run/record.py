@@ -1,0 +1,90 @@
+"""The record of a run's settings in its folder, and which of them a resumed run may change."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import sort_checkpoints
+
+logger = logging.getLogger(__name__)
+
+RECORD = "run_config.json"  # of the last start; those of earlier ones are run_config_1.json, run_config_2.json, ...
+
+# What acts from the resumed step on, or changes neither the policy nor the data. All other settings must stay.
+OPTIMIZER = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_type"}
+MAY_CHANGE = OPTIMIZER | {
+    *("max_grad_norm", "warmup_steps", "lr_scheduler_kwargs", "max_steps", "num_train_epochs", "max_nonfinite_steps"),
+    # The number of sequences of a step is recorded, and must stay
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "effective_batch_size", "steps_per_generation"),
+    *("generation_batch_size", "per_device_eval_batch_size"),
+    # Data and prompts are compared by content, a model by the weights that are not trained
+    *("dataset_name", "dataset_config", "dataset_revision", "dataset_split", "problem_column", "solution_column"),
+    *("answer_column", "model_name_or_path", "model_revision", "model_init_kwargs", "chat_template_kwargs"),
+    *("use_vllm", "vllm_mode", "vllm_adapter_dir", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization"),
+    *("vllm_group_port", "vllm_max_model_length", "vllm_model_impl", "vllm_server_base_url", "vllm_server_host"),
+    *("vllm_server_port", "vllm_server_timeout", "vllm_tensor_parallel_size", "attn_implementation"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "loss_implementation", "loss_chunk_size", "use_cpu"),
+    *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "tf32", "torch_empty_cache_steps", "local_rank"),
+    *(
+        "output_dir",
+        "run_name",
+        "run_config",
+        "overwrite_output_dir",
+        "resume_from_checkpoint",
+        "dry_run",
+        "preflight",
+    ),
+    *("report_to", "project", "disable_tqdm", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    *("num_completions_to_print", "enable_jit_checkpoint", "skip_memory_metrics", "full_determinism", "push_to_hub"),
+    *("trust_remote_code", "dataset_num_proc", "use_cache", "debug"),
+}
+MAY_CHANGE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "wandb_", "trackio_", "dataloader_", "ddp_")
+
+
+def check_resumed_settings(run_dir: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """
+    Compare the settings of a start with those of the last one in `run_dir`, and log which ones change.
+
+    Args:
+        run_dir: folder of the run that is resumed.
+        settings: group -> name -> value.
+
+    Raises:
+        ValueError: for settings that a resumed run must keep, with each as name: before -> now.
+    """
+    if not (run_dir / RECORD).is_file():
+        logger.warning("%s has no %s: the settings of its first start are not known", run_dir, RECORD)
+        return
+    before = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(settings, default=str))
+    changed: dict[str, str] = {}
+    for group in ("script", "training", "model", "data"):
+        old, new = before.get(group, {}), now[group]
+        changed |= {
+            name: f"{name}: {old[name]} -> {new[name]}" for name in old if new.get(name, old[name]) != old[name]
+        }
+    plateau = "reduce_lr_on_plateau" in (before["training"]["lr_scheduler_type"], now["training"]["lr_scheduler_type"])
+    may_change = MAY_CHANGE - OPTIMIZER if plateau else MAY_CHANGE  # its learning rate is in the optimizer's state
+    refused = [changed[n] for n in changed if n not in may_change and not n.startswith(MAY_CHANGE_PREFIXES)]
+    if refused:
+        raise ValueError(
+            f"--resume_from_checkpoint: {run_dir} was trained with other settings:\n  " + "\n  ".join(refused) + "\n"
+            "give them as before, or start anew with another --output_dir"
+        )
+    applied = [text for name, text in changed.items() if name != "resume_from_checkpoint"]
+    if applied:
+        logger.info("resumed with other settings: %s", ", ".join(applied))
+
+
+def write_record(run_dir: Path, settings: Mapping[str, Any], starts_anew: bool) -> None:
+    """Record the settings of a start. Earlier records stay under other names, unless the run `starts_anew`."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    record, earlier = run_dir / RECORD, sorted(run_dir.glob("run_config_*.json"))
+    if starts_anew:
+        for file in earlier:
+            file.unlink()
+    elif record.is_file() and sort_checkpoints(run_dir):
+        record.rename(run_dir / f"run_config_{len(earlier) + 1}.json")
+    record.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
