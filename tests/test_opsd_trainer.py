@@ -173,7 +173,9 @@ def test_fused_loss_equals_the_dense_one(make_trainer, settings):
     (dense_loss, dense_gradient, dense_sums), (loss, gradient, sums) = results
     assert gradient.dtype == torch.float64 and dense_gradient.norm() > 1e-3
     assert loss == pytest.approx(dense_loss, rel=1e-9)
-    assert (gradient - dense_gradient).norm() <= 1e-9 * dense_gradient.norm()
+    # Qwen3's norms round gradients to float32, and a last digit of it can differ. One entry on another side of a cap would
+    # move the gradient by 1e-2 and more.
+    assert (gradient - dense_gradient).norm() <= 1e-7 * dense_gradient.norm()
     assert sums == pytest.approx(dense_sums, rel=1e-6, abs=1e-9)
 
 
