@@ -239,9 +239,9 @@ class FrozenWeights:
         if self.accelerator.reduce(changed.any().float(), "sum").item() > 0:
             names = [name for name, is_changed in zip(self._weights, changed.tolist(), strict=True) if is_changed]
             raise RuntimeError(
-                "frozen weights have changed during the training, so that the base model, and with it --fixed_teacher, "
-                f"is no longer that of the start: {len(names)} of {len(self._weights)} on this process, {names[:3]}. Something writes to the "
-                "base model (merging the adapter does); earlier checkpoints are not affected"
+                "frozen weights have changed in training, so that the base model that --fixed_teacher needs "
+                f"is no longer that of the start: {len(names)} of {len(self._weights)} on this process, {names[:3]}. "
+                "Something writes to the base model (merging the adapter does); earlier checkpoints are not affected"
             )
 
 
