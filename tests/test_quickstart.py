@@ -261,7 +261,7 @@ def test_further_examples_of_the_ablations_base():
         problem_only_examples=0,
         reference_examples=0,
         own_style_examples=40,
-        rationalized_examples=40,
+        rationale_examples=40,
         thinking_examples=80,
     )
     tokenizer = train_tokenizer(config)
