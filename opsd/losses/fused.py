@@ -363,6 +363,7 @@ def check_head(
     Raises:
         ValueError: if they differ.
     """
+    weight = weight.clone()  # under ZeRO-3 the forward pass releases a gathered weight that is tied to the embedding
     kept = []
     hook = model.base_model.register_forward_hook(lambda module, inputs, output: kept.append(output[0]))
     try:
