@@ -5,7 +5,9 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from opsd.losses.divergence import Objective, TokenLosses, TokenStatistics
 from opsd.losses.elementwise import HeadSettings, chunk_losses, chunk_policy_gradient
@@ -347,30 +349,28 @@ def fused_linear_sampled_token_loss(
 
 
 @torch.no_grad()
-def check_head(
-    model: PreTrainedModel, input_ids: Tensor, weight: Tensor, head: HeadSettings, precision: float
-) -> None:
+def check_head(model: PreTrainedModel, input_ids: Tensor, head: HeadSettings, precision: float) -> None:
     """
     Compare the logits of a model with those that the fused losses compute from its hidden states.
 
     Args:
         model: model, inside the forward pass of its wrapper if it has one.
         input_ids: (1, T), a few tokens.
-        weight: (V, H), the whole weight of the model's head.
         head: settings to check.
         precision: relative error that rounding may leave.
 
     Raises:
         ValueError: if they differ.
     """
-    weight = weight.clone()  # under ZeRO-3 the forward pass releases a gathered weight that is tied to the embedding
     kept = []
     hook = model.base_model.register_forward_hook(lambda module, inputs, output: kept.append(output[0]))
     try:
         logits = model.forward(input_ids=input_ids, use_cache=False).logits[0].float()
     finally:
         hook.remove()
-    with torch.autocast(logits.device.type, enabled=False):
+    weight = model.get_output_embeddings().weight  # gathered now: under ZeRO-3 the forward pass releases a tied weight
+    with maybe_gather_lm_head_ctx(weight), torch.autocast(logits.device.type, enabled=False):
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         expected = head.logit_scale * (kept[0][0].to(weight.dtype) @ weight.T).float()
     if head.logit_softcap is not None:
         expected = head.logit_softcap * torch.tanh(expected / head.logit_softcap)
