@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,8 +243,9 @@ class CompleteCheckpoints(Base):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
-        groups = [group for group in getattr(optimizer, "param_groups", []) if group["params"]]
+        groups = getattr(optimizer, "param_groups", [])
         self._optimizer_settings = [{name: group[name] for name in group if name != "params"} for group in groups]
+        self._group_is_used = [bool(group["params"]) for group in groups]
         return optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -253,8 +255,10 @@ class CompleteCheckpoints(Base):
         if checkpoint is None or not isinstance(scheduler, LambdaLR):
             return
         factor = scheduler.lr_lambdas[0](scheduler.last_epoch)  # the same for all groups
-        groups = [group for group in self.optimizer.param_groups if group["params"]]
-        for group, settings in zip(groups, self._optimizer_settings, strict=True):
+        groups, all_settings = self.optimizer.param_groups, self._optimizer_settings
+        if len(groups) < len(all_settings):  # DeepSpeed leaves out groups without weights
+            all_settings = list(compress(all_settings, self._group_is_used))
+        for group, settings in zip(groups, all_settings, strict=True):
             group.update(settings, initial_lr=settings["lr"], lr=settings["lr"] * factor)
         scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
         scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]  # which is logged
