@@ -184,6 +184,32 @@ def start_rollouts(examples: Sequence[Mapping[str, Any]]) -> list[Rollout]:
 
 
 @dataclass
+class PackedRole:
+    """The B sequences of one role, prompt and completion each, end to end in one row of T tokens."""
+
+    input_ids: Tensor  # (1, T), int64
+    position_ids: Tensor  # (1, T), int64: from 0 in each sequence
+    bounds: Tensor  # (B + 1,), int32: where each sequence begins, and T
+    lengths: list[int]  # of the sequences
+
+    @classmethod
+    def of_sequences(cls, sequences: Sequence[list[int]]) -> "PackedRole":
+        """Lay sequences of token ids end to end."""
+        lengths = [len(sequence) for sequence in sequences]
+        return cls(
+            input_ids=torch.tensor([[token_id for sequence in sequences for token_id in sequence]]),
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+            bounds=torch.tensor([0, *lengths]).cumsum(0).int(),
+            lengths=lengths,
+        )
+
+    def to(self, device: torch.device) -> "PackedRole":
+        """Return the row on another device."""
+        tensors = (self.input_ids.to(device), self.position_ids.to(device), self.bounds.to(device))
+        return PackedRole(*tensors, self.lengths)
+
+
+@dataclass
 class MicroBatch:
     """Padded rollouts of one forward and backward pass, B rows. Prompts are left-padded, completions right-padded."""
 
@@ -198,11 +224,25 @@ class MicroBatch:
     weights: Tensor  # (B,), float32: of the divergence
     advantages: Tensor  # (B,), float32
     sampler_logprobs: Tensor | None  # (B, C), float32
+    student: PackedRole  # the same sequences without padding
+    teacher: PackedRole
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the batch on another device."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **tensors)
+        moved = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | PackedRole)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def packed(self, role: str) -> PackedRole:
+        """Return the sequences of "student" or "teacher" in one row."""
+        return self.student if role == "student" else self.teacher
+
+    def predictors(self, role: str) -> Tensor:
+        """Return the places (N,) in the row of `packed` from which the tokens of the loss are predicted, int64."""
+        ends = self.packed(role).bounds[1:].long()
+        places = torch.arange(-1, self.completion_ids.shape[1] - 1, device=ends.device)
+        return self.of_tokens((ends - self.completion_mask.sum(1))[:, None] + places)
 
     def model_inputs(self, role: str) -> dict[str, Tensor]:
         """Return the model's inputs for "student" or "teacher": the role's prompts, each with its completion."""
@@ -428,4 +468,6 @@ class SelfDistillationDataCollator:
             weights=torch.tensor([rollout.weight for rollout in rollouts]),
             advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
             sampler_logprobs=sampler_logprobs,
+            student=PackedRole.of_sequences([r.prompt_ids + r.completion_ids for r in rollouts]),
+            teacher=PackedRole.of_sequences([r.teacher_prompt_ids + r.completion_ids for r in rollouts]),
         )

@@ -31,6 +31,7 @@ from opsd.losses import (
     read_head_settings,
 )
 from opsd.metrics import Metrics
+from opsd.packing import divide_evenly, packed_inputs, reason_against_packing
 from opsd.rollouts import Sampler, TransformersSampler, make_vllm_sampler
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.teacher import Teacher
@@ -69,6 +70,7 @@ class StepCallback(TrainerCallback):
         if trainer.args.loss_implementation == "fused":
             with torch.no_grad():
                 trainer._in_forward(trainer.model_wrapped, trainer._check_head)
+        trainer._check_packing()
         trainer.teacher.start(trainer.model_wrapped, trainer._run_state, trainer._resumed_from)
         trainer._start_curriculum()
 
@@ -131,6 +133,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             processing_class.pad_token = processing_class.eos_token
         self.collator = SelfDistillationDataCollator(processing_class, **args.collator_settings)
         use_vllm, args.use_vllm = args.use_vllm, False  # GOLD would start an engine that gets its weights by merging
+        packing, args.packing = args.packing, False  # SFT would lay examples end to end, before there are rollouts
         super().__init__(
             model,
             teacher_model=_NoTeacherModel(),
@@ -142,7 +145,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        args.use_vllm = use_vllm
+        args.use_vllm, args.packing = use_vllm, packing
         del self.teacher_model
         if self.generation_config.eos_token_id is None:
             self.generation_config.eos_token_id = processing_class.eos_token_id
@@ -160,6 +163,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         self._head_settings = HeadSettings()
         if args.loss_implementation == "fused":
             self._head_settings = read_head_settings(self._causal_lm(self.accelerator.unwrap_model(self.model)))
+        self._is_packed = False  # until the model is checked, before the first step
         self._loss_denominator: Tensor | None = None  # of the running optimizer step, over all processes
         self._resumed_from: str | None = None
         self.curriculum: Curriculum | None = None
@@ -253,10 +257,10 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self.teacher_context.build(rollouts, self.num_generations if is_training else 1, self.model_wrapped)
         advantage_scale = self._count_tokens(rollouts)
         size = len(rollouts) // num_batches
-        batches = [
-            self.collator(rollouts[start : start + size]).to(self.accelerator.device)
-            for start in range(0, len(rollouts), size)
-        ]
+        parts = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+        if self._is_packed:
+            parts = divide_evenly(rollouts, num_batches)
+        batches = [self.collator(part).to(self.accelerator.device) for part in parts]
         for batch in batches:
             batch.advantages *= advantage_scale
         self._record_rollouts(rollouts, num_batches)
@@ -398,6 +402,9 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     def completion_logits(self, model: nn.Module, batch: MicroBatch, role: str) -> Tensor:
         """Compute the logits (N, V) from which `role` predicts the tokens of the loss, with the model as it is."""
+        if self._is_packed:
+            inputs = packed_inputs(batch.packed(role), self.model.config.get_text_config())
+            return model(**inputs, logits_to_keep=batch.predictors(role), use_cache=False).logits[0]
         num_logits = batch.completion_ids.shape[1] + 1
         outputs = model(**batch.model_inputs(role), logits_to_keep=num_logits, use_cache=False)
         return batch.of_tokens(outputs.logits[:, :-1])
@@ -416,10 +423,25 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         with self.accelerator.autocast():
             check_head(model, input_ids, self._head_settings, precision=0.03 if is_half else 1e-4)
 
+    def _check_packing(self) -> None:
+        """Lay the sequences of micro-batches end to end, where the model keeps them apart."""
+        if not self.args.packing:
+            return
+        with torch.no_grad(), self.accelerator.autocast():
+            reason = self._in_forward(
+                self.model_wrapped, lambda policy: reason_against_packing(self._causal_lm(policy))
+            )
+        self._is_packed = reason is None
+        if reason is not None:
+            logger.warning("micro-batches are padded, since the model cannot pack them: %s", reason)
+
     def _hidden_states(self, policy: nn.Module, batch: MicroBatch, role: str) -> Tensor:
         """Compute the hidden states (N, H) that the head turns into `completion_logits`."""
         with self.accelerator.autocast():
             backbone = self._causal_lm(policy).base_model
+            if self._is_packed:
+                inputs = packed_inputs(batch.packed(role), backbone.config.get_text_config())
+                return backbone(**inputs, use_cache=False).last_hidden_state[0, batch.predictors(role)]
             hidden_states = backbone(**batch.model_inputs(role), use_cache=False).last_hidden_state
         return batch.of_tokens(hidden_states[:, -batch.completion_ids.shape[1] - 1 : -1])
 
@@ -497,7 +519,10 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         return loss
 
     def _batch_to_keep(self) -> Any:
-        return [vars(batch) for batch in self._buffered_inputs]
+        return [
+            {name: value for name, value in vars(batch).items() if name not in ("student", "teacher")}
+            for batch in self._buffered_inputs
+        ]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log, over all processes."""

@@ -26,8 +26,8 @@ FIXED = {
 }
 # reason -> flags of TRL and transformers that must keep their default, since they would do nothing or harm
 UNUSED = {
-    "rollouts are neither packed nor cut": (
-        "packing", "packing_strategy", "eval_packing", "padding_free", "pad_to_multiple_of", "truncation_mode",
+    "rollouts are not cut, and packed in one way (--packing)": (
+        "packing_strategy", "eval_packing", "padding_free", "pad_to_multiple_of", "truncation_mode",
         "shuffle_dataset", "train_sampling_strategy", "length_column_name",
     ),
     "the collator makes the prompts, with the tokenizer of the model's folder": (
@@ -331,6 +331,13 @@ class OPSDConfig(GOLDConfig):
         metadata={
             "help": "fused: the loss from the hidden states, without the full logits. dense: the reference.",
             "choices": LOSS_IMPLEMENTATIONS,
+        },
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Lay the sequences of a micro-batch end to end instead of padding them, where the model and its "
+            "attention keep them apart. The micro-batches of a step then have about equal numbers of tokens."
         },
     )
     loss_chunk_size: int | None = field(
