@@ -229,7 +229,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the batch on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | PackedRole)
         }
         return dataclasses.replace(self, **moved)

@@ -189,7 +189,6 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
                 self.model,
                 self.accelerator,
                 self.generation_config,
-                batch_size=self.args.per_device_train_batch_size,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             )
         datasets = [self.train_dataset]

@@ -462,9 +462,14 @@ def make_vllm_sampler(
     )
 
 
+CACHE_BYTES = 4 * 2**30  # a constant: what is drawn depends on which prompts share a call
+
+
 class TransformersSampler:
     """
-    Samples with `model.generate` of transformers, from the weights as they are, a micro-batch at a time.
+    Samples with `model.generate` of transformers, from the weights as they are.
+
+    All prompts are sampled in one call, or in as few as keep the keys and values of a call below `CACHE_BYTES`.
 
     It has the interface of `VLLMSampler`. Random numbers come from PyTorch's generator of the device.
 
@@ -472,7 +477,6 @@ class TransformersSampler:
         model: the model in training.
         accelerator: the trainer's accelerator.
         generation_config: sampling settings, with `eos_token_id` and `pad_token_id`.
-        batch_size: number of sequences of a micro-batch.
         gradient_checkpointing_kwargs: those of the training, to switch it off meanwhile and on again.
     """
 
@@ -481,11 +485,9 @@ class TransformersSampler:
         model: nn.Module,
         accelerator: Accelerator,
         generation_config: GenerationConfig,
-        batch_size: int,
         gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     ):
-        self.model, self.accelerator = model, accelerator
-        self.generation_config, self.batch_size = generation_config, batch_size
+        self.model, self.accelerator, self.generation_config = model, accelerator, generation_config
         self.gradient_checkpointing_kwargs = gradient_checkpointing_kwargs
 
     def sync(self, step: int, reuse: bool = False) -> None:
@@ -511,13 +513,15 @@ class TransformersSampler:
             config.update(max_new_tokens=settings.pop("max_tokens"), min_p=None, **settings)
         pad_id, end_ids = config.pad_token_id, config.eos_token_id
         end_ids = {end_ids} if isinstance(end_ids, int) else set(end_ids)
+        size = max(1, CACHE_BYTES // self._cache_bytes(max(map(len, prompts), default=1) + config.max_new_tokens))
+        order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
         # Under ZeRO-3 and FSDP2 all processes take part in each call: those without a prompt go on from a padding
         # token.
-        num_calls = max(gather_object([math.ceil(len(prompts) / self.batch_size)]))
+        num_calls = max(gather_object([math.ceil(len(prompts) / size)]))
         completions = []
         with self._generating(config) as model:
-            for start in range(0, num_calls * self.batch_size, self.batch_size):
-                batch = prompts[start : start + self.batch_size] or [[pad_id]]
+            for start in range(0, num_calls * size, size):
+                batch = [prompts[place] for place in order[start : start + size]] or [[pad_id]]
                 width = max(map(len, batch))
                 input_ids = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in batch])
                 mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch])
@@ -529,7 +533,15 @@ class TransformersSampler:
                 for ids in sequences[:, width:].tolist():
                     end = next((place for place, token_id in enumerate(ids) if token_id in end_ids), len(ids))
                     completions.append(Completion(ids[: end + 1], None))
-        return completions[: len(prompts)]
+        in_order = zip(order, completions, strict=False)  # without those of padding tokens
+        return [completion for _, completion in sorted(in_order, key=lambda pair: pair[0])]
+
+    def _cache_bytes(self, length: int) -> int:
+        """Return the size of the keys and values of a sequence of `length` tokens, at most."""
+        config = self.model.config.get_text_config()
+        num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * num_heads * head_size * length * 4
 
     @contextmanager
     def _generating(self, config: GenerationConfig) -> Iterator[PreTrainedModel]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import EMA, gradient_of_one_step, script_rollouts, work_out
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -16,7 +17,6 @@ from transformers import (
 
 from data_collator import PackedRole, Rollout, start_rollouts
 from opsd.packing import divide_evenly, packed_inputs, reason_against_packing
-from tests.helpers import EMA, gradient_of_one_step, script_rollouts, work_out
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}

@@ -6,7 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import LOGPROB_GAP, MEAN_LOGPROB_GAP, Recorder, make_problems, make_trainer_factory, rollout
+from helpers import (
+    LOGPROB_GAP,
+    MEAN_LOGPROB_GAP,
+    Recorder,
+    make_problems,
+    make_trainer_factory,
+    rollout,
+    script_rollouts,
+    work_out,
+)
 from peft import LoraConfig
 
 from data_collator import MicroBatch
@@ -126,7 +135,7 @@ def test_greedy_rollouts_equal_those_of_transformers(trainer, monkeypatch):
     (sampled,) = rollout(trainer)
     monkeypatch.setattr(trainer.generation_config, "top_k", 1)
     arguments = trainer.model, trainer.accelerator, trainer.generation_config
-    monkeypatch.setattr(trainer, "sampler", TransformersSampler(*arguments, batch_size=4))
+    monkeypatch.setattr(trainer, "sampler", TransformersSampler(*arguments))
     (expected,) = rollout(trainer)
     for name in ("prompt_ids", "prompt_mask", "teacher_prompt_ids", "teacher_prompt_mask"):
         assert torch.equal(getattr(sampled, name), getattr(expected, name)), name
@@ -231,3 +240,27 @@ def test_a_server_that_is_not_there(make_trainer):
 def test_model_length_that_does_not_hold_the_longest_prompt(make_trainer):
     with pytest.raises(ValueError, match="--vllm_max_model_length 50: the longest prompt needs"):
         make_trainer(use_vllm=True, vllm_max_model_length=50)
+
+
+@pytest.mark.parametrize(("sequences_per_call", "num_calls"), [(100, 1), (3, 3)])
+def test_transformers_samples_in_few_calls(make_trainer, monkeypatch, sequences_per_call, num_calls):
+    trainer, calls = make_trainer(), []
+    script_rollouts(trainer)
+    generate = trainer.model.generate
+
+    def count(input_ids, **kwargs):
+        calls.append(input_ids.shape[0])
+        return generate(input_ids, **kwargs)
+
+    trainer.model.generate = count
+    examples = [trainer.train_dataset[row] for row in range(7)]
+    prompts = [example["student_prompt_ids"] for example in examples]
+    bytes_of_a_sequence = trainer.sampler._cache_bytes(max(map(len, prompts)) + trainer.args.max_completion_length)
+    config = trainer.model.config  # keys and values of float32 in each layer
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert bytes_of_a_sequence == per_token * (max(map(len, prompts)) + trainer.args.max_completion_length)
+    monkeypatch.setattr("opsd.rollouts.CACHE_BYTES", sequences_per_call * bytes_of_a_sequence)
+    completions = trainer.sampler.sample(prompts)
+    assert len(calls) == num_calls and sum(calls) == 7
+    texts = [trainer.processing_class.decode(completion.ids) for completion in completions]
+    assert texts == [work_out(example["problem"]) for example in examples]  # each has its own prompt's
