@@ -45,6 +45,7 @@ def test_there_is_no_circle_of_imports():
         (("opsd.adapters", "opsd.curriculum", "opsd.metrics", "opsd.vllm_engine", "opsd.run.checkpoints"), ()),
         (("opsd.config",), ("data_collator", "opsd.curriculum", "opsd.losses")),
         (("opsd.rewards", "opsd.run.problem_data"), ("opsd.grading", "opsd.thinking")),
+        (("opsd.packing",), ("data_collator",)),
         (("opsd.teacher",), ("opsd.config",)),
         (("opsd.rollouts",), ("opsd.adapters", "opsd.config", "opsd.vllm_engine")),
         (("opsd.preflight",), ("data_collator", "opsd.rollouts", "opsd.teacher", "opsd_trainer")),
