@@ -311,6 +311,7 @@ def test_gradient_does_not_depend_on_the_number_of_processes(make_trainer, tmp_p
 
 def test_fixed_teacher_stays_and_the_student_moves(make_trainer):
     trainer = make_trainer(max_steps=3, learning_rate=1e-2)
+    trainer._check_packing()
     base = {n: w.clone() for n, w in trainer.model.named_parameters() if not w.requires_grad}
     (inputs,) = rollout(trainer)
     teacher = teacher_logits(trainer, inputs)

@@ -170,6 +170,7 @@ def test_importance_weights_by_hand(make_trainer, monkeypatch):
         loss_temperature=1.2,
         learning_rate=0.0,  # so that the policy is still there after the step
         max_steps=1,
+        packing=False,  # groups stay together in a micro-batch
         callbacks=[recorder := Recorder()],
         **GROUPS,
         **sampler,
