@@ -1,4 +1,4 @@
-"""
+r"""
 Train a model with on-policy self-distillation (OPSD).
 
     accelerate launch opsd_train.py --model_name_or_path Qwen/Qwen3-1.7B --dtype bfloat16 \
@@ -10,17 +10,22 @@ All flags: `python opsd_train.py --help`. They may also stand in a YAML file: `-
 import logging
 from dataclasses import dataclass, field
 
+from opsd.run.flags import check_flags, exit_on_invalid_input
+
+if __name__ == "__main__":  # before torch and TRL are imported
+    with exit_on_invalid_input("opsd_train.py"):
+        check_flags("opsd_train", "OPSDArguments", "OPSDConfig")
+
 from peft import PeftModel
 from trl import get_peft_config
 from trl.trainer.utils import create_model_from_path
 
 from opsd.adapters import Adapter, check_vllm_lora_support
+from opsd.config import OPSDConfig
 from opsd.losses import read_head_settings
-from opsd.preflight import Preflight
 from opsd.run.arguments import ModelArguments, RunArguments, parse_arguments
-from opsd.run.run import Run, exit_on_invalid_input
+from opsd.run.run import Run
 from opsd.thinking import check_thinking_mode
-from opsd_trainer import OPSDConfig, OPSDTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
         if script_args.dry_run is not None:
             run.print_settings()
             return
+
+        from opsd_trainer import OPSDTrainer  # the dry run needs no trainer
+
         train_dataset, eval_dataset = run.load_data(*columns)
         OPSDTrainer.check_size(len(train_dataset), training_args)
         tokenizer = run.load_tokenizer()
@@ -158,6 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=peft_config,
     )
     if script_args.preflight:
+        from opsd.preflight import Preflight
+
         trainer.add_callback(Preflight(trainer))
     run.train(trainer, trainer.sampler)
 

@@ -8,13 +8,11 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
 from huggingface_hub import is_offline_mode
 from transformers import (
@@ -43,15 +41,6 @@ from opsd.thinking import freeze_date
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-
-
-@contextmanager
-def exit_on_invalid_input(program: str) -> Iterator[None]:
-    """Say what is wrong with the input in one line, once for all processes, and leave with status 1."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:  # OSError: no file, no connection, no such model
-        sys.exit(f"{program}: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 class Run:
