@@ -74,7 +74,7 @@ HELP = {
     "use_vllm": "Sample the rollouts with vLLM; otherwise with transformers.",
     "vllm_mode": "colocate: in the training processes. server: from scripts/serve_vllm.sh.",
     "max_steps": "Optimizer steps; where positive, in place of --num_train_epochs.",
-    "resume_from_checkpoint": "true: go on from the last complete checkpoint in the output folder. Or the folder of one.",
+    "resume_from_checkpoint": "true: go on from the last complete checkpoint of the run. Or the folder of one.",
     "save_steps": "Steps between two checkpoints.",
     "logging_steps": "Steps between two logs.",
     "report_to": "Trackers: wandb, tensorboard, ... or none.",
