@@ -11,6 +11,7 @@ The model sees the prompt that the evaluator asks with. All flags: `python grpo_
 import logging
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from opsd.run.flags import check_flags, exit_on_invalid_input
@@ -31,6 +32,7 @@ from opsd.run.problem_data import drop_long_rows
 from opsd.run.run import Run
 from opsd.thinking import check_thinking_mode
 
+PROMPTS = {"prompt": "model sees"}  # column -> heading
 UNUSED = {
     "the policy would have noise that its rollouts do not have": ("neftune_noise_alpha",),
     "there is one reward": ("reward_weights", "multi_objective_aggregation"),
@@ -112,25 +114,22 @@ def main(arguments: list[str] | None = None) -> None:
         run = Run("grpo", script_args, training_args, model_args)
         run.check(num_tokens=training_args.max_completion_length)
         check_settings(training_args)
+        columns = {"problem_column": script_args.problem_column, "answer_column": script_args.answer_column}
+        prepare_rows = partial(prepare, thinking=script_args.thinking, max_prompt_length=script_args.max_prompt_length)
         if script_args.dry_run is not None:
-            run.print_settings()
+            run.dry_run((columns, {}), prepare_rows, PROMPTS)
             return
 
         from opsd.grpo import OnPolicyGRPOTrainer  # the dry run needs no trainer
 
-        datasets = run.load_data(
-            {"problem_column": script_args.problem_column, "answer_column": script_args.answer_column}
-        )
+        datasets = run.load_data(columns)
         tokenizer = run.load_tokenizer()
         if script_args.thinking:
             check_thinking_mode(tokenizer, "thinking")
         run.make_skeleton()
         run.check_resumed_settings()
         train_dataset, eval_dataset = (
-            None
-            if dataset is None
-            else prepare(dataset, tokenizer, script_args.thinking, script_args.max_prompt_length)
-            for dataset in datasets
+            None if dataset is None else prepare_rows(dataset, tokenizer) for dataset in datasets
         )
         needed = training_args.generation_batch_size // training_args.num_generations
         if train_dataset is not None and len(train_dataset) < needed:
@@ -156,6 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=get_peft_config(model_args),
         vllm_adapter_dir=script_args.vllm_adapter_dir,
     )
+    run.introduce(trainer, PROMPTS)
     run.train(trainer, trainer.sampler)
 
 

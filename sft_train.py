@@ -10,6 +10,7 @@ The model sees the prompt that the evaluator asks with. All flags: `python sft_t
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from opsd.run.flags import check_flags, exit_on_invalid_input
 
@@ -32,6 +33,7 @@ DEFAULTS = {
     "max_length": 16_000,  # paper Table 4; TRL would cut at 1,024
     "completion_only_loss": True,
 }
+PROMPTS = {"input_ids": "model learns"}  # column -> heading
 UNUSED = {
     "the prompts are encoded with the tokenizer of the model's folder before the trainer gets them": (
         "chat_template_path", "eos_token", "dataset_text_field", "assistant_only_loss",
@@ -87,23 +89,22 @@ def main(arguments: list[str] | None = None) -> None:
         check_unused(training_args, UNUSED)
         run = Run("sft", script_args, training_args, model_args)
         run.check(num_tokens=training_args.max_length)
+        columns = {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
+        prepare_rows = partial(prepare, thinking=script_args.thinking, args=training_args)
         if script_args.dry_run is not None:
-            run.print_settings()
+            run.dry_run((columns, {}), prepare_rows, PROMPTS)
             return
 
         from opsd.sft import CompleteSFTTrainer  # the dry run needs no trainer
 
-        datasets = run.load_data(
-            {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
-        )
+        datasets = run.load_data(columns)
         tokenizer = run.load_tokenizer()
         if script_args.thinking:
             check_thinking_mode(tokenizer, "thinking")
         run.make_skeleton()
         run.check_resumed_settings()
         train_dataset, eval_dataset = (
-            None if dataset is None else prepare(dataset, tokenizer, script_args.thinking, training_args)
-            for dataset in datasets
+            None if dataset is None else prepare_rows(dataset, tokenizer) for dataset in datasets
         )
 
     training_args.model_init_kwargs = run.model_options()
@@ -115,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
+    run.introduce(trainer, PROMPTS)
     run.train(trainer)
 
 
