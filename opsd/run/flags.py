@@ -98,6 +98,17 @@ class Flag(NamedTuple):
 CONFIG = Flag("str", None, "YAML file with flags, without their dashes. The command line wins.", (), (), True)
 
 
+def switch(text: str) -> bool:
+    """Return what "true" or "false" says."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+# Of `add_argument`, for a flag that is on or off: --flag, --flag true, --flag false
+SWITCH: dict[str, Any] = {"type": switch, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+
+
 @contextmanager
 def exit_on_invalid_input(program: str) -> Iterator[None]:
     """Say what is wrong with the input in one line, once for all processes, and leave with status 1."""
