@@ -1,4 +1,4 @@
-"""
+r"""
 Train a model with GRPO on verifiable answers: the reinforcement-learning baseline of the paper (Table 6).
 
     accelerate launch grpo_train.py --model_name_or_path Qwen/Qwen3-1.7B --dtype bfloat16 --use_vllm \
@@ -11,21 +11,33 @@ The model sees the prompt that the evaluator asks with. All flags: `python grpo_
 import logging
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from accelerate.utils import gather_object
+from opsd.run.flags import check_flags, exit_on_invalid_input
+
+if __name__ == "__main__":  # before torch and TRL are imported
+    with exit_on_invalid_input("grpo_train.py"):
+        check_flags("grpo_train", "GRPOArguments", "GRPOConfig")
+
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import GRPOConfig, GRPOTrainer, get_peft_config
+from trl import GRPOConfig, get_peft_config
 
 from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
+from opsd.config import check_unused
 from opsd.rewards import REWARDS, make_reward
-from opsd.rollouts import VLLMSampler
 from opsd.run.arguments import RunArguments, parse_arguments
-from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.problem_data import drop_long_rows
-from opsd.run.run import Run, exit_on_invalid_input
+from opsd.run.run import Run
 from opsd.thinking import check_thinking_mode
+
+PROMPTS = {"prompt": "model sees"}  # column -> heading
+UNUSED = {
+    "the policy would have noise that its rollouts do not have": ("neftune_noise_alpha",),
+    "there is one reward": ("reward_weights", "multi_objective_aggregation"),
+    "there are neither tools nor images": ("max_tool_calling_iterations", "log_multimodal"),
+}
 
 logger = logging.getLogger(__name__)
 
@@ -54,56 +66,6 @@ class GRPOArguments(RunArguments):
             "choices": REWARDS,
         },
     )
-
-
-class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
-    """
-    TRL's `GRPOTrainer` with this project's rollouts: vLLM serves the adapter natively, each sample has its own seed.
-
-    Checkpoints are complete or not used, steps that are not finite are skipped, generated tokens are counted.
-    """
-
-    logged_counts = (*CompleteCheckpoints.logged_counts, "num_generated_tokens")
-
-    def __init__(self, model: Any, args: GRPOConfig, vllm_adapter_dir: str | None = None, **kwargs: Any):
-        use_vllm, args.use_vllm = args.use_vllm, False  # TRL would start an engine that gets its weights by merging
-        super().__init__(model=model, args=args, **kwargs)
-        self.use_vllm = args.use_vllm = use_vllm
-        self.sampler = self.vllm_generation = self._start_sampler(vllm_adapter_dir) if use_vllm else None
-
-    def _start_sampler(self, adapter_dir: str | None) -> VLLMSampler:
-        """Start the sampler with the settings that `GRPOTrainer.__init__` gives its own one."""
-        args = self.args
-        sampler = VLLMSampler.from_config(
-            args,
-            self.model,
-            self.accelerator,
-            self.processing_class,
-            max_num_seqs=args.per_device_train_batch_size * args.vllm_tensor_parallel_size * args.steps_per_generation,
-            structured_outputs_regex=args.vllm_structured_outputs_regex,
-            repetition_penalty=args.repetition_penalty,
-            generation_kwargs=args.generation_kwargs,
-            adapter_dir=adapter_dir,
-            logprobs_mode="processed_logprobs",  # at the sampling temperature: what TRL's importance ratio takes
-        )
-        self._last_loaded_step = -1  # no step: the engine has not got the adapter yet
-        if sampler.mode == "server" and args.vllm_importance_sampling_correction and self.accelerator.is_main_process:
-            logprobs_mode = sampler.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
-            if logprobs_mode != "processed_logprobs":
-                logger.warning(
-                    "the vLLM server runs with --logprobs-mode %s, which biases the importance ratio: restart it with "
-                    "--logprobs-mode processed_logprobs, or say --vllm_importance_sampling_correction false",
-                    logprobs_mode,
-                )
-        return sampler
-
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
-        if self.sampler is not None:
-            self.sampler.step = self.state.global_step
-        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
-        if self.model.training:
-            self._count("num_generated_tokens", sum(gather_object([sum(map(len, completion_ids))])))
-        return completion_ids, logprobs
 
 
 def prepare(
@@ -148,30 +110,26 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{error} The batch is --effective_batch_size, or processes x --per_device_train_batch_size x "
                 "--gradient_accumulation_steps: make it a multiple of --num_generations"
             ) from error
+        check_unused(training_args, UNUSED)
         run = Run("grpo", script_args, training_args, model_args)
         run.check(num_tokens=training_args.max_completion_length)
-        if training_args.neftune_noise_alpha is not None:
-            raise ValueError(
-                f"--neftune_noise_alpha {training_args.neftune_noise_alpha}: must be left out: the policy would have "
-                "noise that its rollouts do not have"
-            )
         check_settings(training_args)
+        columns = {"problem_column": script_args.problem_column, "answer_column": script_args.answer_column}
+        prepare_rows = partial(prepare, thinking=script_args.thinking, max_prompt_length=script_args.max_prompt_length)
         if script_args.dry_run is not None:
-            run.print_settings()
+            run.dry_run((columns, {}), prepare_rows, PROMPTS)
             return
-        datasets = run.load_data(
-            {"problem_column": script_args.problem_column, "answer_column": script_args.answer_column}
-        )
+
+        from opsd.grpo import OnPolicyGRPOTrainer  # the dry run needs no trainer
+
+        datasets = run.load_data(columns)
         tokenizer = run.load_tokenizer()
         if script_args.thinking:
             check_thinking_mode(tokenizer, "thinking")
         run.make_skeleton()
         run.check_resumed_settings()
         train_dataset, eval_dataset = (
-            None
-            if dataset is None
-            else prepare(dataset, tokenizer, script_args.thinking, script_args.max_prompt_length)
-            for dataset in datasets
+            None if dataset is None else prepare_rows(dataset, tokenizer) for dataset in datasets
         )
         needed = training_args.generation_batch_size // training_args.num_generations
         if train_dataset is not None and len(train_dataset) < needed:
@@ -197,6 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=get_peft_config(model_args),
         vllm_adapter_dir=script_args.vllm_adapter_dir,
     )
+    run.introduce(trainer, PROMPTS)
     run.train(trainer, trainer.sampler)
 
 

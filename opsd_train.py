@@ -1,4 +1,4 @@
-"""
+r"""
 Train a model with on-policy self-distillation (OPSD).
 
     accelerate launch opsd_train.py --model_name_or_path Qwen/Qwen3-1.7B --dtype bfloat16 \
@@ -9,18 +9,28 @@ All flags: `python opsd_train.py --help`. They may also stand in a YAML file: `-
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 
+from opsd.run.flags import check_flags, exit_on_invalid_input
+
+if __name__ == "__main__":  # before torch and TRL are imported
+    with exit_on_invalid_input("opsd_train.py"):
+        check_flags("opsd_train", "OPSDArguments", "OPSDConfig")
+
+from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 from trl import get_peft_config
 from trl.trainer.utils import create_model_from_path
 
+from data_collator import SelfDistillationDataCollator
 from opsd.adapters import Adapter, check_vllm_lora_support
+from opsd.config import OPSDConfig
 from opsd.losses import read_head_settings
-from opsd.preflight import Preflight
 from opsd.run.arguments import ModelArguments, RunArguments, parse_arguments
-from opsd.run.run import Run, exit_on_invalid_input
+from opsd.run.run import Run
+from opsd.run.summary import ReversedClipCallback
 from opsd.thinking import check_thinking_mode
-from opsd_trainer import OPSDConfig, OPSDTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +127,11 @@ def load_with_adapter(model: str, folder: str, training_args: OPSDConfig) -> Pef
     return PeftModel.from_pretrained(base, folder, is_trainable=True, autocast_adapter_dtype=not is_zero3)
 
 
+def encode_prompts(args: OPSDConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Encode the prompts of both roles, as the trainer does."""
+    return SelfDistillationDataCollator(tokenizer, **args.collator_settings).encode_dataset(dataset, "train")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the program with the given command line (default: that of the process)."""
     with exit_on_invalid_input("opsd_train.py"):
@@ -132,9 +147,15 @@ def main(arguments: list[str] | None = None) -> None:
             logger.info("--lora_dropout %g: taken as 0, since it would reach the teacher", model_args.lora_dropout)
             model_args.lora_dropout = 0.0
         columns = needed_columns(script_args, training_args)
+        prompts = {"student_prompt_ids": "student sees"}  # column -> heading
+        if training_args.teacher_reference == "solution":  # else it is a rollout, which is not there yet
+            prompts["teacher_prompt_ids"] = "teacher sees"
         if script_args.dry_run is not None:
-            run.print_settings()
+            run.dry_run(columns, partial(encode_prompts, training_args), prompts)
             return
+
+        from opsd_trainer import OPSDTrainer  # the dry run needs no trainer
+
         train_dataset, eval_dataset = run.load_data(*columns)
         OPSDTrainer.check_size(len(train_dataset), training_args)
         tokenizer = run.load_tokenizer()
@@ -157,7 +178,11 @@ def main(arguments: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+    trainer.add_callback(ReversedClipCallback())
+    run.introduce(trainer, prompts)
     if script_args.preflight:
+        from opsd.preflight import Preflight
+
         trainer.add_callback(Preflight(trainer))
     run.train(trainer, trainer.sampler)
 

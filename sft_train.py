@@ -1,4 +1,4 @@
-"""
+r"""
 Fine-tune a model on reference solutions (SFT): the off-policy baseline of the paper (Table 4).
 
     accelerate launch sft_train.py --model_name_or_path Qwen/Qwen3-1.7B --dtype bfloat16 \
@@ -10,17 +10,36 @@ The model sees the prompt that the evaluator asks with. All flags: `python sft_t
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
+
+from opsd.run.flags import check_flags, exit_on_invalid_input
+
+if __name__ == "__main__":  # before torch and TRL are imported
+    with exit_on_invalid_input("sft_train.py"):
+        check_flags("sft_train", "SFTArguments", "SFTConfig")
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer, get_peft_config
+from trl import SFTConfig, get_peft_config
 
 from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
+from opsd.config import check_unused
 from opsd.run.arguments import RunArguments, parse_arguments
-from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.problem_data import drop_long_rows
-from opsd.run.run import Run, exit_on_invalid_input
+from opsd.run.run import Run
 from opsd.thinking import check_thinking_mode
+
+DEFAULTS = {
+    "max_length": 16_000,  # paper Table 4; TRL would cut at 1,024
+    "completion_only_loss": True,
+}
+PROMPTS = {"input_ids": "model learns"}  # column -> heading
+UNUSED = {
+    "the prompts are encoded with the tokenizer of the model's folder before the trainer gets them": (
+        "chat_template_path", "eos_token", "dataset_text_field", "assistant_only_loss",
+    ),
+    "what is longer than --max_length is left out, not cut": ("truncation_mode",),
+}  # fmt: skip
 
 
 @dataclass
@@ -29,10 +48,6 @@ class SFTArguments(RunArguments):
 
     solution_column: str = field(default="solution", metadata={"help": "Column of the solution, which is learned."})
     thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
-
-
-class CompleteSFTTrainer(CompleteCheckpoints, SFTTrainer):
-    """TRL's `SFTTrainer`, whose checkpoints are complete or not used, and which skips steps that are not finite."""
 
 
 def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict[str, list[int] | int]:
@@ -70,35 +85,26 @@ def prepare(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool
 def main(arguments: list[str] | None = None) -> None:
     """Run the program with the given command line (default: that of the process)."""
     with exit_on_invalid_input("sft_train.py"):
-        script_args, training_args, model_args = parse_arguments(
-            SFTArguments,
-            SFTConfig,
-            arguments,
-            max_length=16_000,  # paper Table 4; TRL would cut at 1,024
-            completion_only_loss=True,
-        )
+        script_args, training_args, model_args = parse_arguments(SFTArguments, SFTConfig, arguments, **DEFAULTS)
+        check_unused(training_args, UNUSED)
         run = Run("sft", script_args, training_args, model_args)
         run.check(num_tokens=training_args.max_length)
-        for flag in ("chat_template_path", "eos_token"):
-            if (value := getattr(training_args, flag)) is not None:
-                raise ValueError(
-                    f"--{flag} {value}: would act after the prompts are encoded; change the tokenizer in the model's "
-                    "folder"
-                )
+        columns = {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
+        prepare_rows = partial(prepare, thinking=script_args.thinking, args=training_args)
         if script_args.dry_run is not None:
-            run.print_settings()
+            run.dry_run((columns, {}), prepare_rows, PROMPTS)
             return
-        datasets = run.load_data(
-            {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
-        )
+
+        from opsd.sft import CompleteSFTTrainer  # the dry run needs no trainer
+
+        datasets = run.load_data(columns)
         tokenizer = run.load_tokenizer()
         if script_args.thinking:
             check_thinking_mode(tokenizer, "thinking")
         run.make_skeleton()
         run.check_resumed_settings()
         train_dataset, eval_dataset = (
-            None if dataset is None else prepare(dataset, tokenizer, script_args.thinking, training_args)
-            for dataset in datasets
+            None if dataset is None else prepare_rows(dataset, tokenizer) for dataset in datasets
         )
 
     training_args.model_init_kwargs = run.model_options()
@@ -110,6 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
+    run.introduce(trainer, PROMPTS)
     run.train(trainer)
 
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from opsd.losses import fused_linear_jsd, fused_linear_sampled_token_loss, generalized_jsd
+from opsd.run.flags import SWITCH
 
 MIB = 2**20
 VOCAB_SIZE = 151_936
@@ -306,7 +307,7 @@ def benchmark_gpu(arguments: argparse.Namespace) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="Qwen3 shapes in bfloat16 on the first GPU")
+    parser.add_argument("--gpu", **SWITCH, help="Qwen3 shapes in bfloat16 on the first GPU")
     parser.add_argument("--num_tokens", type=int, default=2048, help="on the CPU")
     parser.add_argument("--dense_tokens", type=int, default=256, help="of the dense form on the CPU")
     parser.add_argument("--hidden_size", type=int, default=1024, help="on the CPU")

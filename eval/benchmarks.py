@@ -106,7 +106,7 @@ def load_questions(
     """
     check_chat_template(tokenizer, "base_model")
     if thinking:
-        check_thinking_mode(tokenizer, "enable_thinking", "use --no_thinking")
+        check_thinking_mode(tokenizer, "enable_thinking", "say --enable_thinking false")
     columns = {"problem_column": benchmark.problem_column, "answer_column": benchmark.answer_column}
     if privileged:
         columns["solution_column"] = benchmark.solution_column

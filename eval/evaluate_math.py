@@ -54,6 +54,7 @@ from eval.run_files import (
 from eval.scores import Estimate, elect, estimate, pass_at_k, pass_sizes, vote_classes
 from opsd.adapters import Adapter
 from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
+from opsd.run.flags import SWITCH
 from opsd.run.problem_data import is_path
 from opsd.thinking import after_thought, freeze_date
 from opsd.vllm_engine import stop_engine
@@ -300,7 +301,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--base_model", help="folder or Hub id")
     add("--checkpoint_dir", nargs="+", default=[], help="LoRA adapter folders")
-    add("--skip_base", action="store_true", help="evaluate the adapters only")
+    add("--skip_base", **SWITCH, help="evaluate the adapters only")
     add("--reference", default=BASE, help="the model that the others are compared with (default: %(default)s)")
     names = ", ".join(known.name for known in BENCHMARKS)
     add("--dataset", "--dataset_name", nargs="+", default=[], help=f"{names}; or Hub ids, local files or folders")
@@ -310,19 +311,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--problem_column", default="problem", help=other)
     add("--answer_column", default="answer", help=f"text or numbers, {other}")
     add("--solution_column", default="solution", help=f"for --privileged, {other}")
-    add("--privileged", action="store_true", help="the teacher's prompt, with the solution: the teacher's ceiling")
+    add("--privileged", **SWITCH, help="the teacher's prompt, with the solution: the teacher's ceiling")
     add("--num_samples", type=int, help="only the first so many problems of each data set (default: all)")
     for knob in fields(Sampling):
-        kind = {"action": "store_true"} if knob.type is bool else {"type": knob.type, "default": knob.default}
+        kind = SWITCH if knob.type is bool else {"type": knob.type, "default": knob.default}
         add(f"--{knob.name}", help=knob.metadata["help"], **kind)
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--enable_thinking", dest="thinking", action="store_true", help="the default")
-    mode.add_argument("--no_thinking", dest="thinking", action="store_false")
-    parser.set_defaults(thinking=True, overwrite=False)
+    thinking = SWITCH | {"dest": "thinking", "default": True}
+    add("--enable_thinking", **thinking, help="thinking mode of the chat template (default: true)")
     add("--output_file", type=Path, help="JSON; its siblings are .jsonl, .md, .png (default: outputs/eval/MODEL.json)")
-    going_on = parser.add_mutually_exclusive_group()
-    going_on.add_argument("--resume", dest="overwrite", action="store_false", help="go on, the default")
-    going_on.add_argument("--overwrite", action="store_true", help="start anew in place of going on")
+    add("--overwrite", **SWITCH, help="start anew in place of going on")
     add("--extract", choices=EXTRACT_METHODS, default="final", help="how answers are found (default: %(default)s)")
     add("--grader", choices=GRADERS, default="strict", help="how they are compared (default: %(default)s)")
     add("--grade_workers", type=int, help="processes that grade (default: as many as there are cores, at most 8)")
@@ -331,11 +328,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--gpu_memory_utilization", type=float, help="share of the memory (default: 0.9; on a CPU 0.1)")
     add("--tensor_parallel_size", type=int, default=1, help="GPUs of an engine (default: %(default)s)")
     add("--data_parallel", type=int, default=1, help="engines, each on GPUs of its own (default: %(default)s)")
-    add("--enforce_eager", action="store_true", help="without CUDA graphs")
+    add("--enforce_eager", **SWITCH, help="without CUDA graphs")
     add("--max_model_len", type=int, help="tokens of prompt and response (default: the longest prompt's need)")
-    add(
-        "--dry_run", action="store_true", help="check flags and local files, print the command with all settings, exit"
-    )
+    add("--dry_run", **SWITCH, help="check flags and local files, print the command with all settings, exit")
     return parser
 
 
@@ -345,13 +340,11 @@ def resolved_command(args: argparse.Namespace) -> str:
     settings = vars(args).copy()
     del settings["dry_run"]
     for name, value in settings.items():
-        if name == "thinking":
-            words.append("--enable_thinking" if value else "--no_thinking")
-        elif value is True:
-            words.append(f"--{name}")
+        if isinstance(value, bool):
+            words += ["--enable_thinking" if name == "thinking" else f"--{name}", str(value).lower()]
         elif isinstance(value, list):
             words += [f"--{name}", *value] if value else []
-        elif value is not None and value is not False:
+        elif value is not None:
             words += [f"--{name}", str(value)]
     return shlex.join(words)
 

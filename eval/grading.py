@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, answer_text, extract_answer
+from opsd.run.flags import SWITCH
 
 
 def read_lines(path: str, columns: set[str]) -> list[dict[str, Any]]:
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     source.add_argument("--pairs", metavar="FILE.jsonl", help="lines with pred and gold")
     source.add_argument("--responses", metavar="FILE.jsonl", help="lines with response and gold")
     add = parser.add_argument
-    add("--thinking", action="store_true", help="responses without </think> have no answer")
+    add("--thinking", **SWITCH, help="responses without </think> have no answer")
     add("--extract", choices=EXTRACT_METHODS, default="final", help="how answers are found (default: %(default)s)")
     add("--grader", choices=GRADERS, default="strict", help="how they are compared (default: %(default)s)")
     add("--grade_workers", type=int, help="worker processes (default: one per CPU core, at most 8)")

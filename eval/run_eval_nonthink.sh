@@ -25,7 +25,7 @@ checkpoints=(${CHECKPOINTS:-}) # unquoted, so that patterns are expanded
 arguments=(
     --base_model "$model"
     --dataset aime24 aime25 hmmt25     # release, results
-    --no_thinking                      # release, non-thinking results
+    --enable_thinking false            # release, non-thinking results
     --val_n 12                         # release, non-thinking results: Avg@12
     --temperature 1.0                  # the rest: release, evaluation settings, reported for thinking mode
     --top_p 1.0                        # none (its code has 0.95)

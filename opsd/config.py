@@ -1,13 +1,34 @@
 """The settings of OPSD, on top of those of TRL's GOLD trainer, checked alone and against each other."""
 
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-from trl.experimental.gold import GOLDConfig
 
 from data_collator import REASONING_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT, check_templates
 from opsd.curriculum import CURRICULA
 from opsd.losses import CLIP_MODES, TOP_K_SUPPORTS, Objective
+
+
+@contextmanager
+def _bare_package(name: str) -> Iterator[None]:
+    """Put an empty package in the place of one of TRL, whose trainer and vLLM shall not be imported with a module."""
+    if name in sys.modules:
+        yield
+        return
+    root, *inner = name.split(".")
+    sys.modules[name] = package = ModuleType(name)
+    package.__path__ = [str(Path(import_module(root).__path__[0], *inner))]
+    yield
+    del sys.modules[name]
+
+
+with _bare_package("trl.experimental.gold"):
+    from trl.experimental.gold.gold_config import GOLDConfig
 
 LOSS_IMPLEMENTATIONS = ("fused", "dense")
 TEACHER_REFERENCES = ("solution", "rollout")
@@ -49,7 +70,6 @@ UNUSED = {
     ),
     "the batch would change in the middle of the run": ("auto_find_batch_size",),
 }  # fmt: skip
-FIXED |= {flag: (getattr(GOLDConfig, flag), reason) for reason, flags in UNUSED.items() for flag in flags}
 # flag -> its interval, and the meaning of an end point
 INTERVALS = {
     "beta": ("[0, 1]", ": 0 forward KL, 1 reverse KL, 0.5 JSD"),
@@ -72,6 +92,15 @@ INTERVALS = {
     "num_loss_tokens_to_skip": ("[0, inf)", ""),
     "loss_chunk_size": ("[1, inf)", ""),
 }
+
+
+def check_unused(settings: Any, unused: Mapping[str, Sequence[str]]) -> None:
+    """Raise `ValueError` for settings of a dataclass that are not at their defaults. `unused`: reason -> names."""
+    defaults = {setting.name: setting.default for setting in fields(settings)}
+    for reason, flags in unused.items():
+        for flag in flags:
+            if (value := getattr(settings, flag)) != defaults[flag]:
+                raise ValueError(f"--{flag} {value}: must be {defaults[flag]}: {reason}")
 
 
 def _lies_in(value: float, interval: str) -> bool:
@@ -349,6 +378,7 @@ class OPSDConfig(GOLDConfig):
         for flag, (value, reason) in FIXED.items():
             if getattr(self, flag) != value:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: must be {value}: {reason}")
+        check_unused(self, UNUSED)
         for flag, (interval, note) in INTERVALS.items():
             if (value := getattr(self, flag)) is not None and not _lies_in(value, interval):
                 raise ValueError(f"--{flag} {value}: must lie in {interval}{note}")

@@ -34,6 +34,7 @@ from eval.benchmarks import find_benchmark, load_questions
 from eval.engine import Sampling, start_engine
 from eval.evaluate_math import evaluate
 from opsd.grading import GradingPool
+from opsd.run.flags import SWITCH
 from opsd.vllm_engine import stop_engine
 from quickstart import addition
 from quickstart.base_model import BaseModelConfig, ablation_base, build_base_model
@@ -246,17 +247,12 @@ def main() -> None:
     add("--steps", type=int, default=100, help="optimizer steps of 32 rollouts (default: %(default)s)")
     add(
         "--use_vllm",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="sample the rollouts of the training with vLLM; otherwise with transformers (default: %(default)s)",
+        **SWITCH | {"default": True},
+        help="sample the training's rollouts with vLLM (default: true)",
     )
-    add("--controls", action="store_true", help="train against a teacher without, and with wrong, solutions too")
-    add("--baselines", action="store_true", help="train with GRPO, SFT and the sampled-token objective too")
-    add(
-        "--ablations",
-        action="store_true",
-        help="train the ablations' base model in many ways; goes on where it stopped",
-    )
+    add("--controls", **SWITCH, help="train against a teacher without, and with wrong, solutions too")
+    add("--baselines", **SWITCH, help="train with GRPO, SFT and the sampled-token objective too")
+    add("--ablations", **SWITCH, help="train the ablations' base model in many ways; goes on where it stopped")
     add("--only", nargs="+", metavar="NAME", help="of the ablations, these")
     add("--output_dir", type=Path, help="default: outputs/quickstart, with --ablations outputs/quickstart/ablations")
     args = parser.parse_args()

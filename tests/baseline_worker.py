@@ -11,6 +11,7 @@ from helpers import ADAPTER, CPU
 import grpo_train
 import opsd_train
 import sft_train
+from opsd.rollouts import VLLMSampler
 from opsd.run import run as run_module
 
 COMMON = CPU | ADAPTER | {"max_steps": 2, "save_steps": 1}
@@ -53,14 +54,14 @@ def main(model: str, dataset: str, folder: str) -> None:
     trainers, shutdown = [], run_module.shutdown
     run_module.shutdown = lambda trainer, sampler: trainers.append(trainer)  # the group stays for the next run
     sampled: list[list[int]] = []
-    generate = grpo_train.VLLMSampler.generate
+    generate = VLLMSampler.generate
 
     def keep_rollouts(self, *args, **kwargs):
         outputs = generate(self, *args, **kwargs)
         sampled.extend(prompt + completion for prompt, completion in zip(*outputs[:2], strict=True))
         return outputs
 
-    grpo_train.VLLMSampler.generate = keep_rollouts
+    VLLMSampler.generate = keep_rollouts
     results = {}
     for name, (program, settings) in RUNS.items():
         flags = COMMON | settings | {"model_name_or_path": model, "dataset_name": dataset}

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import opsd_train
+import opsd_trainer
 from opsd.run import run as run_module
 from opsd_trainer import OPSDTrainer
 
@@ -184,7 +185,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
     partition_larger_weights()
-    opsd_train.OPSDTrainer = KeptTrainer
+    opsd_trainer.OPSDTrainer = KeptTrainer
     # The group stays for the next run
     shutdown, run_module.shutdown = run_module.shutdown, lambda trainer, sampler: None
     common = SETTINGS | {"model_name_or_path": model, "dataset_name": dataset} | ADAPTER

@@ -18,9 +18,11 @@ from trl import SFTConfig
 import grpo_train
 import sft_train
 from eval.benchmarks import find_benchmark, load_questions
+from opsd.grpo import OnPolicyGRPOTrainer
 from opsd.rewards import make_reward
 from opsd.run.checkpoints import find_fault
 from opsd.run.problem_data import load_problems
+from opsd.sft import CompleteSFTTrainer
 
 ROOT = Path(__file__).parents[1]
 AIME = ROOT.parent / "shared" / "data" / "eval" / "aime24"
@@ -52,8 +54,8 @@ def no_model(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a model would have been loaded")
 
-    monkeypatch.setattr(sft_train.CompleteSFTTrainer, "__init__", fail)
-    monkeypatch.setattr(grpo_train.OnPolicyGRPOTrainer, "__init__", fail)
+    monkeypatch.setattr(CompleteSFTTrainer, "__init__", fail)
+    monkeypatch.setattr(OnPolicyGRPOTrainer, "__init__", fail)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def no_model(monkeypatch):
         (
             sft_train,
             {"eos_token": "<|endoftext|>"},
-            "--eos_token <|endoftext|>: would act after the prompts are encoded",
+            "--eos_token <|endoftext|>: must be None: the prompts are encoded with the tokenizer",
         ),
         (
             grpo_train,
@@ -90,7 +92,11 @@ def no_model(monkeypatch):
             "--vllm_importance_sampling_mode sequence_mask: must be one of token_truncate, token_mask with "
             "--loss_type",
         ),
-        (grpo_train, {"num_generations": 4, "neftune_noise_alpha": 5}, "--neftune_noise_alpha 5"),
+        (
+            grpo_train,
+            {"num_generations": 4, "neftune_noise_alpha": 5},
+            "--neftune_noise_alpha 5.0: must be None",
+        ),
         (sft_train, {"lora_target_modules": "q_prj"}, "--lora_target_modules q_prj: the model has no such module"),
         (
             grpo_train,

@@ -244,7 +244,17 @@ def test_log_probs_agree_with_transformers(engine, questions, adapters, tiny_mod
 
 
 def command(tiny_model_dir, output_file, *arguments):
-    fixed = ["--no_thinking", "--val_n", "3", "--greedy", "--max_new_tokens", "24", "--grade_workers", "1"]
+    fixed = [
+        "--enable_thinking",
+        "false",
+        "--val_n",
+        "3",
+        "--greedy",
+        "--max_new_tokens",
+        "24",
+        "--grade_workers",
+        "1",
+    ]
     base = [sys.executable, "eval/evaluate_math.py", "--base_model", tiny_model_dir, "--output_file", output_file]
     return [str(part) for part in [*base, *fixed, *arguments]]
 
@@ -564,7 +574,7 @@ def test_benchmarks_by_name_id_and_copy(tmp_path, tokenizer):
 def test_a_template_without_thinking_mode_is_refused(data_file, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(ValueError, match="--enable_thinking.*--no_thinking"):
+    with pytest.raises(ValueError, match="--enable_thinking: .*--enable_thinking false"):
         load_questions(find_benchmark(str(data_file)), tokenizer, thinking=True)
 
 

@@ -23,6 +23,8 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer, SFTTrainer
 
 import grpo_train
+import opsd.grpo
+import opsd.sft
 import opsd_train
 import sft_train
 from opsd.rollouts import Completion
@@ -443,8 +445,14 @@ def test_run_without_finite_steps_ends(make_trainer):
 
 
 BASELINES = {
-    "sft": (sft_train, "CompleteSFTTrainer", SFTTrainer, {}),
-    "grpo": (grpo_train, "OnPolicyGRPOTrainer", GRPOTrainer, {"num_generations": 2, "max_completion_length": 4}),
+    "sft": (sft_train, opsd.sft, "CompleteSFTTrainer", SFTTrainer, {}),
+    "grpo": (
+        grpo_train,
+        opsd.grpo,
+        "OnPolicyGRPOTrainer",
+        GRPOTrainer,
+        {"num_generations": 2, "max_completion_length": 4},
+    ),
 }
 
 
@@ -455,12 +463,12 @@ def run_baseline(request, tiny_model_dir, train_file, tmp_path, monkeypatch):
 
     Weight decay changes the weights in each step, also in one in which all completions earn the same reward.
     """
-    program, name, trl_trainer, settings = BASELINES[request.param]
+    program, module, name, trl_trainer, settings = BASELINES[request.param]
     settings = CPU | ADAPTER | settings | {"model_name_or_path": tiny_model_dir, "dataset_name": train_file}
     settings |= {"output_dir": tmp_path, "max_steps": 4, "save_steps": 2, "weight_decay": 0.1}
     settings |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     states, compute_loss = States(), trl_trainer.compute_loss
-    monkeypatch.setattr(program, name, partial(getattr(program, name), callbacks=[states]))
+    monkeypatch.setattr(module, name, partial(getattr(module, name), callbacks=[states]))
 
     def run(steps, **further):
         def infinite_loss(self, *args, **kwargs):  # whose gradient is finite

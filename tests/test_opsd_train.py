@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer
 
 import opsd_train
+from opsd_trainer import OPSDTrainer
 
 AIME = Path(__file__).parents[2] / "shared" / "data" / "eval" / "aime24"
 
@@ -50,7 +51,7 @@ def no_model(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a model would have been loaded")
 
-    monkeypatch.setattr(opsd_train.OPSDTrainer, "__init__", fail)
+    monkeypatch.setattr(OPSDTrainer, "__init__", fail)
 
 
 def write(file, *lines):
@@ -226,7 +227,7 @@ def test_resume_keeps_what_makes_policy_and_data(run, no_model, monkeypatch, tmp
     monkeypatch.undo()
     out = run("--max_steps", "1")
     record = (out / "run_config.json").read_text()
-    monkeypatch.setattr(opsd_train.OPSDTrainer, "__init__", None)
+    monkeypatch.setattr(OPSDTrainer, "__init__", None)
     lines = train_file.read_text().splitlines(keepends=True)
     other, reordered, template = tmp_path / "other.jsonl", tmp_path / "reordered.jsonl", tmp_path / "template"
     other.write_text("".join(lines[:-1]))

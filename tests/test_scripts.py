@@ -186,13 +186,13 @@ def start(printed) -> Callable[..., Started]:
 
 
 @pytest.fixture
-def resolve(tmp_path, capsys) -> Callable[..., dict[str, Any]]:
+def resolve(tmp_path) -> Callable[..., dict[str, Any]]:
     """A function that has a program resolve a command line: all its settings, of script, trainer and model."""
 
     def resolve(program: str, *arguments: str) -> dict[str, Any]:
         # The project's own output folders may hold checkpoints, which a run from the beginning refuses
         import_module(program.removesuffix(".py")).main([*arguments, "--output_dir", str(tmp_path / "run")])
-        configuration = json.loads(capsys.readouterr().out)
+        configuration = json.loads((tmp_path / "run" / "dry_run.json").read_text())
         return configuration["script"] | configuration["training"] | configuration["model"]
 
     return resolve
@@ -308,15 +308,18 @@ def test_evaluation_has_the_published_settings(name, model, thinking, printed):
 def test_real_dry_run(tmp_path):
     """Of `run_opsd.sh`, which people start with, with their own model, data and launcher."""
     data = tmp_path / "train.jsonl"
-    data.write_text('{"problem": "1+1?", "solution": "2"}\n')
+    data.write_text('{"problem": "1+1?", "solution": "2"}\n' * 40)
     environment = {"MODEL": "some/model", "DATASET": str(data), "NUM_PROCESSES": "2", "OUTPUT_DIR": str(tmp_path)}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     run = dry_run(SCRIPTS / "run_opsd.sh", ACCELERATE_CONFIG="scripts/accelerate/zero3.yaml", **environment)
     assert run.returncode == 0, run.stderr
-    command, _, configuration = run.stdout.partition("\n")
+    command, *summary = run.stdout.splitlines()
     words = shlex.split(command)
     assert words[2:6] == ["--config_file", "scripts/accelerate/zero3.yaml", "--num_processes", "2"]
-    configuration = json.loads(configuration)
+    headings = ["model", "data", "batch", "steps", "optimizer", "teacher", "objective", "rollouts", "output"]
+    assert [line.split()[0] for line in summary] == [*headings, "settings"]
+    assert f"{data}: 40 usable examples" in summary[1] and "8 left out of each" in summary[3]
+    configuration = json.loads((tmp_path / "dry_run.json").read_text())
     assert configuration["model"]["model_name_or_path"] == "some/model"
     assert (configuration["script"]["dataset_name"], configuration["script"]["dry_run"]) == (str(data), 2)
     training = configuration["training"]

@@ -3,15 +3,20 @@
 import logging
 import os
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import transformers
 from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
+from trl.scripts._hf_argparser import string_to_bool
+
+from opsd.run.flags import check_flags
 
 OUTPUT_DIR = "outputs"
 
@@ -56,7 +61,13 @@ class RunArguments:
     wandb_entity: str | None = field(default=None, metadata={"help": "W&B entity (with --report_to wandb)."})
     dry_run: int | None = field(
         default=None,
-        metadata={"help": "Check all settings for a run of so many processes, print them as JSON, and leave."},
+        metadata={
+            "help": "Check settings and local data for a run of so many processes, show what it would do, and leave."
+        },
+    )
+    dry_run_file: str | None = field(
+        default=None,
+        metadata={"help": "With --dry_run: file for all settings as JSON; by default dry_run.json in --output_dir."},
     )
 
     def __post_init__(self):
@@ -92,6 +103,15 @@ ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 
 class _RunParser(TrlParser):
     """A parser that looks at the flags together before it makes settings of them."""
+
+    def __init__(self, dataclass_types: Sequence[type]):
+        super().__init__(dataclass_types, add_help=False)  # `check_flags` has shown it
+        for action in self._actions:
+            if action.type is string_to_bool:  # those without a default would need a value
+                action.nargs, action.const = "?", True
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
     def parse_args_into_dataclasses(self, args: Sequence[str], **kwargs: Any) -> tuple:
         self.dataclass_types: list[type]
@@ -164,6 +184,8 @@ def parse_arguments(
     Raises:
         ValueError: for a setting that cannot be, an unknown one, and a batch that does not come out.
     """
+    program = Path(str(sys.modules[run_class.__module__].__file__)).stem
+    check_flags(program, run_class.__name__, config_class.__name__, arguments)
     parser = _RunParser((run_class, config_class, ModelArguments))
     parser.set_defaults(output_dir=OUTPUT_DIR, use_peft=None, **defaults)  # None tells "not said" from "false"
     run_args, training_args, model_args = parser.parse_args_and_config(arguments)

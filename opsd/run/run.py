@@ -8,14 +8,12 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from huggingface_hub import is_offline_mode
 from transformers import (
     AutoTokenizer,
@@ -30,7 +28,6 @@ from transformers.trainer_utils import sort_checkpoints
 from transformers.utils import is_flash_attn_2_available
 from trl import get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
-from trl.trainer.utils import RepeatSampler
 
 from data_collator import check_chat_template
 from opsd.adapters import Adapter, add_to_skeleton, check_vllm_lora_support, make_skeleton
@@ -38,20 +35,12 @@ from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.checkpoints import find_checkpoint
 from opsd.run.problem_data import find_local, is_path, load_problems
 from opsd.run.record import check_resumed_settings, write_record
+from opsd.run.summary import NUM_SAMPLES, Lines, describe_prompts, describe_run, find_risks, render
 from opsd.thinking import freeze_date
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-
-
-@contextmanager
-def exit_on_invalid_input(program: str) -> Iterator[None]:
-    """Say what is wrong with the input in one line, once for all processes, and leave with status 1."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:  # OSError: no file, no connection, no such model
-        sys.exit(f"{program}: error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 class Run:
@@ -155,9 +144,55 @@ class Run:
             "versions": {package: version(package) for package in PACKAGES},
         }
 
-    def print_settings(self) -> None:
-        """Print `settings` as JSON: the dry run."""
-        print(json.dumps(self.settings(), indent=2, default=str))  # noqa: T201
+    # What it will do
+
+    def dry_run(
+        self,
+        columns: tuple[dict[str, str], dict[str, str | None]],
+        encode: Callable[[Dataset, PreTrainedTokenizerBase], Dataset],
+        prompts: Mapping[str, str],
+    ) -> None:
+        """
+        Check local data, show what the run would do, and write its settings as JSON.
+
+        Args:
+            columns: arguments of `load_data`.
+            encode: makes what the trainer gets of loaded rows.
+            prompts: column of what it makes -> heading.
+
+        Raises:
+            FileNotFoundError, ValueError: for data that cannot be used.
+        """
+        disable_progress_bars()
+        num_rows, lines, model = None, [], self.model_args.model_name_or_path
+        if find_local(self.args.dataset_name) is not None:
+            rows, _ = self.load_data(*columns)
+            num_rows = len(rows)
+            if os.path.isdir(model):
+                first = rows.select(range(min(num_rows, NUM_SAMPLES)))
+                tokenizer = self.load_tokenizer()
+                lines = describe_prompts(encode(first, tokenizer), prompts, tokenizer, **self._template_settings())
+        file = Path(self.args.dry_run_file or Path(self.training_args.output_dir, "dry_run.json"))
+        self._print_summary(num_rows, [*lines, ("settings", f"all in {file}")])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(self.settings(), indent=2, default=str) + "\n", encoding="utf-8")
+
+    def introduce(self, trainer: Trainer, prompts: Mapping[str, str]) -> None:
+        """Show what the run will do. `prompts`: column of the trainer's data -> heading."""
+        if not trainer.is_world_process_zero():
+            return
+        dataset = trainer.train_dataset
+        lines = describe_prompts(dataset, prompts, trainer.processing_class, **self._template_settings())
+        self._print_summary(len(dataset), lines)
+
+    def _template_settings(self) -> dict[str, Any]:
+        return {"enable_thinking": getattr(self.args, "thinking", False)}
+
+    def _print_summary(self, num_rows: int | None, lines: Lines) -> None:
+        summary = describe_run(self.args, self.training_args, self.model_args, num_rows, self.checkpoint)
+        print(render(summary + lines), flush=True)  # noqa: T201
+        for risk in find_risks(self.training_args):
+            logger.warning("%s", risk)
 
     # Data and model
 
@@ -278,13 +313,6 @@ class Run:
         trainer.max_nonfinite_steps = self.args.max_nonfinite_steps
         starts_anew = self.checkpoint is None and self.args.overwrite_output_dir
         output_dir = Path(self.training_args.output_dir)
-        order = trainer._get_train_sampler(trainer.train_dataset)
-        draws = getattr(trainer.args, "curriculum", "none") != "none"
-        if isinstance(order, RepeatSampler) and not draws and (rest := order.num_samples % order.batch_size):
-            logger.warning(
-                "%d of %d problems are left out of each epoch, each time others: a step takes %d problems",
-                rest, order.num_samples, order.batch_size,
-            )  # fmt: skip
         trainer.add_callback(RecordSettingsCallback(output_dir, self.settings(), starts_anew))
         if self.checkpoint is not None:
             logger.info("going on from %s", self.checkpoint)

@@ -1,0 +1,9 @@
+"""The trainer of the SFT baseline."""
+
+from trl import SFTTrainer
+
+from opsd.run.checkpoints import CompleteCheckpoints
+
+
+class CompleteSFTTrainer(CompleteCheckpoints, SFTTrainer):
+    """TRL's `SFTTrainer`, whose checkpoints are complete or not used, and which skips steps that are not finite."""
