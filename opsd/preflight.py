@@ -161,7 +161,7 @@ def pick_rollouts(trainer: OPSDTrainer) -> list[Rollout]:
 
 
 def _check_prompts(trainer: OPSDTrainer, rollouts: Sequence[Rollout]) -> Check:
-    """Check the prompts in the padded batch."""
+    """Check the prompts in the micro-batch."""
     collator, batch = trainer.collator, trainer.collator(rollouts)
     roles = [("student", collator.student_prompt, collator.student_thinking, batch.prompt_ids, batch.prompt_mask)]
     template, thinking, prefill = collator.student_prompt, collator.student_thinking, []

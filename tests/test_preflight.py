@@ -1,5 +1,6 @@
 """The preflight: sound runs pass it and are left as they were, and it names the claim that a planted fault breaks."""
 
+import dataclasses
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -245,6 +246,20 @@ def prompts_without_the_header(trainer, patch):
 def prompts_padded_on_the_right(trainer, patch):
     pad = data_collator.pad
     patch.setattr(data_collator, "pad", lambda *args, **kwargs: pad(*args, **kwargs | {"padding_side": "right"}))
+    if trainer is not None:
+        patch.setattr(trainer, "_is_packed", False)
+    yield
+
+
+@contextmanager
+def sequences_of_a_row_that_see_each_other(trainer, patch):
+    lay = data_collator.PackedRole.of_sequences
+
+    def lose_the_ends(sequences):
+        role = lay(sequences)
+        return dataclasses.replace(role, lengths=[sum(role.lengths)])
+
+    patch.setattr(data_collator.PackedRole, "of_sequences", lose_the_ends)
     yield
 
 
@@ -282,6 +297,7 @@ FAULTS = [
     (base_that_has_been_merged, {"on-policy", "fixed teacher"}),
     (sync_that_merges_and_unmerges, {"fixed teacher"}),
     (prompts_padded_on_the_right, {"padding"}),
+    (sequences_of_a_row_that_see_each_other, {"padding"}),
     (adapter_of_an_earlier_sync, {"on-policy"}),
     (base_of_vllm_that_has_been_merged, {"on-policy", "fixed teacher"}),
     (teacher_with_the_adapter_on, {"fixed teacher"}),
@@ -322,6 +338,7 @@ def test_refused_before_anything_is_done(tiny_model_dir, tmp_path, problems, mon
         "output_dir": tmp_path / "out",
         "per_device_train_batch_size": 4,
         "use_vllm": False,
+        "packing": False,
         "preflight": True,
     }
     caplog.set_level(logging.INFO)

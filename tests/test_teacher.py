@@ -131,6 +131,7 @@ def test_skipped_step_does_not_move_the_teacher(make_trainer):
 
 def test_fixed_teacher_of_a_full_fine_tuning_stays(make_trainer, tiny_model_dir):
     trainer = make_trainer(lora=False, fixed_teacher=True, max_steps=3, learning_rate=1e-3)
+    trainer._check_packing()
     (inputs,) = rollout(trainer)
     start = teacher_logits(trainer, inputs)  # before training the model is its own start policy
     trainer.train()
@@ -169,6 +170,7 @@ def test_fixed_teacher_of_an_adapter_that_is_trained_is_the_policy_with_it(make_
     model = PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True)
     trainer = make_trainer(model=model, max_steps=3, learning_rate=1e-2)
     assert not trainer.teacher.is_base
+    trainer._check_packing()
     (inputs,) = rollout(trainer)
     with torch.no_grad():
         start = trainer.completion_logits(trainer.model, inputs, "teacher")
