@@ -1,6 +1,7 @@
 """LoRA adapters: one check of their files against the base model, and forms of them that vLLM serves."""
 
 import copy
+import json
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -30,6 +31,23 @@ MERGEABLE = PATTERNS | {
 }
 PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base, such as PiSSA
 FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+
+
+WHOLE_MODEL = {"checkpoint_dir": "base_model", "adapter_name_or_path": "model_name_or_path"}  # flags of adapter, model
+
+
+def check_model_folder(path: str, flag: str, adapter_flag: str) -> None:
+    """Raise `ValueError`, naming `flag`, for a folder without a whole model."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    if (folder / CONFIG_NAME).is_file():
+        base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(
+            f"--{flag} {path}: holds a LoRA adapter, not a model; give its base model, {base}, as --{flag}, and this "
+            f"folder as --{adapter_flag}"
+        )
+    raise ValueError(f"--{flag} {path}: holds no model, config.json is missing")
 
 
 def unserved_settings(config: PeftConfig) -> list[str]:
@@ -96,6 +114,8 @@ class Adapter:
             if not (path / file).is_file():
                 inside = sorted(str(found.parent) for found in path.glob(f"*/{CONFIG_NAME}"))
                 hint = f"; there are adapters in {', '.join(inside)}" if inside else ""
+                if (path / "config.json").is_file():
+                    hint = f"; it holds a whole model: give that as --{WHOLE_MODEL[flag]}"
                 raise ValueError(f"{name}: no LoRA adapter, {file} is missing{hint}")
         try:
             with safe_open(path / SAFETENSORS_WEIGHTS_NAME, "pt") as tensors:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from eval import evaluate_math
 from eval.benchmarks import Question
 from eval.engine import Completion, Sampling, sampling_requests
-from opsd.adapters import Adapter, unserved_settings
+from opsd.adapters import Adapter, check_model_folder, unserved_settings
 
 INPUT_IDS = torch.arange(20, 60)[None]
 WEIGHTS = "adapter_model.safetensors"
@@ -161,6 +161,18 @@ def test_adapter_of_another_base(make_adapter, tiny_model_dir, tmp_path, caplog)
     (other / "config.json").write_text(json.dumps(config))  # as large: only the name tells
     read(folder).check_base(str(other))
     assert "was trained on" in caplog.text and str(other) in caplog.text
+
+
+def test_adapters_and_models_are_not_taken_for_each_other(make_adapter, tiny_model_dir, tmp_path):
+    folder, _ = make_adapter()
+    with pytest.raises(ValueError, match=f"--base_model {folder}: holds a LoRA adapter.*{tiny_model_dir}, as --base"):
+        check_model_folder(folder, "base_model", "checkpoint_dir")
+    with pytest.raises(ValueError, match=f"--checkpoint_dir {tiny_model_dir}: .*whole model: give that as --base"):
+        read(tiny_model_dir)
+    with pytest.raises(ValueError, match=f"--base_model {tmp_path}: holds no model, config.json is missing"):
+        check_model_folder(str(tmp_path), "base_model", "checkpoint_dir")
+    check_model_folder(str(tiny_model_dir), "base_model", "checkpoint_dir")
+    check_model_folder("Qwen/Qwen3-1.7B", "base_model", "checkpoint_dir")
 
 
 def test_evaluator_gives_a_merged_adapter_an_engine_of_its_own(make_adapter, tiny_model_dir, monkeypatch):

@@ -128,6 +128,16 @@ def test_configuration_and_revision_are_not_ignored(tmp_path):
         load(tmp_path, revision="v2")
 
 
+def test_names_of_folders_are_no_patterns(tmp_path):
+    """`datasets` would read the rows of the folder that the name matches."""
+    for folder in ("a[1]", "a1"):
+        write_jsonl(tmp_path / folder / "train-0.jsonl")
+        write_jsonl(tmp_path / folder / "train.jsonl")
+    with pytest.raises(ValueError, match=r"--dataset_name .*a\[1\].* make a pattern .* rename the folder"):
+        load(tmp_path / "a[1]")
+    assert load(tmp_path / "a[1]" / "train.jsonl") == ROWS
+
+
 def test_hidden_files_are_not_data(tmp_path):
     write_jsonl(tmp_path / "data.jsonl", ROWS[:1])
     write_jsonl(tmp_path / ".cache" / "data.jsonl")
