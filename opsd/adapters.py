@@ -30,6 +30,7 @@ MERGEABLE = PATTERNS | {
     *("use_dora", "modules_to_save", "bias", "trainable_token_indices", "init_lora_weights", "target_parameters"),
 }
 PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base, such as PiSSA
+REPEATABLE_INITIALIZATIONS = ("pissa", "olora", "mica")  # of these, those that the base alone decides
 FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
 
@@ -124,9 +125,19 @@ class Adapter:
             raise ValueError(f"{name}: {SAFETENSORS_WEIGHTS_NAME} cannot be read: {error}") from error
         if not shapes or any(0 in shape for shape in shapes.values()):  # saved under ZeRO-3 without gathering
             raise ValueError(f"{name}: the adapter is empty; save it again from all processes")
-        config = PeftConfig.from_pretrained(folder)
+        try:
+            settings = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+            config = PeftConfig.from_pretrained(folder)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {CONFIG_NAME} cannot be read: {error}") from error
         if not isinstance(config, LoraConfig):
             raise ValueError(f"{name}: the adapter is of type {config.peft_type}; only LORA is supported")
+        known = {setting.name for setting in fields(config)}
+        if unknown := [key for key, value in settings.items() if value and key not in known]:
+            raise ValueError(
+                f"{name}: the installed PEFT would ignore the setting {unknown[0]}; install the version that saved "
+                f"the adapter ({config.peft_version or 'a newer one'})"
+            )
         return cls(name, folder, config, shapes)
 
     @property
@@ -140,6 +151,12 @@ class Adapter:
         unserved = set(unserved_settings(self.config))
         if unserved - MERGEABLE:
             raise ValueError(f"{self.name}: vLLM cannot serve an adapter with {min(unserved - MERGEABLE)}")
+        initialization = self.config.init_lora_weights
+        if "init_lora_weights" in unserved and initialization not in REPEATABLE_INITIALIZATIONS:
+            raise ValueError(
+                f"{self.name}: init_lora_weights {initialization} changed the base with random numbers or data, which "
+                "the files do not tell; let PEFT save plain LoRA (`path_initial_model_for_weight_conversion`)"
+            )
         return not unserved <= PATTERNS
 
     @property
@@ -149,7 +166,7 @@ class Adapter:
 
     def check_base(self, base_model: str, **options: Any) -> None:
         """
-        Check that the tensors are those that PEFT makes for this configuration and base model, in name and shape.
+        Check that the tensors are finite, and in name and shape those of PEFT for this configuration and base model.
 
         Args:
             base_model: folder or Hub id.
@@ -158,6 +175,9 @@ class Adapter:
         Raises:
             ValueError: naming the first tensors that do not fit. PEFT and vLLM may pass over them.
         """
+        for key, tensor in load_file(Path(self.folder, SAFETENSORS_WEIGHTS_NAME)).items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{self.name}: not all numbers of {key} are finite; take an earlier checkpoint")
         skeleton = make_skeleton(base_model, **options)
         of_base = {f"base_model.model.{key}": tuple(t.shape) for key, t in skeleton.state_dict().items()}
         try:
