@@ -85,6 +85,10 @@ def main(arguments: list[str] | None = None) -> None:
                     f"--{flag} {value}: would act after the prompts are encoded; change the tokenizer in the model's "
                     "folder"
                 )
+        if training_args.assistant_only_loss:
+            raise ValueError(
+                "--assistant_only_loss True: is for conversations; --completion_only_loss learns the solutions alone"
+            )
         if script_args.dry_run is not None:
             run.print_settings()
             return

@@ -360,7 +360,7 @@ def test_byte_order_marks_line_ends_and_blank_lines(tmp_path):
     lines = [json.dumps(row) for row in [*ROWS, {"problem": "a\u2028b", "solution": "1"}]]
     (tmp_path / "data.jsonl").write_bytes("\r\n\r\n".join(lines).encode("utf-8-sig"))
     assert load(tmp_path / "data.jsonl")[:3] == ROWS
-    (tmp_path / "data.json").write_bytes(("\n [" + ",".join(lines) + "]").encode("utf-8-sig"))
+    (tmp_path / "data.json").write_bytes(("\n" * 100 + " [" + ",".join(lines) + "]").encode("utf-8-sig"))
     assert load(tmp_path / "data.json")[3]["problem"] == "a\u2028b"
 
 

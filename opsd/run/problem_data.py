@@ -214,7 +214,7 @@ def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     line = 0
     with file.open(encoding="utf-8-sig", newline="\n") as content:
         try:
-            is_array = content.read(80).lstrip().startswith("[")
+            is_array = next((text for text in content if not text.isspace()), "").lstrip().startswith("[")
             content.seek(0)
             for line, document in enumerate([content.read()] if is_array else content, 1):
                 if document.isspace():
