@@ -48,6 +48,9 @@ UNUSED = {
         "uld_skip_student_eos", "uld_skip_teacher_eos",
     ),
     "the batch would change in the middle of the run": ("auto_find_batch_size",),
+    "the evaluation is the loss on rollouts, which have no labels": (
+        "label_names", "batch_eval_metrics",
+    ),
 }  # fmt: skip
 FIXED |= {flag: (getattr(GOLDConfig, flag), reason) for reason, flags in UNUSED.items() for flag in flags}
 # flag -> its interval, and the meaning of an end point

@@ -105,6 +105,11 @@ def write(file, *lines):
         (["--torch_compile_backend", "eager"], "--torch_compile_backend eager: must be None"),
         (["--uld_student_temperature", "2"], "--uld_student_temperature 2.0: must be 1.0: there is no second model"),
         (["--auto_find_batch_size"], "--auto_find_batch_size True: must be False: the batch would change"),
+        (
+            ["--label_names", "answer"],
+            "--label_names ['answer']: must be None: the evaluation is the loss on rollouts",
+        ),
+        (["--batch_eval_metrics", "true"], "--batch_eval_metrics True: must be False"),
         (["--fp16", "true"], "--fp16: there is no float16 training on a CPU"),
         (["--eval_on_start"], "--eval_on_start: needs --eval_dataset_name"),
         (["--report_to", "notebook"], "--report_to notebook: notebook is not supported, only"),
