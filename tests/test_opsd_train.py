@@ -157,6 +157,16 @@ def test_tokenizer_without_chat_template(run, no_model, tiny_model_dir, tmp_path
         run("--model_name_or_path", str(tmp_path / "bare"))
 
 
+def test_tokenizer_without_end_token(run, no_model, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "endless")
+    file = tmp_path / "endless" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["eos_token"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match="endless: its tokenizer has no end-of-sequence token.*set `eos_token`"):
+        run("--model_name_or_path", str(tmp_path / "endless"))
+
+
 def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
     kept = tmp_path / "out" / "completions" / "completions_00099.jsonl"
     kept.parent.mkdir(parents=True)
