@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,12 @@ def fill_template(template: str, **fields: str) -> str:
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, flag: str = "model_name_or_path") -> None:
     """Raise `ValueError`, naming `flag`, for a tokenizer without chat template, which all prompts need."""
     if tokenizer.chat_template is None:
+        folder = Path(tokenizer.name_or_path)
+        if folder.is_dir() and not any(folder.glob("tokenizer*")):  # transformers makes an empty one
+            raise ValueError(
+                f"--{flag} {folder}: there is no tokenizer in it; save the one of the model that it comes from beside "
+                f'the weights: AutoTokenizer.from_pretrained("...").save_pretrained("{folder}")'
+            )
         raise ValueError(
             f"--{flag} {tokenizer.name_or_path}: its tokenizer has no chat template, which the prompts need; use an "
             "instruction-tuned model"

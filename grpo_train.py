@@ -124,8 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
 
         datasets = run.load_data(columns)
         tokenizer = run.load_tokenizer()
-        if script_args.thinking:
-            check_thinking_mode(tokenizer, "thinking")
+        check_thinking_mode(tokenizer, script_args.thinking, "thinking true", "thinking false")
         run.make_skeleton()
         run.check_resumed_settings()
         train_dataset, eval_dataset = (

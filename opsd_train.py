@@ -159,8 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset, eval_dataset = run.load_data(*columns)
         OPSDTrainer.check_size(len(train_dataset), training_args)
         tokenizer = run.load_tokenizer()
-        if training_args.student_thinking:
-            check_thinking_mode(tokenizer, "student_thinking")
+        check_thinking_mode(
+            tokenizer, training_args.student_thinking, "student_thinking true", "student_thinking false"
+        )
         skeleton = run.make_skeleton(adapter)
         if training_args.loss_implementation == "fused":
             read_head_settings(skeleton)

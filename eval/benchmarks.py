@@ -105,8 +105,7 @@ def load_questions(
             has no thinking mode where one is asked for.
     """
     check_chat_template(tokenizer, "base_model")
-    if thinking:
-        check_thinking_mode(tokenizer, "enable_thinking", "say --enable_thinking false")
+    check_thinking_mode(tokenizer, thinking, "enable_thinking true", "enable_thinking false")
     columns = {"problem_column": benchmark.problem_column, "answer_column": benchmark.answer_column}
     if privileged:
         columns["solution_column"] = benchmark.solution_column

@@ -52,7 +52,7 @@ from eval.run_files import (
     stored_settings,
 )
 from eval.scores import Estimate, elect, estimate, pass_at_k, pass_sizes, vote_classes
-from opsd.adapters import Adapter
+from opsd.adapters import Adapter, check_model_folder
 from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
 from opsd.run.flags import SWITCH
 from opsd.run.problem_data import is_path
@@ -361,6 +361,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
         raise ValueError("give --base_model and --dataset (or --regrade with the output file of an earlier run)")
     if is_path(args.base_model) and not Path(args.base_model).is_dir():
         raise FileNotFoundError(f"--base_model {args.base_model}: no such folder; give a folder or a Hub id")
+    check_model_folder(args.base_model, "base_model", "checkpoint_dir")
     models = [*([] if args.skip_base else [BASE]), *args.checkpoint_dir]
     if not models:
         raise ValueError("--skip_base: nothing to evaluate; give adapters with --checkpoint_dir")

@@ -1,6 +1,7 @@
 """LoRA adapters: one check of their files against the base model, and forms of them that vLLM serves."""
 
 import copy
+import json
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,7 +30,25 @@ MERGEABLE = PATTERNS | {
     *("use_dora", "modules_to_save", "bias", "trainable_token_indices", "init_lora_weights", "target_parameters"),
 }
 PLAIN_INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base, such as PiSSA
+REPEATABLE_INITIALIZATIONS = ("pissa", "olora", "mica")  # of these, those that the base alone decides
 FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
+
+
+WHOLE_MODEL = {"checkpoint_dir": "base_model", "adapter_name_or_path": "model_name_or_path"}  # flags of adapter, model
+
+
+def check_model_folder(path: str, flag: str, adapter_flag: str) -> None:
+    """Raise `ValueError`, naming `flag`, for a folder without a whole model."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return
+    if (folder / CONFIG_NAME).is_file():
+        base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(
+            f"--{flag} {path}: holds a LoRA adapter, not a model; give its base model, {base}, as --{flag}, and this "
+            f"folder as --{adapter_flag}"
+        )
+    raise ValueError(f"--{flag} {path}: holds no model, config.json is missing")
 
 
 def unserved_settings(config: PeftConfig) -> list[str]:
@@ -96,6 +115,8 @@ class Adapter:
             if not (path / file).is_file():
                 inside = sorted(str(found.parent) for found in path.glob(f"*/{CONFIG_NAME}"))
                 hint = f"; there are adapters in {', '.join(inside)}" if inside else ""
+                if (path / "config.json").is_file():
+                    hint = f"; it holds a whole model: give that as --{WHOLE_MODEL[flag]}"
                 raise ValueError(f"{name}: no LoRA adapter, {file} is missing{hint}")
         try:
             with safe_open(path / SAFETENSORS_WEIGHTS_NAME, "pt") as tensors:
@@ -104,9 +125,19 @@ class Adapter:
             raise ValueError(f"{name}: {SAFETENSORS_WEIGHTS_NAME} cannot be read: {error}") from error
         if not shapes or any(0 in shape for shape in shapes.values()):  # saved under ZeRO-3 without gathering
             raise ValueError(f"{name}: the adapter is empty; save it again from all processes")
-        config = PeftConfig.from_pretrained(folder)
+        try:
+            settings = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+            config = PeftConfig.from_pretrained(folder)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {CONFIG_NAME} cannot be read: {error}") from error
         if not isinstance(config, LoraConfig):
             raise ValueError(f"{name}: the adapter is of type {config.peft_type}; only LORA is supported")
+        known = {setting.name for setting in fields(config)}
+        if unknown := [key for key, value in settings.items() if value and key not in known]:
+            raise ValueError(
+                f"{name}: the installed PEFT would ignore the setting {unknown[0]}; install the version that saved "
+                f"the adapter ({config.peft_version or 'a newer one'})"
+            )
         return cls(name, folder, config, shapes)
 
     @property
@@ -120,6 +151,12 @@ class Adapter:
         unserved = set(unserved_settings(self.config))
         if unserved - MERGEABLE:
             raise ValueError(f"{self.name}: vLLM cannot serve an adapter with {min(unserved - MERGEABLE)}")
+        initialization = self.config.init_lora_weights
+        if "init_lora_weights" in unserved and initialization not in REPEATABLE_INITIALIZATIONS:
+            raise ValueError(
+                f"{self.name}: init_lora_weights {initialization} changed the base with random numbers or data, which "
+                "the files do not tell; let PEFT save plain LoRA (`path_initial_model_for_weight_conversion`)"
+            )
         return not unserved <= PATTERNS
 
     @property
@@ -129,7 +166,7 @@ class Adapter:
 
     def check_base(self, base_model: str, **options: Any) -> None:
         """
-        Check that the tensors are those that PEFT makes for this configuration and base model, in name and shape.
+        Check that the tensors are finite, and in name and shape those of PEFT for this configuration and base model.
 
         Args:
             base_model: folder or Hub id.
@@ -138,6 +175,9 @@ class Adapter:
         Raises:
             ValueError: naming the first tensors that do not fit. PEFT and vLLM may pass over them.
         """
+        for key, tensor in load_file(Path(self.folder, SAFETENSORS_WEIGHTS_NAME)).items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{self.name}: not all numbers of {key} are finite; take an earlier checkpoint")
         skeleton = make_skeleton(base_model, **options)
         of_base = {f"base_model.model.{key}": tuple(t.shape) for key, t in skeleton.state_dict().items()}
         try:

@@ -69,6 +69,9 @@ UNUSED = {
         "uld_skip_student_eos", "uld_skip_teacher_eos",
     ),
     "the batch would change in the middle of the run": ("auto_find_batch_size",),
+    "the evaluation is the loss on rollouts, which have no labels": (
+        "label_names", "batch_eval_metrics",
+    ),
 }  # fmt: skip
 # flag -> its interval, and the meaning of an end point
 INTERVALS = {

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from eval import evaluate_math
 from eval.benchmarks import Question
 from eval.engine import Completion, Sampling, sampling_requests
-from opsd.adapters import Adapter, unserved_settings
+from opsd.adapters import Adapter, check_model_folder, unserved_settings
 
 INPUT_IDS = torch.arange(20, 60)[None]
 WEIGHTS = "adapter_model.safetensors"
@@ -74,8 +74,18 @@ def test_patterns_are_folded_into_plain_factors(make_adapter, tiny_model_dir, tm
     assert relative_error(PeftModel.from_pretrained(load_base(tiny_model_dir), plain.folder), logits) < 1e-5
 
 
-def test_a_plain_adapter_is_served_from_its_own_folder(make_adapter, tmp_path):
-    folder, _ = make_adapter(use_rslora=True, layers_to_transform=[1], target_modules=["q_proj"], lora_dropout=0.1)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": True, "layers_to_transform": [1], "target_modules": ["q_proj"], "lora_dropout": 0.1},
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.1.mlp.up_proj"]},
+        {"target_modules": r".*\.(q|v)_proj", "exclude_modules": r".*layers\.0\..*"},
+    ],
+    ids=["layers", "excluded names", "excluded pattern"],
+)
+def test_a_plain_adapter_is_served_from_its_own_folder(make_adapter, tiny_model_dir, tmp_path, settings):
+    folder, _ = make_adapter(**settings)
+    read(folder).check_base(str(tiny_model_dir))
     assert read(folder).make_plain(tmp_path / "plain") == folder
 
 
@@ -87,8 +97,9 @@ def test_a_plain_adapter_is_served_from_its_own_folder(make_adapter, tmp_path):
         {"modules_to_save": ["embed_tokens"], "rank_pattern": {"q_proj": 4}},
         {"init_lora_weights": "pissa"},
         {"trainable_token_indices": [30, 31]},
+        {"target_modules": [], "target_parameters": ["mlp.gate_proj.weight"]},
     ],
-    ids=["DoRA", "head", "embeddings", "PiSSA, which changes the base", "tokens"],
+    ids=["DoRA", "head", "embeddings", "PiSSA, which changes the base", "tokens", "parameters"],
 )
 def test_others_are_merged_in_float32(make_adapter, tiny_model_dir, tmp_path, settings):
     folder, logits = make_adapter(**settings)
@@ -109,6 +120,9 @@ def test_what_cannot_be_served_is_refused_by_name(make_adapter, tiny_model_dir, 
             ValueError, match=f"--checkpoint_dir .*{number}: vLLM cannot serve .* {next(iter(settings))}"
         ):
             assert read(folder).rank
+    pissa, _ = make_adapter("pissa", init_lora_weights="pissa_niter_4")  # computed with random numbers
+    with pytest.raises(ValueError, match="init_lora_weights pissa_niter_4 changed the base .* plain LoRA"):
+        assert read(pissa).rank
     tied, _ = make_adapter("tied", use_dora=True, target_modules=["embed_tokens"])  # the head would change with it
     with pytest.raises(ValueError, match="cannot be merged into"):
         read(tied).merge(str(tiny_model_dir), str(tmp_path / "merged"))
@@ -150,6 +164,32 @@ def test_tensors_that_the_model_has_no_place_for(make_adapter, tiny_model_dir, s
         read(folder).check_base(str(tiny_model_dir))
 
 
+def test_numbers_that_are_not_finite(make_adapter, tiny_model_dir):
+    folder, _ = make_adapter()
+    weights = load_file(Path(folder, WEIGHTS))
+    weights[min(weights)][0, 0] = torch.nan
+    save_file(weights, Path(folder, WEIGHTS))
+    with pytest.raises(ValueError, match=f"{min(weights)} are finite; take an earlier checkpoint"):
+        read(folder).check_base(str(tiny_model_dir))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "adapter_config.json cannot be read"),
+        ('{"r": 8}', "adapter_config.json cannot be read: .*peft_type"),
+        ('{"peft_type": "LORA", "use_trick": true, "other": null}', "PEFT would ignore the setting use_trick of"),
+        ('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}', "of type .*PROMPT_TUNING; only LORA"),
+    ],
+    ids=["no JSON", "no type", "unknown setting", "no LoRA"],
+)
+def test_configurations_that_are_not_understood(make_adapter, text, message):
+    folder, _ = make_adapter()
+    Path(folder, "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"--checkpoint_dir {folder}: .*{message}"):
+        read(folder)
+
+
 def test_adapter_of_another_base(make_adapter, tiny_model_dir, tmp_path, caplog):
     folder, _ = make_adapter(target_modules="all-linear")
     other = tmp_path / "other"
@@ -161,6 +201,18 @@ def test_adapter_of_another_base(make_adapter, tiny_model_dir, tmp_path, caplog)
     (other / "config.json").write_text(json.dumps(config))  # as large: only the name tells
     read(folder).check_base(str(other))
     assert "was trained on" in caplog.text and str(other) in caplog.text
+
+
+def test_adapters_and_models_are_not_taken_for_each_other(make_adapter, tiny_model_dir, tmp_path):
+    folder, _ = make_adapter()
+    with pytest.raises(ValueError, match=f"--base_model {folder}: holds a LoRA adapter.*{tiny_model_dir}, as --base"):
+        check_model_folder(folder, "base_model", "checkpoint_dir")
+    with pytest.raises(ValueError, match=f"--checkpoint_dir {tiny_model_dir}: .*whole model: give that as --base"):
+        read(tiny_model_dir)
+    with pytest.raises(ValueError, match=f"--base_model {tmp_path}: holds no model, config.json is missing"):
+        check_model_folder(str(tmp_path), "base_model", "checkpoint_dir")
+    check_model_folder(str(tiny_model_dir), "base_model", "checkpoint_dir")
+    check_model_folder("Qwen/Qwen3-1.7B", "base_model", "checkpoint_dir")
 
 
 def test_evaluator_gives_a_merged_adapter_an_engine_of_its_own(make_adapter, tiny_model_dir, monkeypatch):

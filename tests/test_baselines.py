@@ -76,6 +76,7 @@ def no_model(monkeypatch):
             "--max_prompt_length 20: all 64 examples are longer",
         ),
         (grpo_train, {"num_generations": 3}, "make it a multiple of --num_generations"),
+        (sft_train, {"assistant_only_loss": True}, "--assistant_only_loss True: must be False"),
         (
             sft_train,
             {"eos_token": "<|endoftext|>"},

@@ -1,5 +1,7 @@
 """Prompts, budgets and padding of the collator, on the tiny model's real tokenizer."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -10,6 +12,7 @@ from data_collator import (
     STUDENT_PROMPT,
     TEACHER_PROMPT,
     SelfDistillationDataCollator,
+    check_chat_template,
     encode_chat_prompt,
     fill_template,
     start_rollouts,
@@ -99,6 +102,12 @@ def test_braces_inside_the_texts_stay_as_they_are():
 def test_template_errors(tokenizer, templates, message):
     with pytest.raises(ValueError, match=message):
         SelfDistillationDataCollator(tokenizer, **templates)
+
+
+def test_model_that_was_saved_without_its_tokenizer(tiny_model_dir, tmp_path):
+    shutil.copy(tiny_model_dir / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=f"--base_model {tmp_path}: there is no tokenizer in it; .*save_pretrained"):
+        check_chat_template(AutoTokenizer.from_pretrained(tmp_path), "base_model")
 
 
 def test_tokenizer_without_chat_template(tiny_model_dir):

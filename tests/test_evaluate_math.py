@@ -31,7 +31,7 @@ from eval.engine import (
 )
 from eval.evaluate_math import evaluate, main, paired_differences, request_key, score, score_all
 from eval.report import plot_accuracy, report_tables
-from eval.run_files import Sample, open_samples
+from eval.run_files import Sample, model_version, open_samples
 from opsd.adapters import Adapter
 from opsd.grading import GradingPool
 from opsd.vllm_engine import stop_engine
@@ -406,6 +406,16 @@ def test_changed_settings_are_refused_with_what_changed(
 
 @pytest.mark.multiprocess
 @pytest.mark.vllm
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_version_of_a_model_is_that_of_its_weights(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    versions = set()
+    for content in (b"old", b"new"):
+        (tmp_path / name).write_bytes(content)
+        versions.add(model_version(str(tmp_path)))
+    assert len(versions) == 2
+
+
 def test_files_of_unknown_origin_are_refused(finished_run, tiny_model_dir, work, capsys):
     arguments = command(tiny_model_dir, finished_run, *work)[2:]
     settings = finished_run.read_bytes()

@@ -582,6 +582,44 @@ def test_answers(prediction, gold, equal, about):
         assert verdict.equal is equal, f"{about}: {one!r} and {other!r}, decided by {verdict.status}"
 
 
+# Of a list of public bug reports: row, whether the pairs are equal, the pairs
+REPORTED = [
+    ("B1", True, [("$.5$", "0.5"), ("x=.5", "0.5"), (r".25\pi", r"0.25\pi"), ("(.5,2)", "(0.5,2)"),
+        ("[.5,1]", "[0.5,1]"), (r"\$.50", "0.5"), (".5 cm", "0.5"), (".5%", "0.5%"), (r"\text{.5}", "0.5"),
+        (r"\approx .5", "0.5"), ("Answer: .5", "0.5")]),
+    ("B1b", False, [("$.5$", "5"), (r".25\pi", r"25\pi"), ("(.5,2)", "(5,2)"), (r"\$.50", "50"),
+        (".5 cm", "5 cm")]),
+    ("B2", True, [("1, 2, and 3", "1, 2, 3"), (r"1, 2, \text{ and } 3", "1,2,3"),
+        (r"x=1, x=2, \text{ or } x=3", "1,2,3"), ("A, B, and C", "A,B,C"), ("(1,2), and (3,4)", "(1,2),(3,4)")]),
+    ("B3", True, [(r"\frac72=3.5", "3.5"), (r"\binom{5}{2}=10", "10"), ("2^3=8", "8"), ("100+9=109", "109"),
+        ("5=5", "5"), ("f^{-1}(3)=7", "7")]),
+    ("B4", True, [("60 km/h", "60"), (r"15\text{ m/s}", "15"), (r"9.8\ \mathrm{m/s^2}", "9.8"),
+        (r"4.5e33 \text{ erg/s}", "4.5e33"), (r"1.2\text{ g/cm}^3", "1.2"), ("15 in", "15"), ("15cm", "15"),
+        ("15cm^2", "15"), (r"5\text{ in.}", "5")]),
+    ("B4b", True, [("5 ft", "5 feet"), ("5 inches", "5 inch"), ("5 box", "5 boxes"), ("5 hrs", "5 hours"),
+        ("5 cm", "5 centimeters"), ("5 cm^2", "5 square centimeters"), ("5 units^2", "5 square units")]),
+    ("B4c", False, [("2 fifths", "2"), ("7 halves", "7"), ("5 thousandths", "5"), ("5 tenths", "5"),
+        ("5 squared", "5"), ("5 cubed", "5"), ("5 factorial", "5"), ("5 thousands", "5"), ("5 hundreds", "5"),
+        ("5 lakh", "5"), ("5 below zero", "5"), ("5 impossible", "5")]),
+    ("B4d", False, [("5 cents", r"\$5")]),
+    ("B5", True, [("7。", "7"), ("7，8", "7,8"), ("（7，8）", "(7,8)"), ("7；8", "7;8"), ("７", "7"), ("x＝3", "3"),
+        ("－5", "-5"), ("5％", "5%"), ("⌊2.5⌋", "2"), ("1⁄2", "1/2"), ("⅛", "1/8"), ("x₁", "x_1"), ("5℃", "5")]),
+    ("B6", True, [(r"\textcolor{blue}{7}", "7"), (r"\color{red}{7}", "7"), (r"\boldsymbol{7}", "7"),
+        (r"\bm{7}", "7"), (r"\underline{7}", "7"), (r"{\bf 7}", "7"), (r"\rm 7", "7"), (r"\large 7", "7"),
+        (r"7\checkmark", "7"), ("**7**", "7"), (r"\sfrac12", "1/2")]),
+    ("B7", True, [(r"0.\overline{3}", "1/3"), (r"0.1\overline{6}", "1/6"), (r"0.\overline{3}", r"0.\bar{3}")]),
+    ("B8", True, [(r"(-\infty,\infty)", r"\mathbb{R}"), (r"\mathbb{R}", "all real numbers"),
+        (r"\emptyset", "no solution"), (r"x\ne2", r"\mathbb{R}\setminus\{2\}")]),
+    ("B10", True, [(".0015", r"1.5\times10^{-3}"), (r"5.\times10^2", "500"), (r"{5 \choose 2}", "10"),
+        (r"\lg 100", "2"), ("2^-1", "1/2")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "equal", "pairs"), REPORTED)
+def test_reported_answers(row, equal, pairs):
+    assert [pair for pair in pairs if grade(*pair).equal is not equal] == []
+
+
 @pytest.mark.parametrize(
     ("prediction", "gold", "equal", "reason"),
     [

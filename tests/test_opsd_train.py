@@ -106,6 +106,11 @@ def write(file, *lines):
         (["--torch_compile_backend", "eager"], "--torch_compile_backend eager: must be None"),
         (["--uld_student_temperature", "2"], "--uld_student_temperature 2.0: must be 1.0: there is no second model"),
         (["--auto_find_batch_size"], "--auto_find_batch_size True: must be False: the batch would change"),
+        (
+            ["--label_names", "answer"],
+            "--label_names ['answer']: must be None: the evaluation is the loss on rollouts",
+        ),
+        (["--batch_eval_metrics", "true"], "--batch_eval_metrics True: must be False"),
         (["--fp16", "true"], "--fp16: there is no float16 training on a CPU"),
         (["--eval_on_start"], "--eval_on_start: needs --eval_dataset_name"),
         (["--report_to", "notebook"], "--report_to notebook: notebook is not supported, only"),
@@ -151,6 +156,16 @@ def test_tokenizer_without_chat_template(run, no_model, tiny_model_dir, tmp_path
     (tmp_path / "bare" / "config.json").write_text((tiny_model_dir / "config.json").read_text())
     with pytest.raises(SystemExit, match="has no chat template"):
         run("--model_name_or_path", str(tmp_path / "bare"))
+
+
+def test_tokenizer_without_end_token(run, no_model, tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "endless")
+    file = tmp_path / "endless" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    del settings["eos_token"]
+    file.write_text(json.dumps(settings))
+    with pytest.raises(SystemExit, match="endless: its tokenizer has no end-of-sequence token.*set `eos_token`"):
+        run("--model_name_or_path", str(tmp_path / "endless"))
 
 
 def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):

@@ -128,6 +128,16 @@ def test_configuration_and_revision_are_not_ignored(tmp_path):
         load(tmp_path, revision="v2")
 
 
+def test_names_of_folders_are_no_patterns(tmp_path):
+    """`datasets` would read the rows of the folder that the name matches."""
+    for folder in ("a[1]", "a1"):
+        write_jsonl(tmp_path / folder / "train-0.jsonl")
+        write_jsonl(tmp_path / folder / "train.jsonl")
+    with pytest.raises(ValueError, match=r"--dataset_name .*a\[1\].* make a pattern .* rename the folder"):
+        load(tmp_path / "a[1]")
+    assert load(tmp_path / "a[1]" / "train.jsonl") == ROWS
+
+
 def test_hidden_files_are_not_data(tmp_path):
     write_jsonl(tmp_path / "data.jsonl", ROWS[:1])
     write_jsonl(tmp_path / ".cache" / "data.jsonl")
@@ -350,7 +360,7 @@ def test_byte_order_marks_line_ends_and_blank_lines(tmp_path):
     lines = [json.dumps(row) for row in [*ROWS, {"problem": "a\u2028b", "solution": "1"}]]
     (tmp_path / "data.jsonl").write_bytes("\r\n\r\n".join(lines).encode("utf-8-sig"))
     assert load(tmp_path / "data.jsonl")[:3] == ROWS
-    (tmp_path / "data.json").write_bytes(("\n [" + ",".join(lines) + "]").encode("utf-8-sig"))
+    (tmp_path / "data.json").write_bytes(("\n" * 100 + " [" + ",".join(lines) + "]").encode("utf-8-sig"))
     assert load(tmp_path / "data.json")[3]["problem"] == "a\u2028b"
 
 

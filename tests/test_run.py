@@ -10,7 +10,7 @@ from trl import GRPOConfig, SFTConfig
 from grpo_train import GRPOArguments
 from opsd.run import run as run_module
 from opsd.run.arguments import parse_arguments
-from opsd.run.record import check_resumed_settings, write_record
+from opsd.run.record import check_resumed_settings, read_record, write_record
 from opsd.run.run import Run, choose_attention
 from opsd_train import OPSDArguments
 from opsd_trainer import OPSDConfig
@@ -178,6 +178,13 @@ def test_hub_that_is_switched_off(monkeypatch):
     monkeypatch.setattr(run_module, "is_offline_mode", lambda: True)
     with pytest.raises(ValueError, match="--push_to_hub: the Hub is switched off by HF_HUB_OFFLINE"):
         Run("opsd", *parse("--push_to_hub")).check(None)
+
+
+@pytest.mark.parametrize("text", ['{"training": {', "{}", "[]", '{"training": 1}'])
+def test_a_record_that_is_none(tmp_path, text):
+    (tmp_path / "run_config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path}/run_config.json: not the record of a run .*; move it away"):
+        read_record(tmp_path)
 
 
 def test_records_of_earlier_starts_stay(tmp_path):

@@ -1,6 +1,7 @@
 """Marks of thoughts of several model families, thinking modes and dates of chat templates."""
 
 import json
+import shutil
 
 import pytest
 from helpers import TINY_MODEL
@@ -27,6 +28,8 @@ def tokenizer():
         ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
         ("[THINK]", "[/THINK]"),
         ("<seed:think>", "</seed:think>"),
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("◁think▷", "◁/think▷"),
     ],
 )
 def test_answers_follow_thoughts(start, end):
@@ -69,8 +72,9 @@ def test_marks_survive_decoding(tokenizer, is_special):
 )
 def test_templates_without_thinking_mode_are_refused(tokenizer, template):
     tokenizer.chat_template = template
-    with pytest.raises(ValueError, match="--thinking: the chat template of .* has no thinking mode to switch on"):
-        check_thinking_mode(tokenizer, "thinking")
+    with pytest.raises(ValueError, match="--on: the chat template of .* has no thinking mode to switch.* use --off"):
+        check_thinking_mode(tokenizer, True, "on", "off")
+    check_thinking_mode(tokenizer, False, "on", "off")
 
 
 @pytest.mark.parametrize(
@@ -83,19 +87,49 @@ def test_templates_without_thinking_mode_are_refused(tokenizer, template):
     ids=["closed when off", "system turn", "always"],
 )
 def test_templates_with_thinking_mode(tokenizer, template):
-    check_thinking_mode(tokenizer, "thinking")  # the tiny model's own
+    check_thinking_mode(tokenizer, True, "on", "off")  # the tiny model's own
     tokenizer.chat_template = template
-    check_thinking_mode(tokenizer, "thinking")
+    check_thinking_mode(tokenizer, True, "on", "off")
 
 
-def test_dates_in_templates_stay(tokenizer):
+def test_a_thought_that_is_open_in_any_mode(tokenizer):
+    tokenizer.chat_template = TURNS + HEADER + "{{ '<think>\n' }}"
+    with pytest.raises(ValueError, match="--off: the chat template of .* opens a thought all the same; use --on"):
+        check_thinking_mode(tokenizer, False, "on", "off")
+
+
+def test_marks_that_are_not_known(tmp_path):
+    shutil.copytree(TINY_MODEL, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    file.write_text(file.read_text().replace("think>", "ponder>"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = tokenizer.chat_template.replace("think>", "ponder>")
+    with pytest.raises(ValueError, match="--on: neither .* marks that end a thought.*</think>.* use --off"):
+        check_thinking_mode(tokenizer, True, "on", "off")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%Y-%m-%d\") }}", "03 Jan 2026 2026-01-03"),
+        ("{%- set form = '%A, %-d.%-m.%y' %}{{ strftime_now(form) }}", "Saturday, 3.1.26"),
+        ("{{ strftime_now(format='%B') }} {{ strftime_now('%d' ~ ' %H:%M') }}", "January 03 00:00"),
+        ("{%- macro head() %}{{ strftime_now('%Y') }}{% endmacro %}{{ head() }}", "2026"),
+        ("{%- if strftime_now is defined %}{% set now = strftime_now('%j') %}{% endif %}{{ now | int + 1 }}", "4"),
+    ],
+    ids=["texts", "variable", "keyword and computed", "in a macro", "Llama 3.2"],
+)
+def test_dates_in_templates_stay(tokenizer, text, expected):
     own = tokenizer.chat_template
-    assert freeze_date(tokenizer, "2026-01-31") is None and tokenizer.chat_template == own
-    tokenizer.chat_template = "Today Date: {{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%Y-%m-%d\") }}" + own
-    assert freeze_date(tokenizer, "2026-01-31") == "2026-01-31"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    assert text.startswith("Today Date: 31 Jan 2026 2026-01-31")
+    assert freeze_date(tokenizer, "2026-01-03") is None and tokenizer.chat_template == own
+    for templates in (f"Today:[{text}]{own}", {"default": f"Today:[{text}]{own}", "other": own}):
+        tokenizer.chat_template = templates
+        assert freeze_date(tokenizer, "2026-01-03") == "2026-01-03"
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+        assert prompt.startswith(f"Today:[{expected}]<|im_start|>")
 
-    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + own
+
+def test_date_of_the_first_start(tokenizer):
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + tokenizer.chat_template
     today = freeze_date(tokenizer, None)
     assert json.dumps(today) and len(today) == 10

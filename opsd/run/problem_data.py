@@ -1,5 +1,6 @@
 """Data sets of problems with solutions and answers, from the Hub or from local files, checked before they are used."""
 
+import glob
 import json
 import logging
 import re
@@ -119,6 +120,8 @@ def _find(name: str, split: str, config: str | None, revision: str | None) -> Da
             splits = load_from_disk(path)
         elif (path / "state.json").exists():
             splits = {split: load_from_disk(path)}
+        elif glob.has_magic(str(path.absolute())):
+            raise ValueError("[, * and ? in a path make a pattern for `datasets`; rename the folder, or name a file")
         else:
             splits = _find_files(path, split, config)
     except OSError as error:
@@ -211,7 +214,7 @@ def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     line = 0
     with file.open(encoding="utf-8-sig", newline="\n") as content:
         try:
-            is_array = content.read(80).lstrip().startswith("[")
+            is_array = next((text for text in content if not text.isspace()), "").lstrip().startswith("[")
             content.seek(0)
             for line, document in enumerate([content.read()] if is_array else content, 1):
                 if document.isspace():

@@ -43,6 +43,19 @@ MAY_CHANGE = OPTIMIZER | {
 MAY_CHANGE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "wandb_", "trackio_", "dataloader_", "ddp_")
 
 
+def read_record(run_dir: Path) -> dict[str, Any] | None:
+    """Return the settings of the last start in `run_dir`, `None` if there is none; `ValueError` for another file."""
+    file = run_dir / RECORD
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        record["training"]["lr_scheduler_type"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not the record of a run ({error!r}); move it away to go on without it") from error
+    return record
+
+
 def check_resumed_settings(run_dir: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """
     Compare the settings of a start with those of the last one in `run_dir`, and log which ones change.
@@ -54,10 +67,10 @@ def check_resumed_settings(run_dir: Path, settings: Mapping[str, Mapping[str, An
     Raises:
         ValueError: for settings that a resumed run must keep, with each as name: before -> now.
     """
-    if not (run_dir / RECORD).is_file():
+    before = read_record(run_dir)
+    if before is None:
         logger.warning("%s has no %s: the settings of its first start are not known", run_dir, RECORD)
         return
-    before = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
     now = json.loads(json.dumps(settings, default=str))
     changed: dict[str, str] = {}
     for group in ("script", "training", "model", "data"):
@@ -73,7 +86,7 @@ def check_resumed_settings(run_dir: Path, settings: Mapping[str, Mapping[str, An
             f"--resume_from_checkpoint: {run_dir} was trained with other settings:\n  " + "\n  ".join(refused) + "\n"
             "give them as before, or start anew with another --output_dir"
         )
-    applied = [text for name, text in changed.items() if name != "resume_from_checkpoint"]
+    applied = [text for name, text in changed.items() if name not in ("resume_from_checkpoint", "model_init_kwargs")]
     if applied:
         logger.info("resumed with other settings: %s", ", ".join(applied))
 

@@ -30,11 +30,11 @@ from trl import get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
 
 from data_collator import check_chat_template
-from opsd.adapters import Adapter, add_to_skeleton, check_vllm_lora_support, make_skeleton
+from opsd.adapters import Adapter, add_to_skeleton, check_model_folder, check_vllm_lora_support, make_skeleton
 from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.checkpoints import find_checkpoint
 from opsd.run.problem_data import find_local, is_path, load_problems
-from opsd.run.record import check_resumed_settings, write_record
+from opsd.run.record import check_resumed_settings, read_record, write_record
 from opsd.run.summary import NUM_SAMPLES, Lines, describe_prompts, describe_run, find_risks, render
 from opsd.thinking import freeze_date
 
@@ -89,6 +89,7 @@ class Run:
             raise ValueError("--model_name_or_path is missing: name a model's folder or Hub id")
         if is_path(path) and not os.path.isdir(os.path.expanduser(path)):
             raise ValueError(f"--model_name_or_path {path}: no such folder; give a model's folder or Hub id")
+        check_model_folder(path, "model_name_or_path", "adapter_name_or_path")
         if use_vllm and not is_vllm_available():
             raise ValueError(
                 "--use_vllm: there is no vLLM of a version that TRL supports; scripts/setup_env.sh installs one"
@@ -239,9 +240,8 @@ class Run:
                 f"--model_name_or_path {tokenizer.name_or_path}: its tokenizer has no end-of-sequence token, which "
                 "ends rollouts and solutions; set `eos_token` in its tokenizer_config.json"
             )
-        record = Path(self.training_args.output_dir, "run_config.json")
-        before = json.loads(record.read_text()) if self.checkpoint is not None and record.is_file() else {}
-        self.prompt_date = freeze_date(tokenizer, before.get("prompt_date"))
+        record = None if self.checkpoint is None else read_record(Path(self.checkpoint).parent)
+        self.prompt_date = freeze_date(tokenizer, (record or {}).get("prompt_date"))
         self.data_hashes["chat_template"] = text_hash([tokenizer.chat_template])
         return tokenizer
 
