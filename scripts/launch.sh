@@ -4,7 +4,8 @@
 #   NUM_PROCESSES=4 bash scripts/launch.sh opsd_train.py [arguments]
 #
 # ACCELERATE_CONFIG names another launcher than accelerate.yaml. DRY_RUN=1 prints the command, checks all arguments
-# with the program's own parsers, prints the resolved configuration as JSON, and exits; it loads no model and no data.
+# and local data with the program's own parsers, shows what the run would do, writes all settings to dry_run.json in
+# the output folder, and exits; it loads no model.
 #
 # Several machines: NUM_MACHINES, MAIN_PROCESS_IP and MAIN_PROCESS_PORT, with NUM_PROCESSES on all machines together.
 # Each machine runs the same command with a MACHINE_RANK of its own, from 0 on. scripts/train_multi_node.sh sets them.

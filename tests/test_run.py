@@ -2,10 +2,9 @@
 
 import json
 import os
-import sys
 
 import pytest
-from trl import GRPOConfig, SFTConfig
+from trl import GRPOConfig
 
 from grpo_train import GRPOArguments
 from opsd.run import run as run_module
@@ -14,7 +13,6 @@ from opsd.run.record import check_resumed_settings, read_record, write_record
 from opsd.run.run import Run, choose_attention
 from opsd_train import OPSDArguments
 from opsd_trainer import OPSDConfig
-from sft_train import SFTArguments
 
 CPU = ["--use_cpu", "--bf16", "false", "--model_name_or_path", "Qwen/Qwen3-1.7B"]
 
@@ -77,17 +75,6 @@ def test_accumulation_reaches_what_depends_on_it():
     assert (training.gradient_accumulation_steps, training.generation_batch_size) == (4, 32)
 
 
-def test_dry_run_prints_the_settings(capsys, tmp_path):
-    settings = parse_arguments(SFTArguments, SFTConfig, [*CPU, "--dry_run", "4", "--learning_rate", "2e-5"])
-    Run("sft", *settings).print_settings()
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["training"]["learning_rate"] == 2e-5
-    assert printed["model"]["model_name_or_path"] == "Qwen/Qwen3-1.7B"
-    missing = parse_arguments(SFTArguments, SFTConfig, [*CPU, "--dry_run", "4", "--dataset_name", "./nowhere.jsonl"])
-    with pytest.raises(FileNotFoundError, match="--dataset_name ./nowhere.jsonl: no such file or folder"):
-        Run("sft", *missing).check(None)
-
-
 def write_problems(path, size=3):
     rows = [{"problem": f"{i}+1", "solution": str(i + 1), "answer": i + 1} for i in range(size)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -112,16 +99,6 @@ def test_configuration_and_revision_are_those_of_the_training_data(tmp_path):
     (tmp_path / "set" / "README.md").write_text("---\nconfigs:\n- config_name: main\n  data_files: train.jsonl\n---\n")
     given = ["--dataset_name", str(tmp_path / "set"), "--dataset_config", "main"]
     assert [len(part) for part in load(*given, "--eval_dataset_name", other, "--eval_strategy", "epoch")] == [2, 3]
-
-
-@pytest.mark.parametrize(("size", "batch", "rest"), [(20, 8, "4 of 20 problems"), (24, 8, None), (9, 4, "1 of 9")])
-def test_problems_left_out_of_each_epoch_are_counted(make_trainer, problems, monkeypatch, caplog, size, batch, rest):
-    run = Run("opsd", *parse())
-    trainer = make_trainer(problems.select(range(size)), per_device_train_batch_size=batch, curriculum="none")
-    monkeypatch.setattr(trainer, "train", lambda **kwargs: sys.exit("trains"))
-    with pytest.raises(SystemExit, match="trains"):
-        run.train(trainer)
-    assert (f"{rest} " in caplog.text) if rest else ("left out of each epoch" not in caplog.text)
 
 
 def test_model_is_not_spread_over_all_gpus_of_the_machine():

@@ -34,6 +34,7 @@ MAY_CHANGE = OPTIMIZER | {
         "overwrite_output_dir",
         "resume_from_checkpoint",
         "dry_run",
+        "dry_run_file",
         "preflight",
     ),
     *("report_to", "project", "disable_tqdm", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
