@@ -1,8 +1,10 @@
 """Data sets of problems with solutions and answers, from the Hub or from local files, checked before they are used."""
 
+import csv
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -10,13 +12,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset, load_dataset_builder, load_from_disk
+from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset, load_dataset_builder, load_from_disk
 
 from opsd.grading import answer_text
+from opsd.run.conversations import Turn, split_conversation, unread_keys, with_system_prompt
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
+
+HISTORY = List({"role": Value("string"), "content": Value("large_string")})
 
 
 def is_path(name: str) -> bool:
@@ -43,6 +48,7 @@ def load_problems(
     optional_columns: Mapping[str, str] | None = None,
     config: str | None = None,
     revision: str | None = None,
+    system_prompt: str | None = None,
 ) -> Dataset:
     """
     Load one split of a data set into memory, as rows of texts.
@@ -50,15 +56,21 @@ def load_problems(
     Rows in which a needed text is missing or blank are left out. The log counts them, and problems that come again.
 
     Args:
-        name: a Hub id; or a local json, jsonl or parquet file; or a local folder, also one from `save_to_disk`. Its
-            splits and configurations are those that `datasets` finds, except that a file `<split>.jsonl` (or `.json`,
-            `.parquet`) is all of that split.
+        name: a Hub id; or a local json, jsonl, parquet, csv or tsv file; or a local folder, also one from
+            `save_to_disk`. Its splits and configurations are those that `datasets` finds, except that a file
+            `<split>.jsonl` (or another suffix) is all of that split.
         split: name of the split. A single file is taken whole.
         columns: flag -> column that needs a text in each row: of `{"problem_column": "Question"}` comes `problem`.
-            Numbers become texts; a column of numbers alone can only be an `answer_column`.
+            Numbers become texts. The columns of problem and solution may hold conversations, see `split_conversation`;
+            if that of the problem does, and there is no column `solution`, the solution comes from there, too.
         optional_columns: likewise, of columns that have to exist but may be empty in a row.
         config: configuration of a folder or of a Hub data set.
         revision: commit, tag or branch of a Hub data set.
+        system_prompt: the first turn of all prompts; `None` leaves those of the conversations.
+
+    Returns:
+        Rows of the columns without their `_column`, and, where there are any, of `history`: the turns before the
+        problem, each with `role` and `content`.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without any data file.
@@ -67,40 +79,73 @@ def load_problems(
     """
     every = {**columns, **(optional_columns or {})}
     kept: dict[str, list[str | None]] = {flag: [] for flag in every}
+    histories: list[list[Turn]] = []
     num_rows = 0
     names: dict[str, None] = {}  # of columns, in their order
-    textual: set[str] = set()  # flags of the columns that hold a text
-    filled: set[str] = set()  # and of those that hold a text or number
+    filled: set[str] = set()  # flags of the columns that hold a text or number
+    unread: set[str] = set()  # keys of turns
     for place, row in _read_rows(_find(name, split, config, revision), every):
         num_rows += 1
         names.update(dict.fromkeys(row))
-        texts = {flag: _as_text(row.get(column), flag, f"{column}: {place}") for flag, column in every.items()}
-        textual.update(flag for flag, column in every.items() if isinstance(row.get(column), str))
+        if isinstance(conversation := row.get(every["problem_column"]), list):
+            unread |= unread_keys(conversation)
+            if every.get("solution_column") == "solution" and "solution" not in names:
+                every["solution_column"] = every["problem_column"]
+        texts, history = _read_texts(row, every, place)
         filled.update(flag for flag, text in texts.items() if text is not None)
         if all(texts[flag] is not None for flag in columns):
+            histories.append(history)
             for flag, text in texts.items():
                 kept[flag].append(text)
     if num_rows == 0:
         raise ValueError(f"--dataset_name {name}: no rows in it")
     _check_columns(list(names), every)
-    if numeric := filled - textual - {"answer_column"}:
-        raise ValueError(f"--{min(numeric)} {every[min(numeric)]}: the column does not hold text but numbers")
-    dataset = Dataset.from_dict(
-        {flag.removesuffix("_column"): texts for flag, texts in kept.items()},
-        Features({flag.removesuffix("_column"): Value("large_string") for flag in every}),
-    )
-    if len(dataset) == 0:
-        blank = [columns[flag] for flag in columns if flag not in filled]
+    if not histories:
+        blank = [every[flag] for flag in columns if flag not in filled]
         raise ValueError(
             f"no usable row among {num_rows}: "
             + (f"the column {blank[0]!r} is empty in all of them" if blank else "each lacks one of the needed texts")
             + f"; choose other columns with {' and '.join('--' + flag for flag in columns)}"
         )
-    if dropped := num_rows - len(dataset):
-        logger.warning("left out %d of %d examples with an empty %s", dropped, num_rows, " or ".join(columns.values()))
-    if repeated := len(dataset) - len(set(kept.get("problem_column", range(len(dataset))))):
-        logger.warning("%d of %d examples repeat the problem of another example", repeated, len(dataset))
-    return dataset
+    if dropped := num_rows - len(histories):
+        empty = " or ".join(dict.fromkeys(every[flag] for flag in columns))
+        logger.warning("left out %d of %d examples with an empty %s", dropped, num_rows, empty)
+    for flag in optional_columns or {}:
+        if missing := kept[flag].count(None):
+            logger.info("%d of %d examples have no %s", missing, len(histories), every[flag])
+    if repeated := len(histories) - len(set(zip(kept["problem_column"], map(str, histories), strict=True))):
+        logger.warning("%d of %d examples repeat the problem of another example", repeated, len(histories))
+    if unread:
+        logger.warning("not read in the turns of %s: %s", every["problem_column"], ", ".join(sorted(unread)))
+    histories = [with_system_prompt(history, system_prompt) for history in histories]
+    data: dict[str, list] = {flag.removesuffix("_column"): texts for flag, texts in kept.items()}
+    features: dict[str, Any] = dict.fromkeys(data, Value("large_string"))
+    if any(histories):  # else without, so that the rows are those that a run of an earlier version has recorded
+        data["history"], features["history"] = histories, HISTORY
+    return Dataset.from_dict(data, Features(features))
+
+
+def _read_texts(
+    row: Mapping[str, Any], columns: Mapping[str, str], place: str
+) -> tuple[dict[str, str | None], list[Turn]]:
+    """Return the text of each flag's column, `None` for a blank one, and the turns before the problem."""
+    texts: dict[str, str | None] = {}
+    history: list[Turn] = []
+    for flag, column in columns.items():
+        value = row.get(column)
+        try:
+            if isinstance(value, list) and flag in ("problem_column", "solution_column"):
+                turns, problem, solution = split_conversation(value) if value else ([], None, None)
+                if flag == "problem_column":
+                    history, value = turns, problem
+                elif value and solution is None:
+                    raise ValueError("no assistant turn after the last user turn, the solution; leave the row out")
+                else:
+                    value = solution
+            texts[flag] = _as_text(value, flag)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--{flag} {column}: {place}: {error}") from error
+    return texts, history
 
 
 def _find(name: str, split: str, config: str | None, revision: str | None) -> Dataset | list[Path]:
@@ -153,18 +198,15 @@ def _find_files(folder: Path, split: str, config: str | None) -> dict[str, list[
     return splits
 
 
-def _as_text(value: Any, flag: str, place: str) -> str | None:
-    """Return a text or number as text, `None` for what is blank; `ValueError` for all else."""
-    try:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float, np.number, type(None))):
-            raise TypeError(f"neither text nor number but {type(value).__name__} {str(value)[:80]}; write it as text")
-        text = answer_text(value) if flag == "answer_column" or not isinstance(value, str) else value
-        if text is None or not text.strip():
-            return None
-        text.encode()  # half a surrogate pair is a ValueError
-        return text
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--{flag} {place}: {error}") from error
+def _as_text(value: Any, flag: str) -> str | None:
+    """Return a text or number as text, `None` for what is blank; `TypeError` or `ValueError` for all else."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, np.number, type(None))):
+        raise TypeError(f"neither text nor number but {type(value).__name__} {str(value)[:80]}; write it as text")
+    text = answer_text(value) if flag == "answer_column" or not isinstance(value, str) else value
+    if text is None or not text.strip():
+        return None
+    text.encode()  # half a surrogate pair is a ValueError
+    return text
 
 
 def _check_columns(names: list[str], columns: Mapping[str, str]) -> None:
@@ -176,21 +218,21 @@ def _check_columns(names: list[str], columns: Mapping[str, str]) -> None:
 def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield rows, each with the place where it stands."""
     if isinstance(source, Dataset):
-        _check_columns(source.column_names, columns)
-        rows = source.select_columns(sorted(set(columns.values())))
+        rows = source.select_columns(sorted(set(columns.values()) & set(source.column_names)))
         for column, feature in rows.features.items():
             if isinstance(feature, ClassLabel):
                 raise ValueError(f"column {column}: holds numbers of classes, not text: {feature}")
         floats = (Value("float16"), Value("float32"))
         narrow = {name: getattr(np, kind.dtype) for name, kind in rows.features.items() if kind in floats}
         for index, row in enumerate(rows, 1):  # a narrow float keeps its digits as NumPy's
-            yield f"row {index}", row | {column: kind(row[column]) for column, kind in narrow.items() if row[column]}
+            exact = {column: kind(row[column]) for column, kind in narrow.items() if row[column]}
+            yield f"row {index}", {name: row.get(name) for name in source.column_names} | exact
         return
     if unknown := [file for file in source if file.suffix not in SUFFIXES]:
         raise ValueError(f"{unknown[0]}: not read; name a file ending in {', '.join(SUFFIXES)}, or a folder of them")
     for file in source:
         if file.suffix != ".parquet":
-            yield from _read_json(file)
+            yield from _read_cells(file) if file.suffix in (".csv", ".tsv") else _read_json(file)
             continue
         try:  # not `load_dataset`, which knows the content that it has cached by the time of the file
             needed = sorted(set(columns.values()))
@@ -226,6 +268,36 @@ def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", 1) if is_array else line
             raise ValueError(f"{file}, line {line}: not JSON ({error})") from error
+
+
+def _read_cells(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """
+    Yield the rows of a table, with its cells as they are written.
+
+    `datasets` guesses types: 007 would become 7, NA and None nothing, and all numbers of a column floats if one is.
+    """
+    csv.field_size_limit(sys.maxsize)  # of 128 KiB, else
+    line = 0
+    with file.open(encoding="utf-8-sig", newline="") as content:
+        rows = csv.reader(content, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        try:
+            header = [name.strip() for name in next(rows, [])]
+            if len(set(header)) < len(header):
+                raise ValueError(f"two columns of the same name among {', '.join(header)}")
+            line = rows.line_num
+            for cells in rows:
+                if cells and len(cells) != len(header):
+                    raise ValueError(
+                        f"{len(cells)} cells, and the header has {len(header)}; put a cell with separators or line "
+                        "ends between quotation marks"
+                    )
+                if cells:
+                    yield f"{file}, line {line + 1}", dict(zip(header, cells, strict=True))
+                line = rows.line_num
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, after line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{file}, line {line + 1}: not a table ({error})") from error
 
 
 def _exact_float(text: str) -> float | str:
