@@ -177,9 +177,7 @@ def test_missing_file(tmp_path):
 def test_unknown_suffix(tmp_path):
     (tmp_path / "data.txt").write_text("problem,solution\n")
     for path in (tmp_path / "data.txt", tmp_path):
-        with pytest.raises(
-            ValueError, match="data.txt: not read; name a file ending in .json, .jsonl, .parquet, .csv"
-        ):
+        with pytest.raises(ValueError, match="data.txt: not read; name a file ending in .json, .jsonl"):
             load(path)
 
 
@@ -446,13 +444,16 @@ def test_a_conversation_may_end_with_the_problem_where_no_solution_is_needed(tmp
     [
         ([{"role": "assistant", "content": "2"}], "no user turn"),
         ([{"role": "system", "content": "2"}], "no user turn"),
-        (conversation("1+1?", "2") + [{"role": "assistant", "content": "3"}], "is followed by assistant, assistant"),
+        (
+            conversation("1+1?", "2") + [{"role": "assistant", "content": "3"}],
+            "the last user turn is followed by assistant, assistant; it needs one assistant turn",
+        ),
         (
             conversation("1+1?", "2") + [{"role": "tool", "content": "3"}],
             "turn 3 has the role 'tool', and only system",
         ),
         ([{"role": None, "content": "2"}], "turn 1 has the role None"),
-        ([{"role": "user", "content": [{"type": "text", "text": "1"}]}], "turn 1 has as content a list of parts, not"),
+        ([{"role": "user", "content": [{"type": "text", "text": "1"}]}], "turn 1 has as content a list of parts"),
         ([{"role": "user", "content": None}], "turn 1 has as content NoneType, not text"),
         (
             [{"role": "user", "content": "1", "tool_calls": [{"name": "add"}]}],
@@ -463,11 +464,8 @@ def test_a_conversation_may_end_with_the_problem_where_no_solution_is_needed(tmp
 )
 def test_conversations_that_cannot_be_read_are_named(tmp_path, suffix, turns, message):
     file = tmp_path / f"data{suffix}"
-    good = (
-        [{"messages": turns}] if suffix == ".parquet" else [{"messages": conversation("1?", "1")}, {"messages": turns}]
-    )
-    (write_parquet if suffix == ".parquet" else write_jsonl)(file, good)
-    place = "row 1" if suffix == ".parquet" else "line 2"
+    (write_parquet if suffix == ".parquet" else write_jsonl)(file, [{"messages": turns}])
+    place = "row 1" if suffix == ".parquet" else "line 1"
     with pytest.raises(ValueError, match=rf"--problem_column messages: .*{place}: " + re.escape(message)):
         load(file, columns=MESSAGES)
 
