@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset, load_dataset_builder, load_from_disk
 
 from opsd.grading import answer_text
-from opsd.run.conversations import Turn, split_conversation, unread_keys, with_system_prompt
+from opsd.run.conversations import Turn, has_system_turn, split_conversation, unread_keys, with_system_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,13 @@ def load_problems(
     num_rows = 0
     names: dict[str, None] = {}  # of columns, in their order
     filled: set[str] = set()  # flags of the columns that hold a text or number
-    unread: set[str] = set()  # keys of turns
+    has_conversations = False
+    unread: set[str] = set()  # keys of their turns
     for place, row in _read_rows(_find(name, split, config, revision), every):
         num_rows += 1
         names.update(dict.fromkeys(row))
         if isinstance(conversation := row.get(every["problem_column"]), list):
+            has_conversations = True
             unread |= unread_keys(conversation)
             if every.get("solution_column") == "solution" and "solution" not in names:
                 every["solution_column"] = every["problem_column"]
@@ -115,14 +117,29 @@ def load_problems(
             logger.info("%d of %d examples have no %s", missing, len(histories), every[flag])
     if repeated := len(histories) - len(set(zip(kept["problem_column"], map(str, histories), strict=True))):
         logger.warning("%d of %d examples repeat the problem of another example", repeated, len(histories))
-    if unread:
-        logger.warning("not read in the turns of %s: %s", every["problem_column"], ", ".join(sorted(unread)))
+    if has_conversations:
+        _log_conversations(every, histories, unread, system_prompt)
     histories = [with_system_prompt(history, system_prompt) for history in histories]
     data: dict[str, list] = {flag.removesuffix("_column"): texts for flag, texts in kept.items()}
     features: dict[str, Any] = dict.fromkeys(data, Value("large_string"))
     if any(histories):  # else without, so that the rows are those that a run of an earlier version has recorded
         data["history"], features["history"] = histories, HISTORY
     return Dataset.from_dict(data, Features(features))
+
+
+def _log_conversations(
+    columns: Mapping[str, str], histories: list[list[Turn]], unread: set[str], system_prompt: str | None
+) -> None:
+    """Say how conversations are read."""
+    column, systems = columns["problem_column"], sum(map(has_system_turn, histories))
+    logger.info(
+        "conversations in %s: the last user turn is the problem%s; of %d, %d have a system turn%s, %d earlier turns",
+        column, ", the assistant's turn after it the solution" * (columns.get("solution_column") == column),
+        len(histories), systems, ", replaced by --system_prompt" * (system_prompt is not None and systems > 0),
+        sum(len(history) > has_system_turn(history) for history in histories),
+    )  # fmt: skip
+    if unread:
+        logger.warning("not read in the turns of %s: %s", column, ", ".join(sorted(unread)))
 
 
 def _read_texts(
