@@ -69,8 +69,10 @@ def needed_columns(
     if training_args.grades_rollouts and script_args.answer_column is None:
         flags = ["verify_rollouts", "teacher_reference", "correct_weight", "incorrect_weight"]
         flags += ["policy_gradient_weight", "curriculum"]
-        given = [f for f in flags if getattr(training_args, f) != getattr(OPSDConfig, f)]
-        given = [f"--{flag} {getattr(training_args, flag)}" for flag in given]
+        given = [
+            f"--{f} {getattr(training_args, f)}" for f in flags if getattr(training_args, f) != getattr(OPSDConfig, f)
+        ]
+        given = [text for text in given if text not in ("--verify_rollouts False", "--curriculum divergence")]
         raise ValueError(
             f"{', '.join(given)}: rollouts are graded against answers; name their column: --answer_column"
         )

@@ -71,6 +71,8 @@ class TeacherContext:
         graded = [is_correct for is_correct in correct if is_correct is not None]
         self.metrics.add_values("rewards/accuracy/mean", graded)
         self.metrics.add_values("rewards/ungraded_ratio", [is_correct is None for is_correct in correct])
+        if group_size == 1:
+            return
         groups = [set(correct[start : start + group_size]) for start in range(0, len(correct), group_size)]
         groups = [group - {None} for group in groups]
         self.metrics.add_values("frac_reward_zero_std", [len(group) == 1 for group in groups if group])

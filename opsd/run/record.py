@@ -43,6 +43,14 @@ MAY_CHANGE = OPTIMIZER | {
 MAY_CHANGE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "wandb_", "trackio_", "dataloader_", "ddp_")
 
 
+def find_record(folder: Path) -> dict[str, Any] | None:
+    """The last settings of the run whose result or checkpoint is in `folder`; `None` where there is no record."""
+    for place in [folder, folder.absolute().parent][: 1 + folder.name.startswith("checkpoint-")]:
+        if (place / RECORD).is_file():
+            return json.loads((place / RECORD).read_text(encoding="utf-8"))
+    return None
+
+
 def check_resumed_settings(run_dir: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """
     Compare the settings of a start with those of the last one in `run_dir`, and log which ones change.
