@@ -243,7 +243,7 @@ def test_conversations_are_trained_on_and_compared_by_a_resumed_run(run, tmp_pat
     caplog.set_level("INFO")
     file = write(tmp_path / "chats.jsonl", *chats(problems, TUTOR, *EARLIER))
     chat = ["--dataset_name", file, "--problem_column", "messages"]
-    out = run(*chat, "--max_steps", "1")
+    out = run(*chat, "--max_steps", "1", "--preflight")
     assert "conversations in messages: the last user turn is the problem, the assistant's turn after it" in caplog.text
     assert "of 64, 64 have a system turn, 64 earlier turns" in caplog.text
     begin = "<|im_start|>system\nYou teach addition.<|im_end|>\n<|im_start|>user\nCan you add?<|im_end|>\n"

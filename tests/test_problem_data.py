@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_dataset_builder
 
+from opsd.run import problem_data
 from opsd.run.problem_data import load_problems
 
 ROWS = [{"problem": f"{i}+1", "solution": f"\\boxed{{{i + 1}}}"} for i in range(3)]
@@ -350,6 +351,36 @@ def test_tables_in_folders_have_splits(tmp_path):
         load(tmp_path, "train", ANSWERS)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_tables_of_the_hub_are_read_as_local_ones(tmp_path, monkeypatch, suffix):
+    """Stands for the Hub: a folder, whose files are links as in its cache."""
+    rows, hub, cache, builder = answers("007", "NA"), tmp_path / "hub", tmp_path / "cache", load_dataset_builder
+    hub.mkdir()
+    cache.mkdir()
+    if suffix == ".jsonl":
+        write_jsonl(hub / "train.jsonl", rows)
+    else:
+        write_table(hub / f"train{suffix}", [rows[0], *(row.values() for row in rows)])
+        write_table(hub / f"test{suffix}", [rows[0], *(row.values() for row in rows[:1])])
+
+    def download(name, repo_type, revision, allow_patterns):
+        assert (name, repo_type, revision, suffix != ".jsonl") == ("someone/sums", "dataset", "v1", True)
+        for file in hub.iterdir():
+            assert any(file.match(pattern) for pattern in allow_patterns)
+            (cache / file.name).symlink_to(file)
+        return str(cache)
+
+    monkeypatch.setattr(
+        problem_data,
+        "load_dataset_builder",
+        lambda name, *args, **kwargs: builder(str(hub) if name == "someone/sums" else name),
+    )
+    monkeypatch.setattr(problem_data, "load_dataset", lambda name, *args, **kwargs: load_dataset(str(hub)))
+    monkeypatch.setattr(problem_data, "snapshot_download", download)
+    read = load("someone/sums", columns=ANSWERS, revision="v1")
+    assert [row["answer"] for row in read] == ["007", "NA"]
+
+
 def test_long_cells_and_byte_order_marks(tmp_path):
     file, long = tmp_path / "data.csv", "12+34=46. " * 30_000  # above the limit of Python's reader
     write_table(file, [["problem", "answer"], ["p", long]])
@@ -560,6 +591,13 @@ def test_missing_column_names_those_that_exist(tmp_path, suffix):
         ValueError, match="--solution_column proof: the data set has no such column; it has problem, sol"
     ):
         load(write(tmp_path, suffix), columns=SOLUTIONS | {"solution_column": "proof"})
+
+
+def test_missing_problems_beside_conversations_say_how_to_read_them(tmp_path):
+    for name in ("messages", "conversations"):
+        file = write_jsonl(tmp_path / f"{name}.jsonl", [{name: conversation("1+1?", "2"), "id": 0}])
+        with pytest.raises(ValueError, match=rf"it has {name}, id\. For conversations: --problem_column {name}$"):
+            load(file)
 
 
 def test_blank_rows_are_left_out_and_counted(tmp_path, caplog):

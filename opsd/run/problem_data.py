@@ -12,15 +12,28 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features, List, Value, load_dataset, load_dataset_builder, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetBuilder,
+    Features,
+    List,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from huggingface_hub import snapshot_download
 
 from opsd.grading import answer_text
 from opsd.run.conversations import Turn, has_system_turn, split_conversation, unread_keys, with_system_prompt
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tsv")
+TABLES = (".csv", ".tsv")
+SUFFIXES = (".json", ".jsonl", ".parquet", *TABLES)
 
+CONVERSATIONS = ("messages", "conversations")  # usual names of their columns
 HISTORY = List({"role": Value("string"), "content": Value("large_string")})
 
 
@@ -173,7 +186,11 @@ def _find(name: str, split: str, config: str | None, revision: str | None) -> Da
         raise ValueError(f"--dataset_{flag} {value}: the local --dataset_name {name} has none; leave it out")
     splits: Mapping[str, Dataset | list[Path]]
     try:
-        if path is None:
+        if path is None and _has_tables(load_dataset_builder(name, config, revision=revision)):
+            patterns = ["README.md", *(f"*{suffix}" for suffix in TABLES)]
+            folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+            splits = _find_files(Path(folder), split, config)
+        elif path is None:
             splits = load_dataset(name, config, revision=revision)
         elif path.is_file():
             splits = {split: [path]}
@@ -191,6 +208,12 @@ def _find(name: str, split: str, config: str | None, revision: str | None) -> Da
     if split not in splits:
         raise ValueError(f"--dataset_split {split}: {name} has the splits {', '.join(map(str, splits))}")
     return splits[split]
+
+
+def _has_tables(builder: DatasetBuilder) -> bool:
+    """Return whether `_read_cells` can read all files, whose types `datasets` would guess."""
+    files = [file for files in (builder.config.data_files or {}).values() for file in files]
+    return bool(files) and all(str(file).endswith(TABLES) for file in files)
 
 
 def _find_files(folder: Path, split: str, config: str | None) -> dict[str, list[Path]]:
@@ -229,7 +252,10 @@ def _as_text(value: Any, flag: str) -> str | None:
 def _check_columns(names: list[str], columns: Mapping[str, str]) -> None:
     for flag, column in columns.items():
         if column not in names:
-            raise ValueError(f"--{flag} {column}: the data set has no such column; it has {', '.join(names)}")
+            message = f"--{flag} {column}: the data set has no such column; it has {', '.join(names)}"
+            if flag == "problem_column" and (chats := [name for name in CONVERSATIONS if name in names]):
+                message += f". For conversations: --problem_column {chats[0]}"
+            raise ValueError(message)
 
 
 def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -249,7 +275,7 @@ def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iter
         raise ValueError(f"{unknown[0]}: not read; name a file ending in {', '.join(SUFFIXES)}, or a folder of them")
     for file in source:
         if file.suffix != ".parquet":
-            yield from _read_cells(file) if file.suffix in (".csv", ".tsv") else _read_json(file)
+            yield from _read_cells(file) if file.suffix in TABLES else _read_json(file)
             continue
         try:  # not `load_dataset`, which knows the content that it has cached by the time of the file
             needed = sorted(set(columns.values()))
