@@ -24,7 +24,7 @@ class RunArguments:
 
     dataset_name: str = field(
         default="siyanzhao/Openthoughts_math_30k_opsd",
-        metadata={"help": "Hub id, or a local json, jsonl or parquet file, or a folder of them."},
+        metadata={"help": "Hub id, or a local csv, tsv, json, jsonl or parquet file, or a folder of them."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a folder or Hub data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub data set."})
