@@ -89,7 +89,7 @@ def check_history(tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
     Args:
         dataset: rows that may have a `history`: turns with `role` and `content`.
     """
-    histories = dataset["history"] if "history" in dataset.column_names else []
+    histories = dataset["history"][:] if "history" in dataset.column_names else []
     for roles in sorted({tuple(turn["role"] for turn in history) for history in histories if history}):
         marks = [f"-={place}=-" for place in range(len(roles) + 1)]
         turns = [{"role": role, "content": mark} for role, mark in zip((*roles, "user"), marks, strict=True)]

@@ -507,6 +507,17 @@ def test_empty_conversations_are_left_out_and_unread_keys_named(tmp_path, caplog
     assert rows == [{"problem": "1+1?", "solution": "2"}]
     assert "left out 3 of 4 examples with an empty messages" in caplog.text
     assert "not read in the turns of messages: name" in caplog.text
+    assert "the column system" not in caplog.text
+
+
+def test_a_column_of_system_prompts_beside_conversations_is_named(tmp_path, caplog):
+    rows = [{"messages": conversation("1+1?", "2"), "system": "You teach."}]
+    for suffix, write_rows in ((".jsonl", write_jsonl), (".parquet", write_parquet)):
+        caplog.clear()
+        file = write_rows(tmp_path / f"data{suffix}", rows)
+        assert len(load(file, columns=MESSAGES)) == 1
+        assert "the column system is not read; --system_prompt" in caplog.text
+        assert load(file, columns=MESSAGES, system_prompt="Be brief.")[0]["history"][0]["content"] == "Be brief."
 
 
 def test_equal_problems_after_other_turns_are_not_repeated(tmp_path, caplog):

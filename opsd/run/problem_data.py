@@ -132,6 +132,8 @@ def load_problems(
         logger.warning("%d of %d examples repeat the problem of another example", repeated, len(histories))
     if has_conversations:
         _log_conversations(every, histories, unread, system_prompt)
+        if "system" in names and system_prompt is None:
+            logger.warning("the column system is not read; --system_prompt puts a system turn into all prompts")
     histories = [with_system_prompt(history, system_prompt) for history in histories]
     data: dict[str, list] = {flag.removesuffix("_column"): texts for flag, texts in kept.items()}
     features: dict[str, Any] = dict.fromkeys(data, Value("large_string"))
@@ -267,9 +269,10 @@ def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iter
                 raise ValueError(f"column {column}: holds numbers of classes, not text: {feature}")
         floats = (Value("float16"), Value("float32"))
         narrow = {name: getattr(np, kind.dtype) for name, kind in rows.features.items() if kind in floats}
+        names = source.column_names
         for index, row in enumerate(rows, 1):  # a narrow float keeps its digits as NumPy's
             exact = {column: kind(row[column]) for column, kind in narrow.items() if row[column]}
-            yield f"row {index}", {name: row.get(name) for name in source.column_names} | exact
+            yield f"row {index}", {name: row.get(name) for name in names} | exact
         return
     if unknown := [file for file in source if file.suffix not in SUFFIXES]:
         raise ValueError(f"{unknown[0]}: not read; name a file ending in {', '.join(SUFFIXES)}, or a folder of them")

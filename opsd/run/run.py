@@ -179,8 +179,9 @@ class Run:
         """
         optional = {flag: column for flag, column in (optional_columns or {}).items() if column is not None}
         args = self.args
-        for flag in {"solution_column", "answer_column"} - {*columns, *optional}:
-            if (column := getattr(args, flag)) != getattr(type(args), flag):
+        for flag in ("solution_column", "answer_column"):
+            column = getattr(args, flag)
+            if flag not in {*columns, *optional} and column != getattr(type(args), flag):
                 logger.info("--%s %s: not used, since this run reads no such text", flag, column)
 
         def load(name: str, split: str) -> Dataset:
