@@ -501,6 +501,29 @@ def test_conversations_that_cannot_be_read_are_named(tmp_path, suffix, turns, me
         load(file, columns=MESSAGES)
 
 
+def test_conversations_in_the_cells_of_a_table(tmp_path):
+    chats = [conversation("1+1?", "2"), conversation("[{1}]", "3", form="sharegpt", system="You teach.")]
+    file = write_table(tmp_path / "data.csv", [["messages"], *([json.dumps(chat)] for chat in chats)])
+    assert load(file, columns=MESSAGES) == [
+        {"problem": "1+1?", "solution": "2", "history": []},
+        {"problem": "[{1}]", "solution": "3", "history": [TUTOR]},
+    ]
+    write_table(file, [["messages"], [str(chats[0])]])  # as pandas writes it
+    with pytest.raises(ValueError, match="--problem_column messages: .*line 2: looks like a conversation and"):
+        load(file, columns=MESSAGES)
+    write_table(file, [["problem", "solution"], ["[{1}, {2}]", '["role"]']])
+    assert load(file) == [{"problem": "[{1}, {2}]", "solution": '["role"]'}]
+
+
+def test_prompt_and_completion_in_two_columns(tmp_path):
+    row = {"prompt": conversation("Hello", "Good day", "1+2?"), "completion": [{"role": "assistant", "content": "3"}]}
+    file = write_jsonl(tmp_path / "data.jsonl", [row])
+    columns = {"problem_column": "prompt", "solution_column": "completion"}
+    assert load(file, columns=columns) == [{"problem": "1+2?", "solution": "3", "history": HISTORY}]
+    with pytest.raises(ValueError, match="--problem_column completion: .*line 1: no user turn, of which the last is"):
+        load(file, columns=columns | {"problem_column": "completion"})
+
+
 def test_empty_conversations_are_left_out_and_unread_keys_named(tmp_path, caplog):
     chats = [[], None, [turn | {"name": "Ann"} for turn in conversation("1+1?", "2")], conversation("1+1?", " ")]
     rows = load(write_jsonl(tmp_path / "data.jsonl", [{"messages": chat} for chat in chats]), columns=MESSAGES)

@@ -1,27 +1,43 @@
 """Conversations in a column of data: which turn is the problem, which one the solution, and what comes before."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Who speaks: `role` and `content` of the usual form, `from` and `value` of ShareGPT's
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 KEYS = {"role", "content", "from", "value"}
+WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")  # as text, in a cell of a table
 CALLS = ("tool_calls", "function_call")
 
 Turn = dict[str, str]  # role and content
 
 
-def split_conversation(turns: Sequence[Any]) -> tuple[list[Turn], str, str | None]:
+def unpack(value: Any) -> Any:
+    """Return a conversation that is written as JSON, any other value as it is; `ValueError` for what is no JSON."""
+    if not isinstance(value, str) or WRITTEN.match(value) is None:
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"looks like a conversation and is not JSON ({error}); write it as JSON") from error
+
+
+def split_conversation(turns: Sequence[Any]) -> tuple[list[Turn], str | None, str | None]:
     """
     Return the turns before the problem, the problem, and its solution.
 
-    The problem is the last user turn; the solution is the assistant's turn after it, `None` if there is none.
+    The problem is the last user turn; the solution is the assistant's turn after it, `None` if there is none. One turn
+    of an assistant alone is a solution without a problem.
 
     Raises:
         ValueError: for a turn that is not a text of system, user or assistant, and for other turns at the end.
     """
     read = [_read_turn(f"turn {number}", turn) for number, turn in enumerate(turns, 1)]
     roles = [turn["role"] for turn in read]
+    if roles == ["assistant"]:
+        return [], None, read[0]["content"]
     if "user" not in roles:
         raise ValueError("no user turn, of which the last is the problem; leave the row out")
     place = len(roles) - 1 - roles[::-1].index("user")

@@ -26,7 +26,7 @@ from datasets import (
 from huggingface_hub import snapshot_download
 
 from opsd.grading import answer_text
-from opsd.run.conversations import Turn, has_system_turn, split_conversation, unread_keys, with_system_prompt
+from opsd.run.conversations import Turn, has_system_turn, split_conversation, unpack, unread_keys, with_system_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,10 @@ TABLES = (".csv", ".tsv")
 SUFFIXES = (".json", ".jsonl", ".parquet", *TABLES)
 
 CONVERSATIONS = ("messages", "conversations")  # usual names of their columns
+NEEDED_TURNS = {  # flags whose columns may hold conversations
+    "problem_column": "user turn, of which the last is the problem",
+    "solution_column": "assistant turn after the last user turn, the solution",
+}
 HISTORY = List({"role": Value("string"), "content": Value("large_string")})
 
 
@@ -101,9 +105,10 @@ def load_problems(
     for place, row in _read_rows(_find(name, split, config, revision), every):
         num_rows += 1
         names.update(dict.fromkeys(row))
-        if isinstance(conversation := row.get(every["problem_column"]), list):
+        row |= _unpack_conversations(row, every, place)
+        if isinstance(turns := row.get(every["problem_column"]), list):
             has_conversations = True
-            unread |= unread_keys(conversation)
+            unread |= unread_keys(turns)
             if every.get("solution_column") == "solution" and "solution" not in names:
                 every["solution_column"] = every["problem_column"]
         texts, history = _read_texts(row, every, place)
@@ -157,6 +162,19 @@ def _log_conversations(
         logger.warning("not read in the turns of %s: %s", column, ", ".join(sorted(unread)))
 
 
+def _unpack_conversations(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any]:
+    """Return the columns that may hold conversations, which the cells of a table have as JSON."""
+    unpacked = {}
+    for flag in NEEDED_TURNS.keys() & columns.keys():
+        column = columns[flag]
+        if column in row:
+            try:
+                unpacked[column] = unpack(row[column])
+            except ValueError as error:
+                raise ValueError(f"--{flag} {column}: {place}: {error}") from error
+    return unpacked
+
+
 def _read_texts(
     row: Mapping[str, Any], columns: Mapping[str, str], place: str
 ) -> tuple[dict[str, str | None], list[Turn]]:
@@ -166,14 +184,13 @@ def _read_texts(
     for flag, column in columns.items():
         value = row.get(column)
         try:
-            if isinstance(value, list) and flag in ("problem_column", "solution_column"):
-                turns, problem, solution = split_conversation(value) if value else ([], None, None)
-                if flag == "problem_column":
-                    history, value = turns, problem
-                elif value and solution is None:
-                    raise ValueError("no assistant turn after the last user turn, the solution; leave the row out")
-                else:
-                    value = solution
+            if flag in NEEDED_TURNS and isinstance(value, list):
+                before, problem, solution = split_conversation(value) if value else ([], None, None)
+                found = problem if flag == "problem_column" else solution
+                history = before if flag == "problem_column" else history
+                if value and found is None:
+                    raise ValueError(f"no {NEEDED_TURNS[flag]}; leave the row out")
+                value = found
             texts[flag] = _as_text(value, flag)
         except (TypeError, ValueError) as error:
             raise ValueError(f"--{flag} {column}: {place}: {error}") from error
