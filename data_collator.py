@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import global_then_local_main_first, pad
@@ -88,19 +89,51 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase, flag: str = "model_n
         )
 
 
-def encode_chat_prompt(tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool) -> list[int]:
+def check_history(tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
+    """
+    Raise `ValueError` for a chat template that refuses the turns before a problem, or leaves one of them out.
+
+    Args:
+        dataset: rows that may have a `history`: turns with `role` and `content`.
+    """
+    histories = dataset["history"][:] if "history" in dataset.column_names else []
+    for roles in sorted({tuple(turn["role"] for turn in history) for history in histories if history}):
+        marks = [f"-={place}=-" for place in range(len(roles) + 1)]
+        turns = [{"role": role, "content": mark} for role, mark in zip((*roles, "user"), marks, strict=True)]
+        fault = "it leaves some of them out"
+        try:
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            found = re.findall(r"-=\d+=-", text)
+        except TemplateError as error:
+            found, fault = [], str(error)
+        if found != marks:
+            raise ValueError(
+                f"the chat template of {tokenizer.name_or_path} cannot hold the turns {', '.join(roles)} before the "
+                f"problem ({fault}): leave these rows out, and --system_prompt where it is that"
+            )
+
+
+def encode_chat_prompt(
+    tokenizer: PreTrainedTokenizerBase, content: str, thinking: bool, history: Sequence[Mapping[str, str]] = ()
+) -> list[int]:
     """
     Encode one user turn, up to and including the header of the assistant's turn.
 
     Control tokens that stand in the content, such as `<|im_end|>`, become tokens of text: only the template has turns.
 
+    Args:
+        history: turns before it, with `role` and `content`.
+
     Raises:
         ValueError: for a content with control tokens, if the chat template does not repeat it exactly once.
     """
-    texts_and_controls = re.split(f"({control_tokens(tokenizer)})", content)
-    controls = texts_and_controls[1::2]
+    turns, controls = [], []
+    for turn in (*history, {"role": "user", "content": content}):
+        texts_and_controls = re.split(f"({control_tokens(tokenizer)})", turn["content"])
+        controls += texts_and_controls[1::2]
+        turns.append({"role": turn["role"], "content": MARK.join(texts_and_controls[::2])})
     rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARK.join(texts_and_controls[::2])}],
+        turns,
         add_generation_prompt=True,
         tokenize=False,
         enable_thinking=thinking,
@@ -157,6 +190,7 @@ class Rollout:
     problem: str
     prompt_ids: list[int]  # the student's
     teacher_prompt_ids: list[int]
+    history: Sequence[Mapping[str, str]] = ()  # turns before the problem, with `role` and `content`
     solution: str | None = None
     answer: str | None = None
     reasoning_prompt_ids: list[int] | None = None  # asks the teacher for a rationale
@@ -182,6 +216,7 @@ def start_rollouts(examples: Sequence[Mapping[str, Any]]) -> list[Rollout]:
             problem=example["problem"],
             prompt_ids=example["student_prompt_ids"],
             teacher_prompt_ids=example["teacher_prompt_ids"],
+            history=example.get("history") or (),
             solution=example.get("solution"),
             answer=example.get("answer"),
             reasoning_prompt_ids=example.get("reasoning_prompt_ids"),
@@ -348,10 +383,6 @@ class SelfDistillationDataCollator:
 
     # Prompts
 
-    def _encode_student(self, problem: str) -> list[int]:
-        content = fill_template(self.student_prompt, problem=problem)
-        return encode_chat_prompt(self.tokenizer, content, self.student_thinking)
-
     def _fit(
         self, encode_solution: Callable[[str], list[int]], solution: str, max_length: int | None
     ) -> tuple[list[int] | None, str]:
@@ -372,9 +403,9 @@ class SelfDistillationDataCollator:
                 high = kept - 1
         return best, "dropped" if best is None else "shortened"
 
-    def encode_teacher(self, problem: str, solution: str) -> dict[str, Any]:
+    def encode_teacher(self, problem: str, solution: str, history: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
         """
-        Encode the teacher's prompts with a reference solution.
+        Encode the teacher's prompts with a reference solution, and the turns of `history` before it.
 
         Returns:
             `teacher_prompt_ids`, with `reason_first` also `reasoning_prompt_ids` (lists of int), and `length_status`:
@@ -384,11 +415,12 @@ class SelfDistillationDataCollator:
 
         def encode_solution(solution: str) -> list[int]:
             content = fill_template(self.teacher_prompt, problem=problem, solution=solution)
-            return encode_chat_prompt(self.tokenizer, content, self.teacher_thinking) + self.teacher_prefill_ids
+            prompt_ids = encode_chat_prompt(self.tokenizer, content, self.teacher_thinking, history)
+            return prompt_ids + self.teacher_prefill_ids
 
         def encode_request(solution: str) -> list[int]:
             content = fill_template(self.reasoning_prompt, problem=problem, solution=solution)
-            return encode_chat_prompt(self.tokenizer, content, thinking=False)
+            return encode_chat_prompt(self.tokenizer, content, thinking=False, history=history)
 
         prompts, statuses = {}, []
         prompts["teacher_prompt_ids"], status = self._fit(encode_solution, solution, self.max_prompt_length)
@@ -403,7 +435,8 @@ class SelfDistillationDataCollator:
 
     def encode(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """
-        Encode the prompts of both roles, from the texts `problem` and `solution` of an example.
+        Encode the prompts of both roles, from the texts `problem` and `solution` of an example, and from the turns of
+        its `history`, which come before.
 
         Without a solution, and with `teacher_sees_solution=False`, the teacher has the student's prompt.
 
@@ -411,12 +444,14 @@ class SelfDistillationDataCollator:
             `student_prompt_ids` (list of int) and what `encode_teacher` returns. An example that is "dropped" has
             empty lists: leave it out.
         """
-        student_ids = self._encode_student(example["problem"])
+        problem, history = example["problem"], example.get("history") or ()
+        content = fill_template(self.student_prompt, problem=problem)
+        student_ids = encode_chat_prompt(self.tokenizer, content, self.student_thinking, history)
         fits = self.max_prompt_length is None or len(student_ids) <= self.max_prompt_length
         if not self.teacher_sees_solution or example.get("solution") is None:
             encoded = {"teacher_prompt_ids": student_ids, "length_status": "kept"}
         else:
-            encoded = self.encode_teacher(example["problem"], example["solution"])
+            encoded = self.encode_teacher(problem, example["solution"], history)
         if not fits or encoded["length_status"] == "dropped":
             return {"student_prompt_ids": []} | dict.fromkeys(encoded, []) | {"length_status": "dropped"}
         return {"student_prompt_ids": student_ids} | encoded
@@ -426,7 +461,7 @@ class SelfDistillationDataCollator:
         Encode the prompts of all examples; leave out, and count in the log, those that are too long.
 
         Args:
-            dataset: rows with `problem` and, where the teacher sees one, `solution`.
+            dataset: rows with `problem`, where the teacher sees one `solution`, and where there is one `history`.
             name: of the data set, for messages.
             num_proc: number of processes.
         """

@@ -27,7 +27,7 @@ from trl import GRPOConfig, get_peft_config
 from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
 from opsd.config import check_unused
 from opsd.rewards import REWARDS, make_reward
-from opsd.run.arguments import RunArguments, parse_arguments
+from opsd.run.arguments import BaselineArguments, parse_arguments
 from opsd.run.problem_data import drop_long_rows
 from opsd.run.run import Run
 from opsd.thinking import check_thinking_mode
@@ -43,11 +43,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class GRPOArguments(RunArguments):
+class GRPOArguments(BaselineArguments):
     """Data, prompt and reward of GRPO."""
 
     answer_column: str = field(default="answer", metadata={"help": "Column of the final answer: text or number."})
-    thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
     max_prompt_length: int | None = field(
         default=2048, metadata={"help": "Problems with a longer prompt, in tokens, are left out."}
     )
@@ -69,21 +68,28 @@ class GRPOArguments(RunArguments):
 
 
 def prepare(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool, max_prompt_length: int | None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    thinking: bool,
+    max_prompt_length: int | None,
+    student_prompt: str = STUDENT_PROMPT,
 ) -> Dataset:
-    """Make rows of `prompt`, a conversation of one turn, and `answer`; drop long prompts and control tokens."""
+    """Make rows of `prompt`, the turns up to the problem, and `answer`; drop long prompts and control tokens."""
 
-    def converse(row: dict[str, str]) -> dict[str, Any]:
-        content = fill_template(STUDENT_PROMPT, problem=row["problem"])
-        num_tokens = len(encode_chat_prompt(tokenizer, content, thinking))
-        return {"prompt": [{"role": "user", "content": content}], "num_tokens": num_tokens}
+    def converse(row: dict[str, Any]) -> dict[str, Any]:
+        content, history = fill_template(student_prompt, problem=row["problem"]), row.get("history") or []
+        num_tokens = len(encode_chat_prompt(tokenizer, content, thinking, history))
+        return {"prompt": [*history, {"role": "user", "content": content}], "num_tokens": num_tokens}
 
-    rows = dataset.map(converse, remove_columns="problem", desc="Making prompts")
+    used = [name for name in ("problem", "history") if name in dataset.column_names]
+    rows = dataset.map(converse, remove_columns=used, desc="Making prompts")
     rows = drop_long_rows(rows, max_prompt_length, "max_prompt_length")
     controls = re.compile(control_tokens(tokenizer))  # TRL, which encodes the prompts, would take them for its own
-    plain = rows.filter(lambda prompt: controls.search(prompt[0]["content"]) is None, input_columns="prompt")
+    plain = rows.filter(
+        lambda prompt: not any(controls.search(turn["content"]) for turn in prompt), input_columns="prompt"
+    )
     if dropped := len(rows) - len(plain):
-        logger.warning("%d of %d examples left out, with control tokens in the problem", dropped, len(rows))
+        logger.warning("%d of %d examples left out, with control tokens in the prompt", dropped, len(rows))
     return plain
 
 
@@ -115,7 +121,12 @@ def main(arguments: list[str] | None = None) -> None:
         run.check(num_tokens=training_args.max_completion_length)
         check_settings(training_args)
         columns = {"problem_column": script_args.problem_column, "answer_column": script_args.answer_column}
-        prepare_rows = partial(prepare, thinking=script_args.thinking, max_prompt_length=script_args.max_prompt_length)
+        prepare_rows = partial(
+            prepare,
+            thinking=script_args.thinking,
+            max_prompt_length=script_args.max_prompt_length,
+            student_prompt=script_args.student_prompt,
+        )
         if script_args.dry_run is not None:
             run.dry_run((columns, {}), prepare_rows, PROMPTS)
             return

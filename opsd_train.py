@@ -44,18 +44,11 @@ ADAPTER_SETTINGS = (
 class OPSDArguments(RunArguments):
     """Data of OPSD, where it starts, and the check before it."""
 
-    solution_column: str = field(
-        default="solution",
-        metadata={
-            "help": "Column of the reference solution; not read where no setting needs it (--teacher_reference "
-            "rollout)."
-        },
-    )
     answer_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the final answer, text or number: for settings that grade rollouts, and beside the "
-            "saved ones."
+            "help": "Column of the final answer, text or number. With it the rollouts are graded, as the evaluator "
+            "does, and the share of right ones is logged."
         },
     )
     adapter_name_or_path: str | None = field(
@@ -83,17 +76,19 @@ def needed_columns(
     needed = {"problem_column": script_args.problem_column}
     if training_args.needs_solutions:
         needed["solution_column"] = script_args.solution_column
-    if not training_args.needs_answers:
-        return needed, {"answer_column": script_args.answer_column}
-    if script_args.answer_column is None:
+    if training_args.grades_rollouts and script_args.answer_column is None:
         flags = ["verify_rollouts", "teacher_reference", "correct_weight", "incorrect_weight"]
         flags += ["policy_gradient_weight", "curriculum"]
-        given = [f for f in flags if getattr(training_args, f) != getattr(OPSDConfig, f)]
-        given = [f"--{flag} {getattr(training_args, flag)}" for flag in given]
+        given = [
+            f"--{f} {getattr(training_args, f)}" for f in flags if getattr(training_args, f) != getattr(OPSDConfig, f)
+        ]
+        given = [text for text in given if text not in ("--verify_rollouts False", "--curriculum divergence")]
         raise ValueError(
             f"{', '.join(given)}: rollouts are graded against answers; name their column: --answer_column"
         )
-    return needed | {"answer_column": script_args.answer_column}, {}
+    if training_args.needs_answers and script_args.answer_column is not None:
+        return needed | {"answer_column": script_args.answer_column}, {}
+    return needed, {"answer_column": script_args.answer_column}
 
 
 def read_adapter(folder: str, model_args: ModelArguments) -> Adapter:
@@ -147,6 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
             logger.info("--lora_dropout %g: taken as 0, since it would reach the teacher", model_args.lora_dropout)
             model_args.lora_dropout = 0.0
         columns = needed_columns(script_args, training_args)
+        if training_args.verify_rollouts is None:
+            training_args.verify_rollouts = script_args.answer_column is not None
         prompts = {"student_prompt_ids": "student sees"}  # column -> heading
         if training_args.teacher_reference == "solution":  # else it is a rollout, which is not there yet
             prompts["teacher_prompt_ids"] = "teacher sees"

@@ -94,7 +94,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         model: model, or its path or Hub id.
         args: settings.
         train_dataset, eval_dataset: rows with the texts `problem`, `solution` and `answer`; the settings may need only
-            one of the last two. Evaluation is on-policy too.
+            one of the last two. A `history`, turns with `role` and `content`, comes before the problem in all prompts.
+            Evaluation is on-policy too.
         processing_class: the model's tokenizer.
         peft_config: LoRA configuration; `None` trains the model itself, or its adapter if it is a PEFT model.
         kwargs: further arguments of `GOLDTrainer`.
@@ -201,7 +202,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     # Data
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing, formatting_func, dataset_name: str):
-        needed = {"problem": True, "solution": args.needs_solutions, "answer": args.needs_answers}
+        needed = {"problem": True, "solution": args.needs_solutions, "answer": args.grades_rollouts}
         for column in (column for column, is_needed in needed.items() if is_needed):
             if column not in dataset.column_names:
                 raise ValueError(
@@ -347,7 +348,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             record = {"step": step, "prompt": prompt, "completion": completion}
             record |= {"num_tokens": len(rollout.completion_ids), "truncated": rollout.is_truncated}
             record["answer"] = rollout.answer
-            if self.args.needs_answers:
+            if self.args.grades_rollouts:
                 record["correct"] = rollout.is_correct
             if self.args.reason_first:
                 record["rationale"] = self.processing_class.decode(rollout.rationale_ids or [])

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from opsd.run.flags import check_flags, exit_on_invalid_input
 
@@ -24,7 +25,7 @@ from trl import SFTConfig, get_peft_config
 
 from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
 from opsd.config import check_unused
-from opsd.run.arguments import RunArguments, parse_arguments
+from opsd.run.arguments import BaselineArguments, parse_arguments
 from opsd.run.problem_data import drop_long_rows
 from opsd.run.run import Run
 from opsd.thinking import check_thinking_mode
@@ -43,22 +44,29 @@ UNUSED = {
 
 
 @dataclass
-class SFTArguments(RunArguments):
+class SFTArguments(BaselineArguments):
     """Data and prompt of SFT."""
 
-    solution_column: str = field(default="solution", metadata={"help": "Column of the solution, which is learned."})
-    thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
+    solution_column: str = field(
+        default="solution",
+        metadata={
+            "help": "Column of the solution, which is learned. Of conversations it is the assistant's turn after the "
+            "problem; without a column solution that of --problem_column."
+        },
+    )
 
 
-def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict[str, list[int] | int]:
+def encode(
+    row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, thinking: bool, student_prompt: str = STUDENT_PROMPT
+) -> dict[str, list[int] | int]:
     """
     Return the token ids of prompt, solution and end of turn, their number, and 1 for each that is to be learned.
 
     TRL would render the whole conversation with the chat template, which in many models differs from the prompt that
     they are asked with: the empty think block of the non-thinking mode is in one and not in the other.
     """
-    content = fill_template(STUDENT_PROMPT, problem=row["problem"])
-    prompt_ids = encode_chat_prompt(tokenizer, content, thinking)
+    content = fill_template(student_prompt, problem=row["problem"])
+    prompt_ids = encode_chat_prompt(tokenizer, content, thinking, row.get("history") or ())
     # One end of turn, where the solution brings one too; control tokens inside it are text
     solution = re.sub(rf"(?:\s*(?:{control_tokens(tokenizer)}))+\s*$", "", row["solution"])
     completion_ids = tokenizer(solution, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -70,11 +78,17 @@ def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking:
     }
 
 
-def prepare(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool, args: SFTConfig) -> Dataset:
+def prepare(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    thinking: bool,
+    args: SFTConfig,
+    student_prompt: str = STUDENT_PROMPT,
+) -> Dataset:
     """Encode all rows and drop those that are too long: a solution without its end teaches not to end."""
     encoded = dataset.map(
         encode,
-        fn_kwargs={"tokenizer": tokenizer, "thinking": thinking},
+        fn_kwargs={"tokenizer": tokenizer, "thinking": thinking, "student_prompt": student_prompt},
         remove_columns=dataset.column_names,
         num_proc=args.dataset_num_proc,
         desc="Encoding prompts and solutions",
@@ -90,7 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
         run = Run("sft", script_args, training_args, model_args)
         run.check(num_tokens=training_args.max_length)
         columns = {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
-        prepare_rows = partial(prepare, thinking=script_args.thinking, args=training_args)
+        prepare_rows = partial(
+            prepare, thinking=script_args.thinking, args=training_args, student_prompt=script_args.student_prompt
+        )
         if script_args.dry_run is not None:
             run.dry_run((columns, {}), prepare_rows, PROMPTS)
             return

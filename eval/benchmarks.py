@@ -6,7 +6,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, check_chat_template, encode_chat_prompt, fill_template
+from data_collator import (
+    STUDENT_PROMPT,
+    TEACHER_PROMPT,
+    check_chat_template,
+    check_history,
+    encode_chat_prompt,
+    fill_template,
+)
 from opsd.run.problem_data import SUFFIXES, find_local, load_problems
 from opsd.thinking import check_thinking_mode
 
@@ -90,7 +97,13 @@ class Question:
 
 
 def load_questions(
-    benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, *, thinking: bool, privileged: bool = False
+    benchmark: Benchmark,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    thinking: bool,
+    privileged: bool = False,
+    template: str | None = None,
+    system_prompt: str | None = None,
 ) -> list[Question]:
     """
     Load the problems of a benchmark and encode their prompts.
@@ -99,6 +112,8 @@ def load_questions(
         tokenizer: of the base model.
         thinking: thinking mode of the chat template.
         privileged: the teacher's prompt, with the reference solution, in place of the student's.
+        template: of the prompt; `None` for the default of its role.
+        system_prompt: first turn of all prompts; `None` leaves that of the data, if it has any.
 
     Raises:
         FileNotFoundError, ValueError: for data that cannot be used, and a tokenizer whose chat template is missing or
@@ -112,11 +127,13 @@ def load_questions(
     if benchmark.answer_type_column:
         columns["answer_type_column"] = benchmark.answer_type_column
     questions = []
-    rows = load_problems(benchmark.path, benchmark.split, columns, revision=benchmark.revision)
-    template = TEACHER_PROMPT if privileged else STUDENT_PROMPT
+    source = {"revision": benchmark.revision, "system_prompt": system_prompt}
+    rows = load_problems(benchmark.path, benchmark.split, columns, **source)
+    check_history(tokenizer, rows)
+    template = template or (TEACHER_PROMPT if privileged else STUDENT_PROMPT)
     for index, row in enumerate(rows):
         content = fill_template(template, problem=row["problem"], solution=row.get("solution", ""))
-        prompt_ids = encode_chat_prompt(tokenizer, content, thinking)
+        prompt_ids = encode_chat_prompt(tokenizer, content, thinking, row.get("history") or ())
         answer = row["answer"].strip()
         questions.append(Question(benchmark.name, index, row["problem"], answer, row.get("answer_type"), prompt_ids))
     return questions

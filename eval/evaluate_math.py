@@ -12,6 +12,7 @@ the tables, and run.png the accuracy over the checkpoints' steps.
 import argparse
 import itertools
 import json
+import logging
 import shlex
 import statistics
 import sys
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, check_template
 from eval.benchmarks import BENCHMARKS, Benchmark, Question, find_benchmark, load_questions
 from eval.engine import (
     GREEDY,
@@ -56,11 +58,14 @@ from opsd.adapters import Adapter, check_model_folder
 from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
 from opsd.run.flags import SWITCH
 from opsd.run.problem_data import is_path
+from opsd.run.record import find_record
 from opsd.thinking import after_thought, freeze_date
 from opsd.vllm_engine import stop_engine
 
 if TYPE_CHECKING:
     from vllm import LLM
+
+logger = logging.getLogger(__name__)
 
 BASE = "base"  # the name of the base model in files and tables; a checkpoint's is its folder
 
@@ -312,6 +317,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--answer_column", default="answer", help=f"text or numbers, {other}")
     add("--solution_column", default="solution", help=f"for --privileged, {other}")
     add("--privileged", **SWITCH, help="the teacher's prompt, with the solution: the teacher's ceiling")
+    run = "default: that of the runs of --checkpoint_dir, by their run_config.json, for all models"
+    add("--student_prompt", help=f"template with {{problem}} ({run})")
+    add("--teacher_prompt", help=f"for --privileged, template with {{problem}} and {{solution}} ({run})")
+    add("--system_prompt", help=f"system turn before the problem ({run})")
     add("--num_samples", type=int, help="only the first so many problems of each data set (default: all)")
     for knob in fields(Sampling):
         kind = SWITCH if knob.type is bool else {"type": knob.type, "default": knob.default}
@@ -383,10 +392,47 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
             f"--data_parallel {args.data_parallel}: with --tensor_parallel_size {args.tensor_parallel_size} this "
             f"takes {needed} GPUs, of which {gpus} are visible"
         )
+    settle_prompts(args)
     if args.output_file is None:
         args.output_file = Path("outputs", "eval", Path(args.base_model).name + ".json")
     check_output_file(args.output_file)
     return sampling, benchmarks, lora_rank
+
+
+def settle_prompts(args: argparse.Namespace) -> None:
+    """
+    Complete the prompts of `args` with those that the models were trained with; `None` is the default prompt.
+
+    Raises:
+        ValueError: for models with different ones, for a template that cannot be, and for one that nothing would use.
+    """
+    role, unused = ("teacher_prompt", "student_prompt") if args.privileged else ("student_prompt", "teacher_prompt")
+    if getattr(args, unused) is not None:
+        raise ValueError(f"--{unused}: not used {'with' if args.privileged else 'without'} --privileged; leave it out")
+    prompt, placeholders = STUDENT_PROMPT, {"problem"}
+    if args.privileged:
+        prompt, placeholders = TEACHER_PROMPT, {"problem", "solution"}
+    for flag, default in ((role, prompt), ("system_prompt", None)):
+        if getattr(args, flag) is not None:
+            continue
+        recorded = {}
+        for folder in args.checkpoint_dir or [args.base_model]:
+            if (record := find_record(Path(folder))) is not None:
+                recorded[folder] = record["script"].get(flag, record["training"].get(flag)) or default
+        if len(set(recorded.values())) > 1:
+            raise ValueError(
+                "\n  ".join(
+                    [f"--{flag}: the models were trained with different ones:"]
+                    + [f"{folder}: {value!r}" for folder, value in recorded.items()]
+                )
+                + "\nevaluate them one by one, or give the flag, for all of them"
+            )
+        setattr(args, flag, next(iter(recorded.values()), default))
+        if (value := getattr(args, flag)) != default:
+            logger.warning("--%s: as in the training, %r", flag, value)
+    if (template := getattr(args, role)) is not None:
+        check_template(role, template, placeholders)
+        setattr(args, role, None if template == prompt else template)
 
 
 def check_output_file(file: Path) -> None:
@@ -408,7 +454,8 @@ def run_settings(
     settings: dict[str, Any] = {"base_model": args.base_model, "base_model_version": model_version(args.base_model)}
     settings |= {knob.name: getattr(sampling, knob.name) for knob in fields(Sampling)}
     del settings["val_n"], settings["greedy"]
-    for name in ("thinking", "privileged", "max_model_len", "extract", "grader", "grade_timeout"):
+    prompts = ("student_prompt", "teacher_prompt", "system_prompt")
+    for name in (*prompts, "thinking", "privileged", "max_model_len", "extract", "grader", "grade_timeout"):
         settings[name] = getattr(args, name)
     settings |= {"data_sets": {}, "prompts": {}, "adapters": {}, "versions": package_versions()}
     for name, loaded in questions.items():
@@ -499,7 +546,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stored = None if args.overwrite else stored_settings(args.output_file)
         tokenizer = AutoTokenizer.from_pretrained(args.base_model)
         date = freeze_date(tokenizer, (stored or {}).get("date"))
-        mode = {"thinking": args.thinking, "privileged": args.privileged}
+        mode = {"thinking": args.thinking, "privileged": args.privileged, "system_prompt": args.system_prompt}
+        mode["template"] = args.teacher_prompt if args.privileged else args.student_prompt
         questions = {benchmark.name: load_questions(benchmark, tokenizer, **mode) for benchmark in benchmarks}
         chosen = [question for loaded in questions.values() for question in loaded[: args.num_samples]]
         options = {

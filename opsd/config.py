@@ -246,11 +246,11 @@ class OPSDConfig(GOLDConfig):
     )
 
     # References and weights of graded rollouts
-    verify_rollouts: bool = field(
-        default=False,
+    verify_rollouts: bool | None = field(
+        default=None,
         metadata={
-            "help": "Grade the rollouts against --answer_column, as the evaluator does, and log the share of right "
-            "ones. Settings that need grades switch it on."
+            "help": "Grade the rollouts against their answers, as the evaluator does, and log the share of right "
+            "ones. By default where --answer_column is given; settings that need grades switch it on."
         },
     )
     teacher_reference: str = field(
@@ -522,11 +522,15 @@ class OPSDConfig(GOLDConfig):
         )
 
     @property
+    def grades_rollouts(self) -> bool:
+        """True if rollouts with an answer are graded."""
+        return bool(self.verify_rollouts) or self.needs_answers
+
+    @property
     def needs_answers(self) -> bool:
-        """True if rollouts are graded."""
+        """True if the loss depends on the grades of rollouts: each problem must have an answer."""
         return (
-            self.verify_rollouts
-            or self.teacher_reference == "rollout"
+            self.teacher_reference == "rollout"
             or self.correct_weight != 1.0
             or self.incorrect_weight != 1.0
             or self.policy_gradient_weight > 0.0

@@ -10,7 +10,7 @@ import math
 import random
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -154,6 +154,7 @@ def pick_rollouts(trainer: OPSDTrainer) -> list[Rollout]:
         candidates = [row | collator.encode(row) for row in candidates]
     examples = sorted(candidates, key=lambda row: (row["length_status"] != "kept", len(row["teacher_prompt_ids"])))
     half = {name: examples[0][name][: len(examples[0][name]) // 2] for name in ("problem", "solution")}
+    half |= {"history": examples[0].get("history")}
     return start_rollouts([*examples[: NUM_PROMPTS - 1], examples[0] | half | collator.encode(half)])
 
 
@@ -178,7 +179,8 @@ def _check_prompts(trainer: OPSDTrainer, rollouts: Sequence[Rollout]) -> Check:
                 if ELLIPSIS in collator.tokenizer.decode(prompt_ids):
                     continue  # a shortened solution
                 prompt_ids = prompt_ids[: len(prompt_ids) - len(prefill)]
-            fault = prompt_fault(collator.tokenizer, prompt_ids, content, thinking)
+            turns = [*rollout.history, {"role": "user", "content": content}]
+            fault = prompt_fault(collator.tokenizer, prompt_ids, turns, thinking)
             num_prompts += 1
             faults += [] if fault is None else [f"{role}_prompt: {fault}"]
     measured = f"{num_prompts - len(faults)} of {num_prompts}"
@@ -187,11 +189,11 @@ def _check_prompts(trainer: OPSDTrainer, rollouts: Sequence[Rollout]) -> Check:
     return Check("prompts", "token ids against the chat template", measured, "all", not faults)
 
 
-def prompt_fault(tokenizer: PreTrainedTokenizerBase, ids: list[int], content: str, thinking: bool) -> str | None:
-    """Say what is wrong with the ids of a user turn and the header of the assistant's turn; `None`: nothing."""
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False, enable_thinking=thinking
-    )
+def prompt_fault(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], turns: list[Mapping[str, str]], thinking: bool
+) -> str | None:
+    """Say what is wrong with the ids of some turns and the header of the assistant's turn; `None`: nothing."""
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, enable_thinking=thinking)
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     counts = {token: text.count(token) for token in special if token in text}
     if not counts:

@@ -39,7 +39,7 @@ class TeacherContext:
         self.args, self.collator, self.sampler, self.teacher = args, collator, sampler, teacher
         self.metrics, self.end_ids = metrics, set(end_ids)
         self.num_rationale_tokens = 0  # sampled for the last step
-        self.verifier = Verifier(args.student_thinking) if args.needs_answers else None
+        self.verifier = Verifier(args.student_thinking) if args.grades_rollouts else None
 
     def build(self, rollouts: Sequence[Rollout], group_size: int, model: nn.Module) -> None:
         """
@@ -71,6 +71,8 @@ class TeacherContext:
         graded = [is_correct for is_correct in correct if is_correct is not None]
         self.metrics.add_values("rewards/accuracy/mean", graded)
         self.metrics.add_values("rewards/ungraded_ratio", [is_correct is None for is_correct in correct])
+        if group_size == 1:
+            return
         groups = [set(correct[start : start + group_size]) for start in range(0, len(correct), group_size)]
         groups = [group - {None} for group in groups]
         self.metrics.add_values("frac_reward_zero_std", [len(group) == 1 for group in groups if group])
@@ -79,15 +81,15 @@ class TeacherContext:
         """Show the teacher another rollout that is right and complete, or else what `reference_fallback` says."""
         usable = [bool(rollout.is_correct) and not rollout.is_truncated for rollout in rollouts]
         peers = pick_correct_peers(usable, group_size)
-        encoded: dict[tuple[str, str], dict[str, Any]] = {}  # (problem, reference) -> prompts
+        encoded: dict[tuple[int, str], dict[str, Any]] = {}  # (group, reference) -> prompts
         statuses = []
-        for rollout, peer in zip(rollouts, peers, strict=True):
+        for place, (rollout, peer) in enumerate(zip(rollouts, peers, strict=True)):
             reference = self._fallback(rollout) if peer is None else as_reference(texts[peer])
             prompts: dict[str, Any] = {"length_status": "dropped"}
             if reference is not None:
-                key = rollout.problem, reference
+                key = place // group_size, reference
                 if key not in encoded:
-                    encoded[key] = self.collator.encode_teacher(*key)
+                    encoded[key] = self.collator.encode_teacher(rollout.problem, reference, rollout.history)
                 prompts = encoded[key]
             statuses.append(prompts["length_status"])
             if statuses[-1] == "dropped":  # no reference, or one that is too long

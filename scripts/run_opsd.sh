@@ -5,8 +5,8 @@
 #   MODEL=Qwen/Qwen3-1.7B DATASET=data/train.jsonl OUTPUT_DIR=outputs/mine NUM_PROCESSES=4 bash scripts/run_opsd.sh
 #
 # Look at these first:
-#   DATASET              a Hub id, a json, jsonl or parquet file, or a folder of them, with a problem and a solution in
-#                        each row; --problem_column and --solution_column name the columns
+#   DATASET              a Hub id, a csv, tsv, json, jsonl or parquet file, or a folder of them, with a problem and a
+#                        solution in each row; --problem_column and --solution_column name the columns
 #   --lora_target_modules   all-linear for models whose projections have other names than Qwen3's
 #   --jsd_token_clip     nats; clip_ratio/entries and clip_ratio/mass in the log say how much it cuts. The release
 #                        takes 0.05 to 0.06 with a thinking teacher, and 1e-6 to 1e-7 without

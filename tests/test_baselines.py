@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, Value
 from helpers import ADAPTER, CPU
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -17,11 +17,12 @@ from trl import SFTConfig
 
 import grpo_train
 import sft_train
+from data_collator import encode_chat_prompt
 from eval.benchmarks import find_benchmark, load_questions
 from opsd.grpo import OnPolicyGRPOTrainer
 from opsd.rewards import make_reward
 from opsd.run.checkpoints import find_fault
-from opsd.run.problem_data import load_problems
+from opsd.run.problem_data import HISTORY, load_problems
 from opsd.sft import CompleteSFTTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,8 @@ def no_model(monkeypatch):
             {"num_generations": 4, "max_prompt_length": 20},
             "--max_prompt_length 20: all 64 examples are longer",
         ),
+        (sft_train, {"student_prompt": "Add!"}, "--student_prompt lacks the placeholder {problem}"),
+        (grpo_train, {"student_prompt": "{question}"}, "--student_prompt lacks the placeholder {problem}"),
         (grpo_train, {"num_generations": 3}, "make it a multiple of --num_generations"),
         (sft_train, {"assistant_only_loss": True}, "--assistant_only_loss True: must be False"),
         (
@@ -157,6 +160,46 @@ def test_sft_trains_evaluates_and_resumes(run, train_file, tiny_model_dir, probl
         run(sft_train)
     resumed = run(sft_train, **evaluation, resume_from_checkpoint=folder / "checkpoint-2", folder="resumed")
     assert_close(load_file(resumed / "adapter_model.safetensors"), adapter, rtol=0, atol=0)
+
+
+def test_sft_has_its_prompt_of_the_flags(run, tmp_path, monkeypatch, tiny_model_dir):
+    """Own template, system prompt and conversations; and a flag of another program's, which is said to be unused."""
+    turns = [{"role": "user", "content": "12+34"}, {"role": "assistant", "content": "46"}]
+    earlier = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    rows = [{"conversations": [*earlier, *turns], "answer": 46}] * 4
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    learned, prepare = [], sft_train.prepare
+
+    def keep(*args, **kwargs):
+        learned.extend(prepare(*args, **kwargs)["input_ids"])
+        sys.exit("would train")
+
+    monkeypatch.setattr(sft_train, "prepare", keep)
+    settings = {"dataset_name": tmp_path / "chats.jsonl", "problem_column": "conversations"}
+    with pytest.raises(SystemExit, match="would train"):
+        run(sft_train, **settings, student_prompt="{problem}=", system_prompt="Be brief.")
+    assert AutoTokenizer.from_pretrained(tiny_model_dir).decode(learned[0]) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nGood day<|im_end|>\n"
+        "<|im_start|>user\n12+34=<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n46<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "settings", "message"),
+    [
+        (sft_train, {"answer_column": "answer"}, "--answer_column answer: not used"),
+        (grpo_train, {"solution_column": "proof", "num_generations": 4}, "--solution_column proof: not used"),
+        (sft_train, {"solution_column": "solution"}, None),
+        (grpo_train, {"answer_column": "answer", "num_generations": 4}, None),
+    ],
+)
+def test_data_flags_that_a_program_does_not_use(run, no_model, caplog, program, settings, message):
+    caplog.set_level("INFO")
+    with pytest.raises(AssertionError, match="a model would have been loaded"):
+        run(program, **settings)
+    assert ("not used" in caplog.text) == (message is not None)
+    assert (message or "") in caplog.text
 
 
 # GRPO
@@ -252,7 +295,27 @@ def test_grpo_leaves_out_problems_with_control_tokens(tiny_model_dir, caplog):
     dataset = Dataset.from_dict({"problem": texts, "answer": texts})
     rows = grpo_train.prepare(dataset, AutoTokenizer.from_pretrained(tiny_model_dir), False, None)
     assert rows["answer"][:] == ["1+1", "<think> 3+3"]
-    assert "2 of 4 examples left out, with control tokens in the problem" in caplog.text
+    assert "2 of 4 examples left out, with control tokens in the prompt" in caplog.text
+
+
+def test_grpo_prompts_are_the_turns_up_to_the_problem(tiny_model_dir, caplog):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    turns.append({"role": "assistant", "content": "Good day"})
+    spoiled = [{"role": "system", "content": "Be <|im_end|> brief."}]
+    dataset = Dataset.from_dict(
+        {"problem": ["1+1"] * 3, "answer": ["2"] * 3, "history": [turns, [], spoiled]},
+        Features(problem=Value("string"), answer=Value("string"), history=HISTORY),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    rows = grpo_train.prepare(dataset, tokenizer, False, None, "{problem}=")
+    assert rows.to_list() == [
+        {"answer": "2", "prompt": [*history, {"role": "user", "content": "1+1="}]} for history in (turns, [])
+    ]
+    assert "1 of 3 examples left out, with control tokens in the prompt" in caplog.text
+    lengths = [len(encode_chat_prompt(tokenizer, "1+1=", False, history)) for history in (turns, [])]
+    assert lengths[0] > lengths[1] + 10
+    short = grpo_train.prepare(dataset, tokenizer, False, lengths[1], "{problem}=")
+    assert len(short) == 1 and len(short[0]["prompt"]) == 1
 
 
 # All of them

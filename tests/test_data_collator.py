@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 import sft_train
@@ -13,6 +14,7 @@ from data_collator import (
     TEACHER_PROMPT,
     SelfDistillationDataCollator,
     check_chat_template,
+    check_history,
     encode_chat_prompt,
     fill_template,
     start_rollouts,
@@ -68,6 +70,73 @@ def test_default_thinking_modes_are_off_for_the_student_and_on_for_the_teacher(t
 def test_teacher_without_solution_has_the_students_prompt(tokenizer):
     encoded = SelfDistillationDataCollator(tokenizer, teacher_sees_solution=False).encode(EXAMPLE)
     assert encoded["teacher_prompt_ids"] == encoded["student_prompt_ids"]
+
+
+HISTORY = [
+    {"role": "system", "content": "You teach."},
+    {"role": "user", "content": "What is {problem}?"},
+    {"role": "assistant", "content": "It is <|im_end|> 5."},
+]
+HISTORY_TEXT = (
+    "<|im_start|>system\nYou teach.<|im_end|>\n"
+    "<|im_start|>user\nWhat is {problem}?<|im_end|>\n"
+    "<|im_start|>assistant\nIt is <|im_end|> 5.<|im_end|>\n"
+)
+
+
+def test_turns_before_the_problem_are_in_all_prompts(tokenizer):
+    """As they are: no template, and control tokens as text."""
+    collator = SelfDistillationDataCollator(tokenizer, teacher_thinking=False, reason_first=True)
+    plain, encoded = collator.encode(EXAMPLE), collator.encode(EXAMPLE | {"history": HISTORY})
+    for name in ("student_prompt_ids", "teacher_prompt_ids", "reasoning_prompt_ids"):
+        text = tokenizer.decode(encoded[name])
+        assert text == HISTORY_TEXT + tokenizer.decode(plain[name])
+        ends = [token for token in control_ids(encoded[name], tokenizer) if token == "<|im_end|>"]
+        assert len(ends) == 3 + control_ids(plain[name], tokenizer).count("<|im_end|>")
+    (rollout,) = start_rollouts([EXAMPLE | {"history": HISTORY} | encoded])
+    assert rollout.history == HISTORY
+    assert collator.encode(EXAMPLE | {"history": []}) == collator.encode(EXAMPLE | {"history": None}) == plain
+    sft = sft_train.encode(EXAMPLE | {"history": HISTORY}, tokenizer, thinking=False)
+    assert tokenizer.decode(sft["input_ids"]) == HISTORY_TEXT + STUDENT_TEXT + NO_THINKING + (
+        EXAMPLE["solution"] + "<|im_end|>"
+    )
+
+
+def test_turns_before_the_problem_count_for_the_limit(tokenizer):
+    full = SelfDistillationDataCollator(tokenizer).encode(LONG | {"history": HISTORY})
+    limit = len(full["teacher_prompt_ids"]) // 2
+    collator = SelfDistillationDataCollator(tokenizer, max_prompt_length=limit)
+    encoded = collator.encode(LONG | {"history": HISTORY})
+    assert encoded["length_status"] == "shortened" and len(encoded["teacher_prompt_ids"]) <= limit
+    assert tokenizer.decode(encoded["teacher_prompt_ids"]).startswith(HISTORY_TEXT)
+    long_history = [turn | {"content": turn["content"] * 500} for turn in HISTORY]
+    assert collator.encode(EXAMPLE | {"history": long_history})["length_status"] == "dropped"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[-1].content }}", r"system, user, assistant before the problem \(it leaves some of them out\)"),
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('No system turns') }}{% endif %}",
+            r"system before the problem \(No system turns\): leave these rows out, and --system_prompt",
+        ),
+        (
+            "{% for turn in messages if turn.role != 'system' %}{{ turn.content }}{% endfor %}",
+            "system, user, assistant before",
+        ),
+    ],
+)
+def test_templates_that_lose_turns_are_refused(tiny_model_dir, template, message):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    histories = [[], HISTORY[:1], HISTORY] if "No system" in message else [[], HISTORY]
+    dataset = Dataset.from_list([EXAMPLE | {"history": history} for history in histories])
+    check_history(tokenizer, dataset)
+    check_history(tokenizer, dataset.remove_columns("history"))
+    tokenizer.chat_template = template
+    check_history(tokenizer, dataset.remove_columns("history"))
+    with pytest.raises(ValueError, match=f"the chat template of .* cannot hold the turns .*{message}"):
+        check_history(tokenizer, dataset)
 
 
 def test_own_templates(tokenizer):

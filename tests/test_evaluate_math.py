@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -557,6 +558,122 @@ def test_questions(data_file, tokenizer):
     assert student[0].prompt_ids == expected
     teacher = load_questions(find_benchmark(str(data_file)), tokenizer, thinking=True, privileged=True)
     assert "It is 1005, clearly." in tokenizer.decode(teacher[0].prompt_ids)
+
+
+RECORDS = {  # as opsd_train.py, sft_train.py and older versions of both write them
+    "opsd": {"script": {"system_prompt": "You add."}, "training": {"student_prompt": "Add {problem}!"}},
+    "sft": {"script": {"student_prompt": "Add {problem}!", "system_prompt": "You add."}, "training": {}},
+    "other": {"script": {"student_prompt": "Sum of {problem}?", "system_prompt": None}, "training": {}},
+    "old": {"script": {}, "training": {"student_prompt": STUDENT_PROMPT, "teacher_prompt": "{solution} {problem}"}},
+    "older": {"script": {}, "training": {}},
+}
+
+
+@pytest.fixture
+def settle(adapters, tmp_path, tiny_model_dir):
+    """A function that gives the student's, the teacher's and the system prompt of an evaluation of runs."""
+
+    def settle(*names, flags=()):
+        folders = []
+        for name in names:
+            run, _, checkpoint = name.partition("/")
+            if not (tmp_path / run).exists():
+                shutil.copytree(adapters["random"], tmp_path / run / "checkpoint-5")
+                shutil.copytree(adapters["random"], tmp_path / run, dirs_exist_ok=True)
+                if run in RECORDS:
+                    (tmp_path / run / "run_config.json").write_text(json.dumps(RECORDS[run]))
+            folders.append(str(tmp_path / run / checkpoint))
+        args = evaluate_math.build_parser().parse_args(
+            ["--base_model", str(tiny_model_dir), *(["--checkpoint_dir", *folders] if folders else []), *flags]
+        )
+        evaluate_math.settle_prompts(args)
+        return args.student_prompt, args.teacher_prompt, args.system_prompt
+
+    return settle
+
+
+@pytest.mark.parametrize(
+    ("runs", "flags", "expected"),
+    [
+        ([], [], (None, None, None)),
+        (["unknown"], [], (None, None, None)),
+        (["opsd"], [], ("Add {problem}!", None, "You add.")),
+        (["sft/checkpoint-5"], [], ("Add {problem}!", None, "You add.")),
+        (["opsd", "opsd/checkpoint-5", "sft", "unknown"], [], ("Add {problem}!", None, "You add.")),
+        (["old", "older"], [], (None, None, None)),
+        (["old"], ["--privileged"], (None, "{solution} {problem}", None)),
+        (["opsd"], ["--privileged"], (None, None, "You add.")),
+        (["opsd"], ["--student_prompt", "{problem}", "--system_prompt", "x"], ("{problem}", None, "x")),
+        (["opsd"], ["--student_prompt", STUDENT_PROMPT], (None, None, "You add.")),
+        (["opsd", "other"], ["--student_prompt", "{problem}", "--system_prompt", ""], ("{problem}", None, "")),
+    ],
+)
+def test_prompts_are_those_of_the_training(settle, caplog, runs, flags, expected):
+    assert settle(*runs, flags=flags) == expected
+    assert ("--system_prompt: as in the training, 'You add.'" in caplog.text) == (expected[2] == "You add.")
+    assert ("--student_prompt: as in the training" in caplog.text) == (expected[0] == "Add {problem}!")
+
+
+@pytest.mark.parametrize(
+    ("runs", "flags", "message"),
+    [
+        (["opsd", "other"], [], "--student_prompt: the models were trained with different ones:"),
+        (["opsd", "other"], ["--student_prompt", "{problem}"], "--system_prompt: the models were trained with"),
+        (["old", "older"], ["--privileged"], "--teacher_prompt: the models were trained with different ones"),
+        ([], ["--student_prompt", "Add!"], "--student_prompt lacks the placeholder {problem}"),
+        ([], ["--privileged", "--student_prompt", "{problem}"], "--student_prompt: not used with --privileged"),
+        ([], ["--teacher_prompt", "{problem}"], "--teacher_prompt: not used without --privileged"),
+    ],
+)
+def test_prompts_that_cannot_be_settled_are_refused(settle, runs, flags, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settle(*runs, flags=flags)
+
+
+def test_a_full_model_is_asked_with_its_prompt(tmp_path):
+    (tmp_path / "run_config.json").write_text(json.dumps(RECORDS["opsd"]))
+    for folder in (tmp_path, tmp_path / "checkpoint-5"):
+        args = evaluate_math.build_parser().parse_args(["--base_model", str(folder)])
+        evaluate_math.settle_prompts(args)
+        assert (args.student_prompt, args.system_prompt) == ("Add {problem}!", "You add.")
+    args = evaluate_math.build_parser().parse_args(["--base_model", str(tmp_path / "model")])  # beside a run
+    evaluate_math.settle_prompts(args)
+    assert args.student_prompt is None
+
+
+def test_the_prompt_is_asked_with_and_recorded(
+    adapters, data_file, tiny_model_dir, tokenizer, tmp_path, monkeypatch, caplog
+):
+    run = tmp_path / "run"
+    shutil.copytree(adapters["random"], run)
+    (run / "run_config.json").write_text(json.dumps(RECORDS["opsd"]))
+    asked = []
+
+    def completions(args, options, requests, sampling):
+        asked.extend(tokenizer.decode(request.question.prompt_ids) for request in requests)
+        yield [(request, sampling_engine.Completion(r"\boxed{1005}", 1, "stop")) for request in requests]
+
+    monkeypatch.setattr(evaluate_math, "completions", completions)
+    output_file = tmp_path / "scores.json"
+    flags = ["--base_model", str(tiny_model_dir), "--checkpoint_dir", str(run), "--dataset", str(data_file)]
+    flags += ["--no_thinking", "--val_n", "1", "--num_samples", "1", "--max_new_tokens", "8", "--grade_workers", "1"]
+    main([*flags, "--output_file", str(output_file)])
+    expected = "<|im_start|>system\nYou add.<|im_end|>\n<|im_start|>user\nAdd 358+647!<|im_end|>\n"
+    assert [text.startswith(expected) for text in asked] == [True, True]  # the base as well
+    settings = json.loads(output_file.read_text())["settings"]
+    assert (settings["student_prompt"], settings["system_prompt"]) == ("Add {problem}!", "You add.")
+    with pytest.raises(SystemExit):
+        main([*flags, "--output_file", str(output_file), "--system_prompt", "You multiply."])
+
+
+def test_questions_of_conversations(tmp_path, tokenizer):
+    turns = [{"role": "system", "content": "You add."}, {"role": "user", "content": "1+2"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns, "answer": "3"}) + "\n")
+    benchmark = find_benchmark(str(tmp_path / "chats.jsonl"), problem_column="messages")
+    for system_prompt, first in ((None, "You add."), ("You multiply.", "You multiply.")):
+        (question,) = load_questions(benchmark, tokenizer, thinking=False, system_prompt=system_prompt)
+        assert tokenizer.decode(question.prompt_ids).startswith(f"<|im_start|>system\n{first}<|im_end|>\n")
+        assert question.problem == "1+2"
 
 
 def test_answers_may_be_numbers(tmp_path, tokenizer):

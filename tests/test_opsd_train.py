@@ -200,6 +200,122 @@ def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
     assert (out / "checkpoint-best").exists()
 
 
+def read_completions(out):
+    files = sorted(out.glob("**/completions*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def logged(out, step, name):
+    state = json.loads((out / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    return [entry[name] for entry in state["log_history"] if name in entry]
+
+
+def test_rollouts_are_graded_where_answers_are_given(run, tmp_path, problems):
+    """Those without an answer are not graded, and not wrong; no weight of the loss changes."""
+    rows = [row | {"answer": row["answer"] if place % 2 else None} for place, row in enumerate(problems)]
+    file = write(tmp_path / "half.jsonl", *map(json.dumps, rows))
+    settings = ["--dataset_name", file, "--per_device_train_batch_size", "8"]
+    out = run(*settings, "--answer_column", "answer")
+    completions = read_completions(out)
+    graded = [record for record in completions if record["answer"] is not None]
+    assert 0 < len(graded) < len(completions) == 16
+    for record in completions:
+        assert (record["correct"] is None) == (record["answer"] is None)
+        if record["answer"] is not None:
+            assert record["correct"] == (
+                re.findall(r"boxed\{(\d+)\}", record["completion"])[-1:] == [record["answer"]]
+            )
+    shares, ungraded = (logged(out, 2, f"rewards/{name}") for name in ("accuracy/mean", "ungraded_ratio"))
+    for step, (share, rest) in enumerate(zip(shares, ungraded, strict=True), 1):
+        of_step = [record["correct"] for record in graded if record["step"] == step]
+        assert share == pytest.approx(sum(of_step) / len(of_step)) and rest == pytest.approx(1 - len(of_step) / 8)
+    plain, off = tmp_path / "plain", tmp_path / "off"
+    run(*settings, "--output_dir", str(plain))
+    assert logged(plain, 2, "loss") == logged(out, 2, "loss")
+    assert logged(plain, 2, "rewards/accuracy/mean") == [] and "correct" not in read_completions(plain)[0]
+    settings += ["--answer_column", "answer"]
+    run(*settings, "--output_dir", str(off), "--verify_rollouts", "false", "--max_steps", "1")
+    assert logged(off, 1, "rewards/accuracy/mean") == []
+    run(*settings, "--output_dir", str(plain), "--resume_from_checkpoint", "true", "--max_steps", "3")
+    assert len(logged(plain, 3, "rewards/accuracy/mean")) == 1
+
+
+def chats(problems, *before):
+    def turns(row):
+        return [
+            *before,
+            {"role": "user", "content": row["problem"]},
+            {"role": "assistant", "content": row["solution"]},
+        ]
+
+    return [json.dumps({"messages": turns(row)}) for row in problems]
+
+
+TUTOR = {"role": "system", "content": "You teach addition."}
+EARLIER = [{"role": "user", "content": "Can you add?"}, {"role": "assistant", "content": "Yes."}]
+
+
+def test_conversations_are_trained_on_and_compared_by_a_resumed_run(run, tmp_path, problems, caplog):
+    caplog.set_level("INFO")
+    file = write(tmp_path / "chats.jsonl", *chats(problems, TUTOR, *EARLIER))
+    chat = ["--dataset_name", file, "--problem_column", "messages"]
+    out = run(*chat, "--max_steps", "1", "--preflight")
+    assert "conversations in messages: the last user turn is the problem, the assistant's turn after it" in caplog.text
+    assert "of 64, 64 have a system turn, 64 earlier turns" in caplog.text
+    begin = "<|im_start|>system\nYou teach addition.<|im_end|>\n<|im_start|>user\nCan you add?<|im_end|>\n"
+    assert all(record["prompt"].startswith(begin) for record in read_completions(out))
+    assert json.loads((out / "run_config.json").read_text())["script"]["system_prompt"] == TUTOR["content"]
+
+    resume = ["--resume_from_checkpoint", "true", "--max_steps", "2"]
+    other = write(tmp_path / "other.jsonl", *chats(problems, TUTOR, EARLIER[0], EARLIER[1] | {"content": "No."}))
+    for change, message in (
+        ([*chat, "--system_prompt", "You subtract."], "system_prompt: You teach addition. -> You subtract."),
+        ([*chat, "--dataset_name", other], "train_dataset: "),
+        (["--problem_column", "problem"], "train_dataset: "),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(*resume, *change)
+    # The same content in other words
+    untaught = write(tmp_path / "untaught.jsonl", *chats(problems, *EARLIER))
+    run(*resume, "--dataset_name", untaught, "--problem_column", "messages", "--system_prompt", TUTOR["content"])
+    assert (out / "checkpoint-2").exists()
+
+
+def test_system_prompt_of_plain_problems(run, caplog):
+    out = run("--system_prompt", "You are brief.", "--max_steps", "1")
+    begin = "<|im_start|>system\nYou are brief.<|im_end|>\n<|im_start|>user\nProblem: "
+    assert all(record["prompt"].startswith(begin) for record in read_completions(out))
+    with pytest.raises(SystemExit, match="system_prompt: You are brief. -> None"):
+        run("--resume_from_checkpoint", "true", "--max_steps", "2")
+
+
+def test_different_system_turns_are_said(run, no_model, tmp_path, problems, caplog):
+    lines = chats(problems.select(range(60)), TUTOR) + chats(problems.select(range(60, 64)))
+    with pytest.raises(AssertionError, match="a model would have been loaded"):
+        run("--dataset_name", write(tmp_path / "chats.jsonl", *lines), "--problem_column", "messages")
+    assert "the rows have different system turns: the evaluator will ask without one" in caplog.text
+
+
+def test_template_without_system_turns(run, no_model, tiny_model_dir, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('No system turns') }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refusal + (model / "chat_template.jinja").read_text())
+    with pytest.raises(SystemExit, match=r"cannot hold the turns system before the problem \(No system turns\)"):
+        run("--model_name_or_path", str(model), "--system_prompt", "You teach.")
+
+
+def test_tables_are_trained_on(run, tmp_path, problems):
+    """Leading zeros, and numbers for problems, solutions and answers."""
+    with (tmp_path / "train.csv").open("w") as file:
+        file.write("question,sum\n" + "".join(f"0{row['problem']},00{row['answer']}\n" for row in problems))
+    columns = ["--problem_column", "question", "--solution_column", "sum", "--answer_column", "sum"]
+    out = run("--dataset_name", str(tmp_path / "train.csv"), *columns, "--max_steps", "1")
+    for record in read_completions(out):
+        assert re.search(r"Problem: 0\d+\+\d+\n", record["prompt"]) and record["answer"].startswith("00")
+        assert isinstance(record["correct"], bool)
+
+
 def test_training_goes_on_from_a_finished_adapter(run, tmp_path):
     first = run("--max_steps", "1")
     second = tmp_path / "second"

@@ -211,8 +211,8 @@ def encode_anew(trainer, patch):
 def special_tokens_lost_on_the_way(trainer, patch):
     encode = data_collator.encode_chat_prompt
 
-    def encode_and_lose(tokenizer, content, thinking):
-        text = tokenizer.decode(encode(tokenizer, content, thinking), skip_special_tokens=True)
+    def encode_and_lose(tokenizer, *args, **kwargs):
+        text = tokenizer.decode(encode(tokenizer, *args, **kwargs), skip_special_tokens=True)
         return tokenizer(text, add_special_tokens=False).input_ids
 
     patch.setattr(data_collator, "encode_chat_prompt", encode_and_lose)

@@ -1,5 +1,6 @@
 """Loading of data sets: which files, which rows, which texts; and what is said about bad ones."""
 
+import csv
 import datetime
 import json
 import os
@@ -10,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset, load_dataset_builder
 
+from opsd.run import problem_data
 from opsd.run.problem_data import load_problems
 
 ROWS = [{"problem": f"{i}+1", "solution": f"\\boxed{{{i + 1}}}"} for i in range(3)]
@@ -48,6 +50,8 @@ def write(path, suffix):
     if suffix == ".json":
         (path / "data.json").write_text(json.dumps(ROWS, indent=1))
         return path / "data.json"
+    if suffix in (".csv", ".tsv"):
+        return write_table(path / f"data{suffix}", [ROWS[0], *(row.values() for row in ROWS)])
     return write_parquet(path / "data.parquet")
 
 
@@ -62,7 +66,7 @@ def prompt_of(row):
 # Files of a folder
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".csv", ".tsv"])
 def test_files_and_folders(tmp_path, suffix):
     file = write(tmp_path, suffix)
     assert load(file) == ROWS
@@ -182,9 +186,9 @@ def test_missing_file(tmp_path):
 
 
 def test_unknown_suffix(tmp_path):
-    (tmp_path / "data.csv").write_text("problem,solution\n")
-    for path in (tmp_path / "data.csv", tmp_path):
-        with pytest.raises(ValueError, match="data.csv: not read; name a file ending in .json, .jsonl, .parquet"):
+    (tmp_path / "data.txt").write_text("problem,solution\n")
+    for path in (tmp_path / "data.txt", tmp_path):
+        with pytest.raises(ValueError, match="data.txt: not read; name a file ending in .json, .jsonl"):
             load(path)
 
 
@@ -283,7 +287,7 @@ def test_types_of_parquet(tmp_path):
             load_answers(file)
 
 
-@pytest.mark.parametrize("value", [[{"role": "user", "content": "1+1"}], {"text": "1+1"}, True, ["1+1"]])
+@pytest.mark.parametrize("value", [{"role": "user", "content": "1+1"}, {"text": "1+1"}, True])
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_values_that_are_no_text_are_refused(tmp_path, value, suffix):
     file = tmp_path / f"data{suffix}"
@@ -301,17 +305,260 @@ def test_classes_are_not_taken_for_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_column_of_numbers_is_no_text(tmp_path, suffix):
-    file = tmp_path / f"data{suffix}"
-    (write_parquet if suffix == ".parquet" else write_jsonl)(file, [{"problem": 1, "solution": "2"}])
-    with pytest.raises(ValueError, match="--problem_column problem: the column does not hold text but numbers"):
-        load(file)
+def test_numbers_are_texts_in_any_column(tmp_path, suffix):
+    """As they are written where the file says it; no whole number of a column of floats has a decimal point."""
+    file, columns = tmp_path / f"data{suffix}", {"problem_column": "n", "solution_column": "double"}
+    rows = [{"n": n, "double": 2 * n} for n in (3.0, 0.25, 1e-7, 12345678901)]
+    (write_parquet if suffix == ".parquet" else write_jsonl)(file, rows)
+    texts = [("3", "6"), ("0.25", "0.5"), ("1e-07", "2e-07"), ("12345678901", "24691357802")]
+    assert [(row["problem"], row["solution"]) for row in load(file, columns=columns)] == texts
+    (write_parquet if suffix == ".parquet" else write_jsonl)(file, [{"n": 2.0**60, "double": 1}])
+    with pytest.raises(ValueError, match="--problem_column n: .*1: .*not exact; write it as text"):
+        load(file, columns=columns)
 
 
 def test_one_column_may_have_two_roles(tmp_path):
     file = write_jsonl(tmp_path / "data.jsonl", answers("1", "2"))
     columns = ANSWERS | {"solution_column": "answer"}
     assert [row["solution"] for row in load(file, columns=columns)] == load_answers(file)
+
+
+# Tables
+
+
+TEXTS = ["007", "1,000", "NA", "None", "3.0", "1e5", "true", "2024-01-02", r"\frac{1}{2}", 'so "it" is\n\n3', " x"]
+
+
+def write_table(path, rows):
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_cells_of_a_table_are_the_texts_that_they_are(tmp_path, suffix):
+    rows = [["", "problem", "answer"], *([i, f"p{i}", text] for i, text in enumerate(TEXTS))]
+    file = write_table(tmp_path / f"data{suffix}", rows)
+    assert load_answers(file) == load_answers(tmp_path) == TEXTS
+    numbers = {"problem_column": "", "solution_column": "answer"}  # the first column is the index that pandas writes
+    assert load(file, columns=numbers)[0] == {"problem": "0", "solution": "007"}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_empty_cells_are_blank(tmp_path, caplog, suffix):
+    rows = [["problem", "answer"], ["p0", ""], ["p1", "0"], [], ["p2", " "], ["", "5"]]
+    assert load_answers(write_table(tmp_path / f"data{suffix}", rows)) == ["0"]
+    assert "left out 3 of 4 examples with an empty problem or answer" in caplog.text
+
+
+def test_tables_in_folders_have_splits(tmp_path):
+    head = ["problem", "answer"]
+    write_table(tmp_path / "train.csv", [head, ["p0", "01"]])
+    write_table(tmp_path / "test.csv", [head, ["p1", "02"]])
+    assert load(tmp_path, "test", ANSWERS) == [{"problem": "p1", "answer": "02"}]
+    write_table(tmp_path / "train.tsv", [head, ["p0", "01"]])
+    with pytest.raises(ValueError, match="train.csv and .*train.tsv may be different data"):
+        load(tmp_path, "train", ANSWERS)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_tables_of_the_hub_are_read_as_local_ones(tmp_path, monkeypatch, suffix):
+    """Stands for the Hub: a folder, whose files are links as in its cache."""
+    rows, hub, cache, builder = answers("007", "NA"), tmp_path / "hub", tmp_path / "cache", load_dataset_builder
+    hub.mkdir()
+    cache.mkdir()
+    if suffix == ".jsonl":
+        write_jsonl(hub / "train.jsonl", rows)
+    else:
+        write_table(hub / f"train{suffix}", [rows[0], *(row.values() for row in rows)])
+        write_table(hub / f"test{suffix}", [rows[0], *(row.values() for row in rows[:1])])
+
+    def download(name, repo_type, revision, allow_patterns):
+        assert (name, repo_type, revision, suffix != ".jsonl") == ("someone/sums", "dataset", "v1", True)
+        for file in hub.iterdir():
+            assert any(file.match(pattern) for pattern in allow_patterns)
+            (cache / file.name).symlink_to(file)
+        return str(cache)
+
+    monkeypatch.setattr(
+        problem_data,
+        "load_dataset_builder",
+        lambda name, *args, **kwargs: builder(str(hub) if name == "someone/sums" else name),
+    )
+    monkeypatch.setattr(problem_data, "load_dataset", lambda name, *args, **kwargs: load_dataset(str(hub)))
+    monkeypatch.setattr(problem_data, "snapshot_download", download)
+    read = load("someone/sums", columns=ANSWERS, revision="v1")
+    assert [row["answer"] for row in read] == ["007", "NA"]
+
+
+def test_long_cells_and_byte_order_marks(tmp_path):
+    file, long = tmp_path / "data.csv", "12+34=46. " * 30_000  # above the limit of Python's reader
+    write_table(file, [["problem", "answer"], ["p", long]])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load_answers(file) == [long]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("problem,answer\np,1\nWhat is 1, 2?,3\n", "line 3: not a table (3 cells, and the header has 2; put a cell"),
+        ('problem,answer\n"two\nlines",1\np\n', "line 4: not a table (1 cells, and the header has 2"),
+        ('problem,answer\np,1\n"q,2\n', "line 3: not a table (unexpected end of data"),
+        ('problem,answer\n"a"b,1\n', "line 2: not a table ("),
+        ("problem,answer,answer\np,1,2\n", "line 1: not a table (two columns of the same name among problem, answer"),
+        ("problem;answer\np;1\n", "--problem_column problem: the data set has no such column; it has problem;answer"),
+        ("problem,answer\n", "data.csv: no rows in it"),
+        ("", "data.csv: no rows in it"),
+    ],
+)
+def test_faults_of_a_table_are_named(tmp_path, text, message):
+    (tmp_path / "data.csv").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_answers(tmp_path / "data.csv")
+
+
+# Conversations
+
+
+def conversation(*texts, form="messages", system=None):
+    """User and assistant by turns."""
+    names = {"messages": ("role", "content", "user", "assistant"), "sharegpt": ("from", "value", "human", "gpt")}
+    who, what, *speakers = names[form]
+    turns = [{who: speakers[i % 2], what: text} for i, text in enumerate(texts)]
+    return ([{who: "system", what: system}] if system is not None else []) + turns
+
+
+MESSAGES = {"problem_column": "messages", "solution_column": "solution"}
+HISTORY = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+TUTOR = {"role": "system", "content": "You teach."}
+
+
+@pytest.mark.parametrize("form", ["messages", "sharegpt"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_problem_and_solution_of_conversations(tmp_path, suffix, form):
+    """The last two turns; what comes before them stays, for the prompts."""
+    chats = [
+        conversation("1+1?", "2", form=form),
+        conversation("Hello", "Good day", "1+2?", "3", form=form, system="You teach."),
+    ]
+    file = tmp_path / f"data{suffix}"
+    (write_parquet if suffix == ".parquet" else write_jsonl)(file, [{"messages": chat, "id": 0} for chat in chats])
+    first, second = load(file, columns=MESSAGES)
+    assert first == {"problem": "1+1?", "solution": "2", "history": []}
+    assert second == {"problem": "1+2?", "solution": "3", "history": [TUTOR, *HISTORY]}
+    (row,) = load(file, columns={"problem_column": "messages"}, system_prompt="Be brief.")[1:]
+    assert row == {"problem": "1+2?", "history": [TUTOR | {"content": "Be brief."}, *HISTORY]}
+
+
+def test_conversations_without_earlier_turns_are_as_texts(tmp_path):
+    chats = [{"messages": conversation(row["problem"], row["solution"])} for row in ROWS]
+    assert load(write_jsonl(tmp_path / "data.jsonl", chats), columns=MESSAGES) == ROWS
+    texts = write_jsonl(tmp_path / "texts.jsonl")
+    (first, *_) = load(texts, system_prompt="Be brief.")
+    assert first == ROWS[0] | {"history": [TUTOR | {"content": "Be brief."}]}
+
+
+def test_a_solution_column_wins_over_the_conversation(tmp_path):
+    row = {"messages": conversation("1+1?", "2"), "solution": "two", "proof": "II"}
+    file = write_jsonl(tmp_path / "data.jsonl", [row])
+    for column, solution in (("solution", "two"), ("proof", "II"), ("messages", "2")):
+        assert load(file, columns=MESSAGES | {"solution_column": column}) == [
+            {"problem": "1+1?", "solution": solution}
+        ]
+    with pytest.raises(ValueError, match="--solution_column other: the data set has no such column"):
+        load(file, columns=MESSAGES | {"solution_column": "other"})
+
+
+def test_a_conversation_may_end_with_the_problem_where_no_solution_is_needed(tmp_path):
+    file = write_jsonl(tmp_path / "data.jsonl", [{"messages": conversation("Hello", "Good day", "1+2?"), "answer": 3}])
+    columns = {"problem_column": "messages", "answer_column": "answer"}
+    assert load(file, columns=columns) == [{"problem": "1+2?", "answer": "3", "history": HISTORY}]
+    with pytest.raises(
+        ValueError, match="--solution_column messages: .*, line 1: no assistant turn after the last user turn"
+    ):
+        load(file, columns=MESSAGES)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"role": "assistant", "content": "2"}], "no user turn"),
+        ([{"role": "system", "content": "2"}], "no user turn"),
+        (
+            conversation("1+1?", "2") + [{"role": "assistant", "content": "3"}],
+            "the last user turn is followed by assistant, assistant; it needs one assistant turn",
+        ),
+        (
+            conversation("1+1?", "2") + [{"role": "tool", "content": "3"}],
+            "turn 3 has the role 'tool', and only system",
+        ),
+        ([{"role": None, "content": "2"}], "turn 1 has the role None"),
+        ([{"role": "user", "content": [{"type": "text", "text": "1"}]}], "turn 1 has as content a list of parts"),
+        ([{"role": "user", "content": None}], "turn 1 has as content NoneType, not text"),
+        (
+            [{"role": "user", "content": "1", "tool_calls": [{"name": "add"}]}],
+            "turn 1 has tool_calls, which no prompt can hold; leave the row out",
+        ),
+        (["1+1"], "turn 1 is str, not an object with role and content: 1+1"),
+    ],
+)
+def test_conversations_that_cannot_be_read_are_named(tmp_path, suffix, turns, message):
+    file = tmp_path / f"data{suffix}"
+    (write_parquet if suffix == ".parquet" else write_jsonl)(file, [{"messages": turns}])
+    place = "row 1" if suffix == ".parquet" else "line 1"
+    with pytest.raises(ValueError, match=rf"--problem_column messages: .*{place}: " + re.escape(message)):
+        load(file, columns=MESSAGES)
+
+
+def test_conversations_in_the_cells_of_a_table(tmp_path):
+    chats = [conversation("1+1?", "2"), conversation("[{1}]", "3", form="sharegpt", system="You teach.")]
+    file = write_table(tmp_path / "data.csv", [["messages"], *([json.dumps(chat)] for chat in chats)])
+    assert load(file, columns=MESSAGES) == [
+        {"problem": "1+1?", "solution": "2", "history": []},
+        {"problem": "[{1}]", "solution": "3", "history": [TUTOR]},
+    ]
+    write_table(file, [["messages"], [str(chats[0])]])  # as pandas writes it
+    with pytest.raises(ValueError, match="--problem_column messages: .*line 2: looks like a conversation and"):
+        load(file, columns=MESSAGES)
+    write_table(file, [["problem", "solution"], ["[{1}, {2}]", '["role"]']])
+    assert load(file) == [{"problem": "[{1}, {2}]", "solution": '["role"]'}]
+
+
+def test_prompt_and_completion_in_two_columns(tmp_path):
+    row = {"prompt": conversation("Hello", "Good day", "1+2?"), "completion": [{"role": "assistant", "content": "3"}]}
+    file = write_jsonl(tmp_path / "data.jsonl", [row])
+    columns = {"problem_column": "prompt", "solution_column": "completion"}
+    assert load(file, columns=columns) == [{"problem": "1+2?", "solution": "3", "history": HISTORY}]
+    with pytest.raises(ValueError, match="--problem_column completion: .*line 1: no user turn, of which the last is"):
+        load(file, columns=columns | {"problem_column": "completion"})
+
+
+def test_empty_conversations_are_left_out_and_unread_keys_named(tmp_path, caplog):
+    chats = [[], None, [turn | {"name": "Ann"} for turn in conversation("1+1?", "2")], conversation("1+1?", " ")]
+    rows = load(write_jsonl(tmp_path / "data.jsonl", [{"messages": chat} for chat in chats]), columns=MESSAGES)
+    assert rows == [{"problem": "1+1?", "solution": "2"}]
+    assert "left out 3 of 4 examples with an empty messages" in caplog.text
+    assert "not read in the turns of messages: name" in caplog.text
+    assert "the column system" not in caplog.text
+
+
+def test_a_column_of_system_prompts_beside_conversations_is_named(tmp_path, caplog):
+    rows = [{"messages": conversation("1+1?", "2"), "system": "You teach."}]
+    for suffix, write_rows in ((".jsonl", write_jsonl), (".parquet", write_parquet)):
+        caplog.clear()
+        file = write_rows(tmp_path / f"data{suffix}", rows)
+        assert len(load(file, columns=MESSAGES)) == 1
+        assert "the column system is not read; --system_prompt" in caplog.text
+        assert load(file, columns=MESSAGES, system_prompt="Be brief.")[0]["history"][0]["content"] == "Be brief."
+
+
+def test_equal_problems_after_other_turns_are_not_repeated(tmp_path, caplog):
+    chats = [conversation("Go on", "1"), conversation("a", "b", "Go on", "2"), conversation("c", "d", "Go on", "3")]
+    load(write_jsonl(tmp_path / "data.jsonl", [{"messages": chat} for chat in chats]), columns=MESSAGES)
+    assert "repeat" not in caplog.text
+    load(write_jsonl(tmp_path / "data.jsonl", [{"messages": chat} for chat in chats * 2]), columns=MESSAGES)
+    assert "3 of 6 examples repeat the problem" in caplog.text
 
 
 # Files that cannot be read
@@ -345,8 +592,10 @@ def test_json_that_is_no_row(tmp_path, text):
 def test_other_encodings_are_named(tmp_path, encoding, text):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps(ROWS[0] | {"problem": text}, ensure_ascii=False) + "\n", encoding=encoding)
-    with pytest.raises(ValueError, match=r"data.jsonl, after line \d: not UTF-8 .*; save it as UTF-8"):
-        load(file)
+    (tmp_path / "data.csv").write_text(f"problem,solution\n{text},1\n", encoding=encoding)
+    for name in ("data.jsonl", "data.csv"):
+        with pytest.raises(ValueError, match=rf"{name}, after line \d: not UTF-8 .*; save it as UTF-8"):
+            load(tmp_path / name)
 
 
 def test_half_of_a_surrogate_pair_is_named(tmp_path):
@@ -386,6 +635,13 @@ def test_missing_column_names_those_that_exist(tmp_path, suffix):
         ValueError, match="--solution_column proof: the data set has no such column; it has problem, sol"
     ):
         load(write(tmp_path, suffix), columns=SOLUTIONS | {"solution_column": "proof"})
+
+
+def test_missing_problems_beside_conversations_say_how_to_read_them(tmp_path):
+    for name in ("messages", "conversations"):
+        file = write_jsonl(tmp_path / f"{name}.jsonl", [{name: conversation("1+1?", "2"), "id": 0}])
+        with pytest.raises(ValueError, match=rf"it has {name}, id\. For conversations: --problem_column {name}$"):
+            load(file)
 
 
 def test_blank_rows_are_left_out_and_counted(tmp_path, caplog):

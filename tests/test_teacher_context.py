@@ -167,6 +167,18 @@ def test_advantages_are_those_of_the_groups(build):
     assert weights(rollouts) == [1.0] * 4
 
 
+def test_rollouts_are_graded_without_changing_the_loss(build):
+    """A problem without an answer is not graded, and not wrong; one rollout of a problem is no group."""
+    rows, texts = (
+        [FIRST, SECOND, FIRST | {"answer": None}, SECOND | {"answer": " "}],
+        [box(46), box(1), box(46), box(1)],
+    )
+    rollouts, context, sums = build(rows, texts, group_size=1, verify_rollouts=True)
+    assert [graded.is_correct for graded in rollouts] == [True, False, None, None]
+    assert context.collator(rollouts).weights.tolist() == [1.0] * 4
+    assert sums == {"rewards/accuracy/mean": [1, 2], "rewards/ungraded_ratio": [2, 4]}
+
+
 def test_nothing_is_graded_without_need(build):
     rollouts, context, sums = build([FIRST] * 2, [box(46), box(1)])
     assert context.verifier is None and sums == {}
@@ -201,6 +213,17 @@ def test_groups_do_not_mix(build, tokenizer):
     assert "Problem: 20+30\n" in second and "second \\boxed{50}" in second
     assert "reference" not in own and "reference" not in other_own
     assert weights(rollouts) == [1.0, 0.0, 0.0, 1.0]  # what alone is right has nothing to learn from
+
+
+def test_turns_before_a_problem_stay_before_each_reference(build, tokenizer):
+    """Two groups of the same problem and texts, after other turns."""
+    histories = [[{"role": "system", "content": f"You are {name}."}] for name in ("Ann", "Bob")]
+    rows = [FIRST | {"history": history} for history in histories for _ in range(2)]
+    texts = [box(46, "one "), box(46, "two ")] * 2
+    rollouts, context, _ = build(rows, texts, group_size=2, teacher_reference="rollout")
+    for place, prompt in enumerate(map(tokenizer.decode, teacher_prompts(rollouts))):
+        assert prompt.startswith(f"<|im_start|>system\nYou are {('Ann', 'Bob')[place // 2]}.<|im_end|>\n")
+        assert (("two", "one")[place % 2] + " \\boxed{46}\n---") in prompt
 
 
 @pytest.mark.parametrize(
@@ -698,7 +721,7 @@ SOLUTION, ANSWER = {"solution_column": "solution"}, {"answer_column": "key"}
     [
         ({}, SOLUTION, ANSWER),
         ({"teacher_sees_solution": False}, {}, ANSWER),
-        ({"verify_rollouts": True}, SOLUTION | ANSWER, {}),
+        ({"verify_rollouts": False, "correct_weight": 0.0}, SOLUTION | ANSWER, {}),
         ({"correct_weight": 0.0}, SOLUTION | ANSWER, {}),
         ({"incorrect_weight": 2.0}, SOLUTION | ANSWER, {}),
         ({"policy_gradient_weight": 1.0} | GROUP, SOLUTION | ANSWER, {}),
@@ -715,8 +738,10 @@ def test_columns_that_the_settings_need(settings, needed, further):
     nameless = OPSDArguments(dataset_name="x")
     if further:
         assert needed_columns(nameless, configure(**settings))[1] == {"answer_column": None}
+        with pytest.raises(ValueError, match=r"--verify_rollouts True: rollouts are graded .*--answer_column"):
+            needed_columns(nameless, configure(**settings, verify_rollouts=True))
     else:
-        flag, value = next(iter(settings.items()))
+        flag, value = list(settings.items())[-1] if "verify_rollouts" in settings else next(iter(settings.items()))
         with pytest.raises(ValueError, match=rf"--{flag} {value}.*: rollouts are graded .*--answer_column"):
             needed_columns(nameless, configure(**settings))
 

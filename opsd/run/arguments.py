@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 from trl.scripts._hf_argparser import string_to_bool
 
+from data_collator import STUDENT_PROMPT, check_template
 from opsd.run.flags import check_flags
 
 OUTPUT_DIR = "outputs"
@@ -27,7 +28,7 @@ class RunArguments:
 
     dataset_name: str = field(
         default="siyanzhao/Openthoughts_math_30k_opsd",
-        metadata={"help": "Hub id, or a local json, jsonl or parquet file, or a folder of them."},
+        metadata={"help": "Hub id, or a local csv, tsv, json, jsonl or parquet file, or a folder of them."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a folder or Hub data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit, tag or branch of a Hub data set."})
@@ -36,7 +37,25 @@ class RunArguments:
     )
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Data set for --eval_strategy, likewise."})
     eval_dataset_split: str = field(default="test", metadata={"help": "Split of a Hub data set to evaluate on."})
-    problem_column: str = field(default="problem", metadata={"help": "Column of the problem."})
+    problem_column: str = field(
+        default="problem",
+        metadata={
+            "help": "Column of the problem. One of conversations, such as messages: their last user turn is the "
+            "problem, and what comes before stays in the prompts."
+        },
+    )
+    solution_column: str = field(
+        default="solution",
+        metadata={
+            "help": "Column of the reference solution. Of conversations it is the assistant's turn after the problem; "
+            "without a column solution that of --problem_column."
+        },
+    )
+    answer_column: str | None = field(default=None, metadata={"help": "Column of the final answer: text or number."})
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System turn of all prompts; by default that of the conversations, or none."},
+    )
     effective_batch_size: int | None = field(
         default=None,
         metadata={
@@ -73,6 +92,20 @@ class RunArguments:
     def __post_init__(self):
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: must be at least 1")
+
+
+@dataclass
+class BaselineArguments(RunArguments):
+    """The prompt of the baselines: that of the evaluation."""
+
+    student_prompt: str = field(
+        default=STUDENT_PROMPT, metadata={"help": "Template of the prompt, with {problem}; as in the evaluation."}
+    )
+    thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_template("student_prompt", self.student_prompt, {"problem"})
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """Data sets of problems with solutions and answers, from the Hub or from local files, checked before they are used."""
 
+import csv
 import glob
 import json
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -11,13 +13,33 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset, load_dataset_builder, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetBuilder,
+    Features,
+    List,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
+from huggingface_hub import snapshot_download
 
 from opsd.grading import answer_text
+from opsd.run.conversations import Turn, has_system_turn, split_conversation, unpack, unread_keys, with_system_prompt
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+TABLES = (".csv", ".tsv")
+SUFFIXES = (".json", ".jsonl", ".parquet", *TABLES)
+
+CONVERSATIONS = ("messages", "conversations")  # usual names of their columns
+NEEDED_TURNS = {  # flags whose columns may hold conversations
+    "problem_column": "user turn, of which the last is the problem",
+    "solution_column": "assistant turn after the last user turn, the solution",
+}
+HISTORY = List({"role": Value("string"), "content": Value("large_string")})
 
 
 def is_path(name: str) -> bool:
@@ -44,6 +66,7 @@ def load_problems(
     optional_columns: Mapping[str, str] | None = None,
     config: str | None = None,
     revision: str | None = None,
+    system_prompt: str | None = None,
 ) -> Dataset:
     """
     Load one split of a data set into memory, as rows of texts.
@@ -51,15 +74,21 @@ def load_problems(
     Rows in which a needed text is missing or blank are left out. The log counts them, and problems that come again.
 
     Args:
-        name: a Hub id; or a local json, jsonl or parquet file; or a local folder, also one from `save_to_disk`. Its
-            splits and configurations are those that `datasets` finds, except that a file `<split>.jsonl` (or `.json`,
-            `.parquet`) is all of that split.
+        name: a Hub id; or a local json, jsonl, parquet, csv or tsv file; or a local folder, also one from
+            `save_to_disk`. Its splits and configurations are those that `datasets` finds, except that a file
+            `<split>.jsonl` (or another suffix) is all of that split.
         split: name of the split. A single file is taken whole.
         columns: flag -> column that needs a text in each row: of `{"problem_column": "Question"}` comes `problem`.
-            Numbers become texts; a column of numbers alone can only be an `answer_column`.
+            Numbers become texts. The columns of problem and solution may hold conversations, see `split_conversation`;
+            if that of the problem does, and there is no column `solution`, the solution comes from there, too.
         optional_columns: likewise, of columns that have to exist but may be empty in a row.
         config: configuration of a folder or of a Hub data set.
         revision: commit, tag or branch of a Hub data set.
+        system_prompt: the first turn of all prompts; `None` leaves those of the conversations.
+
+    Returns:
+        Rows of the columns without their `_column`, and, where there are any, of `history`: the turns before the
+        problem, each with `role` and `content`.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without any data file.
@@ -68,40 +97,105 @@ def load_problems(
     """
     every = {**columns, **(optional_columns or {})}
     kept: dict[str, list[str | None]] = {flag: [] for flag in every}
+    histories: list[list[Turn]] = []
     num_rows = 0
     names: dict[str, None] = {}  # of columns, in their order
-    textual: set[str] = set()  # flags of the columns that hold a text
-    filled: set[str] = set()  # and of those that hold a text or number
+    filled: set[str] = set()  # flags of the columns that hold a text or number
+    has_conversations = False
+    unread: set[str] = set()  # keys of their turns
     for place, row in _read_rows(_find(name, split, config, revision), every):
         num_rows += 1
         names.update(dict.fromkeys(row))
-        texts = {flag: _as_text(row.get(column), flag, f"{column}: {place}") for flag, column in every.items()}
-        textual.update(flag for flag, column in every.items() if isinstance(row.get(column), str))
+        row |= _unpack_conversations(row, every, place)
+        if isinstance(turns := row.get(every["problem_column"]), list):
+            has_conversations = True
+            unread |= unread_keys(turns)
+            if every.get("solution_column") == "solution" and "solution" not in names:
+                every["solution_column"] = every["problem_column"]
+        texts, history = _read_texts(row, every, place)
         filled.update(flag for flag, text in texts.items() if text is not None)
         if all(texts[flag] is not None for flag in columns):
+            histories.append(history)
             for flag, text in texts.items():
                 kept[flag].append(text)
     if num_rows == 0:
         raise ValueError(f"--dataset_name {name}: no rows in it")
     _check_columns(list(names), every)
-    if numeric := filled - textual - {"answer_column"}:
-        raise ValueError(f"--{min(numeric)} {every[min(numeric)]}: the column does not hold text but numbers")
-    dataset = Dataset.from_dict(
-        {flag.removesuffix("_column"): texts for flag, texts in kept.items()},
-        Features({flag.removesuffix("_column"): Value("large_string") for flag in every}),
-    )
-    if len(dataset) == 0:
-        blank = [columns[flag] for flag in columns if flag not in filled]
+    if not histories:
+        blank = [every[flag] for flag in columns if flag not in filled]
         raise ValueError(
             f"no usable row among {num_rows}: "
             + (f"the column {blank[0]!r} is empty in all of them" if blank else "each lacks one of the needed texts")
             + f"; choose other columns with {' and '.join('--' + flag for flag in columns)}"
         )
-    if dropped := num_rows - len(dataset):
-        logger.warning("left out %d of %d examples with an empty %s", dropped, num_rows, " or ".join(columns.values()))
-    if repeated := len(dataset) - len(set(kept.get("problem_column", range(len(dataset))))):
-        logger.warning("%d of %d examples repeat the problem of another example", repeated, len(dataset))
-    return dataset
+    if dropped := num_rows - len(histories):
+        empty = " or ".join(dict.fromkeys(every[flag] for flag in columns))
+        logger.warning("left out %d of %d examples with an empty %s", dropped, num_rows, empty)
+    for flag in optional_columns or {}:
+        if missing := kept[flag].count(None):
+            logger.info("%d of %d examples have no %s", missing, len(histories), every[flag])
+    if repeated := len(histories) - len(set(zip(kept["problem_column"], map(str, histories), strict=True))):
+        logger.warning("%d of %d examples repeat the problem of another example", repeated, len(histories))
+    if has_conversations:
+        _log_conversations(every, histories, unread, system_prompt)
+        if "system" in names and system_prompt is None:
+            logger.warning("the column system is not read; --system_prompt puts a system turn into all prompts")
+    histories = [with_system_prompt(history, system_prompt) for history in histories]
+    data: dict[str, list] = {flag.removesuffix("_column"): texts for flag, texts in kept.items()}
+    features: dict[str, Any] = dict.fromkeys(data, Value("large_string"))
+    if any(histories):  # else without, so that the rows are those that a run of an earlier version has recorded
+        data["history"], features["history"] = histories, HISTORY
+    return Dataset.from_dict(data, Features(features))
+
+
+def _log_conversations(
+    columns: Mapping[str, str], histories: list[list[Turn]], unread: set[str], system_prompt: str | None
+) -> None:
+    """Say how conversations are read."""
+    column, systems = columns["problem_column"], sum(map(has_system_turn, histories))
+    logger.info(
+        "conversations in %s: the last user turn is the problem%s; of %d, %d have a system turn%s, %d earlier turns",
+        column, ", the assistant's turn after it the solution" * (columns.get("solution_column") == column),
+        len(histories), systems, ", replaced by --system_prompt" * (system_prompt is not None and systems > 0),
+        sum(len(history) > has_system_turn(history) for history in histories),
+    )  # fmt: skip
+    if unread:
+        logger.warning("not read in the turns of %s: %s", column, ", ".join(sorted(unread)))
+
+
+def _unpack_conversations(row: Mapping[str, Any], columns: Mapping[str, str], place: str) -> dict[str, Any]:
+    """Return the columns that may hold conversations, which the cells of a table have as JSON."""
+    unpacked = {}
+    for flag in NEEDED_TURNS.keys() & columns.keys():
+        column = columns[flag]
+        if column in row:
+            try:
+                unpacked[column] = unpack(row[column])
+            except ValueError as error:
+                raise ValueError(f"--{flag} {column}: {place}: {error}") from error
+    return unpacked
+
+
+def _read_texts(
+    row: Mapping[str, Any], columns: Mapping[str, str], place: str
+) -> tuple[dict[str, str | None], list[Turn]]:
+    """Return the text of each flag's column, `None` for a blank one, and the turns before the problem."""
+    texts: dict[str, str | None] = {}
+    history: list[Turn] = []
+    for flag, column in columns.items():
+        value = row.get(column)
+        try:
+            if flag in NEEDED_TURNS and isinstance(value, list):
+                before, problem, solution = split_conversation(value) if value else ([], None, None)
+                found = problem if flag == "problem_column" else solution
+                history = before if flag == "problem_column" else history
+                if value and found is None:
+                    raise ValueError(f"no {NEEDED_TURNS[flag]}; leave the row out")
+                value = found
+            texts[flag] = _as_text(value, flag)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"--{flag} {column}: {place}: {error}") from error
+    return texts, history
 
 
 def _find(name: str, split: str, config: str | None, revision: str | None) -> Dataset | list[Path]:
@@ -112,7 +206,11 @@ def _find(name: str, split: str, config: str | None, revision: str | None) -> Da
         raise ValueError(f"--dataset_{flag} {value}: the local --dataset_name {name} has none; leave it out")
     splits: Mapping[str, Dataset | list[Path]]
     try:
-        if path is None:
+        if path is None and _has_tables(load_dataset_builder(name, config, revision=revision)):
+            patterns = ["README.md", *(f"*{suffix}" for suffix in TABLES)]
+            folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+            splits = _find_files(Path(folder), split, config)
+        elif path is None:
             splits = load_dataset(name, config, revision=revision)
         elif path.is_file():
             splits = {split: [path]}
@@ -132,6 +230,12 @@ def _find(name: str, split: str, config: str | None, revision: str | None) -> Da
     if split not in splits:
         raise ValueError(f"--dataset_split {split}: {name} has the splits {', '.join(map(str, splits))}")
     return splits[split]
+
+
+def _has_tables(builder: DatasetBuilder) -> bool:
+    """Return whether `_read_cells` can read all files, whose types `datasets` would guess."""
+    files = [file for files in (builder.config.data_files or {}).values() for file in files]
+    return bool(files) and all(str(file).endswith(TABLES) for file in files)
 
 
 def _find_files(folder: Path, split: str, config: str | None) -> dict[str, list[Path]]:
@@ -156,44 +260,45 @@ def _find_files(folder: Path, split: str, config: str | None) -> dict[str, list[
     return splits
 
 
-def _as_text(value: Any, flag: str, place: str) -> str | None:
-    """Return a text or number as text, `None` for what is blank; `ValueError` for all else."""
-    try:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float, np.number, type(None))):
-            raise TypeError(f"neither text nor number but {type(value).__name__} {str(value)[:80]}; write it as text")
-        text = answer_text(value) if flag == "answer_column" or not isinstance(value, str) else value
-        if text is None or not text.strip():
-            return None
-        text.encode()  # half a surrogate pair is a ValueError
-        return text
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--{flag} {place}: {error}") from error
+def _as_text(value: Any, flag: str) -> str | None:
+    """Return a text or number as text, `None` for what is blank; `TypeError` or `ValueError` for all else."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, np.number, type(None))):
+        raise TypeError(f"neither text nor number but {type(value).__name__} {str(value)[:80]}; write it as text")
+    text = answer_text(value) if flag == "answer_column" or not isinstance(value, str) else value
+    if text is None or not text.strip():
+        return None
+    text.encode()  # half a surrogate pair is a ValueError
+    return text
 
 
 def _check_columns(names: list[str], columns: Mapping[str, str]) -> None:
     for flag, column in columns.items():
         if column not in names:
-            raise ValueError(f"--{flag} {column}: the data set has no such column; it has {', '.join(names)}")
+            message = f"--{flag} {column}: the data set has no such column; it has {', '.join(names)}"
+            if flag == "problem_column" and (chats := [name for name in CONVERSATIONS if name in names]):
+                message += f". For conversations: --problem_column {chats[0]}"
+            raise ValueError(message)
 
 
 def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield rows, each with the place where it stands."""
     if isinstance(source, Dataset):
-        _check_columns(source.column_names, columns)
-        rows = source.select_columns(sorted(set(columns.values())))
+        rows = source.select_columns(sorted(set(columns.values()) & set(source.column_names)))
         for column, feature in rows.features.items():
             if isinstance(feature, ClassLabel):
                 raise ValueError(f"column {column}: holds numbers of classes, not text: {feature}")
         floats = (Value("float16"), Value("float32"))
         narrow = {name: getattr(np, kind.dtype) for name, kind in rows.features.items() if kind in floats}
+        names = source.column_names
         for index, row in enumerate(rows, 1):  # a narrow float keeps its digits as NumPy's
-            yield f"row {index}", row | {column: kind(row[column]) for column, kind in narrow.items() if row[column]}
+            exact = {column: kind(row[column]) for column, kind in narrow.items() if row[column]}
+            yield f"row {index}", {name: row.get(name) for name in names} | exact
         return
     if unknown := [file for file in source if file.suffix not in SUFFIXES]:
         raise ValueError(f"{unknown[0]}: not read; name a file ending in {', '.join(SUFFIXES)}, or a folder of them")
     for file in source:
         if file.suffix != ".parquet":
-            yield from _read_json(file)
+            yield from _read_cells(file) if file.suffix in TABLES else _read_json(file)
             continue
         try:  # not `load_dataset`, which knows the content that it has cached by the time of the file
             needed = sorted(set(columns.values()))
@@ -229,6 +334,36 @@ def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             line = getattr(error, "lineno", 1) if is_array else line
             raise ValueError(f"{file}, line {line}: not JSON ({error})") from error
+
+
+def _read_cells(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """
+    Yield the rows of a table, with its cells as they are written.
+
+    `datasets` guesses types: 007 would become 7, NA and None nothing, and all numbers of a column floats if one is.
+    """
+    csv.field_size_limit(sys.maxsize)  # of 128 KiB, else
+    line = 0
+    with file.open(encoding="utf-8-sig", newline="") as content:
+        rows = csv.reader(content, delimiter="\t" if file.suffix == ".tsv" else ",", strict=True)
+        try:
+            header = [name.strip() for name in next(rows, [])]
+            if len(set(header)) < len(header):
+                raise ValueError(f"two columns of the same name among {', '.join(header)}")
+            line = rows.line_num
+            for cells in rows:
+                if cells and len(cells) != len(header):
+                    raise ValueError(
+                        f"{len(cells)} cells, and the header has {len(header)}; put a cell with separators or line "
+                        "ends between quotation marks"
+                    )
+                if cells:
+                    yield f"{file}, line {line + 1}", dict(zip(header, cells, strict=True))
+                line = rows.line_num
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}, after line {line}: not UTF-8 ({error.reason}); save it as UTF-8") from error
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{file}, line {line + 1}: not a table ({error})") from error
 
 
 def _exact_float(text: str) -> float | str:

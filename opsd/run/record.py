@@ -39,7 +39,7 @@ MAY_CHANGE = OPTIMIZER | {
     ),
     *("report_to", "project", "disable_tqdm", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("num_completions_to_print", "enable_jit_checkpoint", "skip_memory_metrics", "full_determinism", "push_to_hub"),
-    *("trust_remote_code", "dataset_num_proc", "use_cache", "debug"),
+    *("trust_remote_code", "dataset_num_proc", "use_cache", "debug", "verify_rollouts"),
 }
 MAY_CHANGE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "wandb_", "trackio_", "dataloader_", "ddp_")
 
@@ -54,6 +54,14 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
         record["training"]["lr_scheduler_type"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not the record of a run ({error!r}); move it away to go on without it") from error
+    return record
+
+
+def find_record(folder: Path) -> dict[str, Any] | None:
+    """Return the last settings of the run whose result or checkpoint is in `folder`; `None` without a record."""
+    record = read_record(folder)
+    if record is None and folder.name.startswith("checkpoint-"):
+        return read_record(folder.absolute().parent)
     return record
 
 

@@ -29,10 +29,11 @@ from transformers.utils import is_flash_attn_2_available
 from trl import get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
 
-from data_collator import check_chat_template
+from data_collator import check_chat_template, check_history
 from opsd.adapters import Adapter, add_to_skeleton, check_model_folder, check_vllm_lora_support, make_skeleton
 from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.checkpoints import find_checkpoint
+from opsd.run.conversations import Turn, has_system_turn
 from opsd.run.problem_data import find_local, is_path, load_problems
 from opsd.run.record import check_resumed_settings, read_record, write_record
 from opsd.run.summary import NUM_SAMPLES, Lines, describe_prompts, describe_run, find_risks, render
@@ -57,6 +58,7 @@ class Run:
         self.checkpoint: str | None = None  # to go on from
         self.prompt_date: str | None = None  # in prompts whose template asks for the present date
         self.data_hashes: dict[str, str] = {}  # of what a resumed run must find again
+        self.datasets: list[Dataset] = []  # that are loaded
 
     # Before a model is loaded
 
@@ -213,19 +215,37 @@ class Run:
         """
         optional = {flag: column for flag, column in (optional_columns or {}).items() if column is not None}
         args = self.args
+        for flag in ("solution_column", "answer_column"):
+            column = getattr(args, flag)
+            if flag not in {*columns, *optional} and column != getattr(type(args), flag):
+                logger.info("--%s %s: not used, since this run reads no such text", flag, column)
 
         def load(name: str, split: str) -> Dataset:
             # Of local data to evaluate on, configuration and revision are those of the other data set
             is_other = name != args.dataset_name and find_local(name) is not None
             config, revision = (None, None) if is_other else (args.dataset_config, args.dataset_revision)
-            return load_problems(name, split, columns, optional, config, revision)
+            return load_problems(name, split, columns, optional, config, revision, args.system_prompt)
 
-        train_dataset = load(args.dataset_name, args.dataset_split)
-        needed = [flag.removesuffix("_column") for flag in columns]
-        self.data_hashes["train_dataset"] = text_hash(train_dataset.select_columns(needed))
-        if args.eval_dataset_name is None:
-            return train_dataset, None
-        return train_dataset, load(args.eval_dataset_name, args.eval_dataset_split)
+        train_dataset, eval_dataset = load(args.dataset_name, args.dataset_split), None
+        if args.eval_dataset_name is not None:
+            eval_dataset = load(args.eval_dataset_name, args.eval_dataset_split)
+        needed = {*(flag.removesuffix("_column") for flag in columns), "history"}
+        compared = [name for name in train_dataset.column_names if name in needed]
+        self.data_hashes["train_dataset"] = text_hash(train_dataset.select_columns(compared))
+        self.datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset is not None]
+        if "history" in train_dataset.column_names and args.system_prompt is None:
+            self._adopt_system_prompt(train_dataset["history"][:])
+        return train_dataset, eval_dataset
+
+    def _adopt_system_prompt(self, histories: list[list[Turn]]) -> None:
+        """Record the system turn that all rows share: the evaluator will ask with it."""
+        found = {history[0]["content"] if has_system_turn(history) else None for history in histories}
+        self.args.system_prompt = found.pop() if len(found) == 1 else None
+        if found:
+            logger.warning(
+                "the rows have different system turns: the evaluator will ask without one, unless its --system_prompt "
+                "says otherwise; --system_prompt of this program puts one into all rows"
+            )
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer; raise `ValueError` if it lacks a chat template or an end-of-sequence token."""
@@ -235,6 +255,8 @@ class Run:
             trust_remote_code=self.training_args.trust_remote_code,
         )
         check_chat_template(tokenizer)
+        for dataset in self.datasets:
+            check_history(tokenizer, dataset)
         if tokenizer.eos_token is None:
             raise ValueError(
                 f"--model_name_or_path {tokenizer.name_or_path}: its tokenizer has no end-of-sequence token, which "
