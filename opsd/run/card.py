@@ -15,16 +15,21 @@ METHODS = {
     "grpo": "reinforcement learning on verifiable answers "
     "(GRPO, [arXiv 2402.03300](https://arxiv.org/abs/2402.03300))",
 }
-# What a card shows of the settings, as far as a method has them; all of them are in run_config.json
+# What a card shows of the settings of any method, and of the trainer's in each; all of them are in run_config.json
 SHOWN = {
     "model": ("dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules"),
     "script": ("thinking", "reward"),
-    "training": (
-        *("fixed_teacher", "use_ema_teacher", "beta", "jsd_token_clip", "jsd_clip_mode", "use_tinker_loss"),
-        *("teacher_reference", "student_thinking", "teacher_thinking", "num_generations", "loss_type"),
-        *("temperature", "top_p", "top_k", "max_completion_length", "max_length", "learning_rate"),
-        *("lr_scheduler_type", "seed"),
+    "training": ("learning_rate", "lr_scheduler_type", "seed"),
+}
+SAMPLING = ("temperature", "top_p", "top_k", "max_completion_length", "num_generations")
+SHOWN_OF_METHOD = {
+    "opsd": (
+        *("fixed_teacher", "use_ema_teacher", "teacher_reference", "beta", "jsd_token_clip", "jsd_clip_mode"),
+        *("use_tinker_loss", "top_k_loss", "policy_gradient_weight", "student_thinking", "teacher_thinking"),
+        *(*SAMPLING, "max_length"),
     ),
+    "grpo": ("loss_type", "scale_rewards", "beta", *SAMPLING),
+    "sft": ("max_length", "completion_only_loss"),
 }
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM, for --max-lora-rank
 

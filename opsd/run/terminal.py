@@ -1,9 +1,8 @@
-"""What a run shows on the terminal: a line for each log, our warnings, and of others what a user can act on."""
+"""What a run shows on the terminal: a line for each log, and warnings of this project that stand out."""
 
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,25 +13,9 @@ from transformers.trainer_callback import PrinterCallback
 
 PROJECT = ("opsd", "opsd_train", "opsd_trainer", "sft_train", "grpo_train", "data_collator", "__main__")
 
-# logger -> beginning of a message that no user can act on
-SILENCED_MESSAGES = {
-    "DeepSpeed": "Setting accelerator to CPU",  # said in each run without a GPU, also where nobody uses DeepSpeed
-    "vllm.triton_utils.importing": "Triton is installed, but `triton.backends` could not be imported",  # without a GPU
-}
-# (category, beginning of a message), likewise
-SILENCED_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
-    (FutureWarning, r"`torch\.distributed\.reduce_op` is deprecated"),  # vLLM looks at all names of torch.distributed
-)
-
 
 def set_up_terminal() -> None:
-    """Let warnings of this project stand out, and silence what no user can act on. It may be called again."""
-    for name, message in SILENCED_MESSAGES.items():
-        library, is_wanted = logging.getLogger(name), _Unwanted(message)
-        if is_wanted not in library.filters:
-            library.addFilter(is_wanted)
-    for category, message in SILENCED_WARNINGS:
-        warnings.filterwarnings("ignore", message, category)
+    """Let warnings of this project stand out; show no progress bars where no terminal is. May be called again."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Formatter(in_color=sys.stderr.isatty()))
     sys.excepthook = _say_interrupted
@@ -47,18 +30,6 @@ def _say_interrupted(kind: type[BaseException], error: BaseException, traceback:
         print("interrupted outside of the training", file=sys.stderr)  # noqa: T201
     else:
         sys.__excepthook__(kind, error, traceback)
-
-
-class _Unwanted(logging.Filter):
-    """Keeps out the records whose message begins with a given text."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Unwanted) and other.name == self.name
-
-    __hash__ = logging.Filter.__hash__
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.name)
 
 
 class _Formatter(logging.Formatter):
