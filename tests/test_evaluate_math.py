@@ -579,7 +579,11 @@ def test_launch_scripts(name, adapters):
     assert run.returncode == 0, run.stderr
     resolved = evaluate_math.build_parser().parse_args(run.stdout.split()[2:])
     assert sorted(resolved.checkpoint_dir) == sorted(adapters.values())
-    assert (resolved.base_model, resolved.val_n, resolved.output_file.parent) == ("some/model", 2, Path("there"))
+    assert (resolved.base_model, resolved.val_n, resolved.output_file.parent) == (
+        "some/model",
+        2,
+        Path("there/results"),
+    )
     assert resolved.thinking == (name == "run_eval.sh")
     assert resolved.dataset == ["aime24", "aime25", "hmmt25"]
     sampling = (resolved.temperature, resolved.top_p, resolved.top_k, resolved.min_p, resolved.presence_penalty)

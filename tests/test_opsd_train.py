@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import saved_rollouts
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer
@@ -153,7 +154,7 @@ def test_tokenizer_without_chat_template(run, no_model, tiny_model_dir, tmp_path
 
 
 def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
-    kept = tmp_path / "out" / "completions" / "completions_00099.jsonl"
+    kept = tmp_path / "out" / "mine" / "notes.txt"
     kept.parent.mkdir(parents=True)
     kept.touch()
     (tmp_path / "out" / "checkpoint-best").mkdir()  # somebody's own, not a step
@@ -166,7 +167,7 @@ def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
     assert configuration["training"]["beta"] == 0.5 and configuration["training"]["max_completion_length"] == 64
     assert configuration["model"]["lora_r"] == 16 and configuration["script"]["problem_column"] == "problem"
     assert {"torch", "transformers", "trl"} <= set(configuration["versions"])
-    (first, *_) = [json.loads(line) for line in (out / "completions" / "completions_00001.jsonl").open()]
+    (first, *_) = saved_rollouts(out)
     assert first["answer"] in problems["answer"][:]
 
     with pytest.raises(SystemExit, match="holds checkpoint-2: continue with --resume_from_checkpoint true"):
@@ -180,8 +181,8 @@ def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
 
     run("--overwrite_output_dir", "--max_steps", "1")
     assert not (out / "checkpoint-3").exists() and (out / "checkpoint-1").exists()
-    assert [file.name for file in (out / "completions").iterdir()] == ["completions_00001.jsonl"]
-    assert (out / "checkpoint-best").exists()
+    assert {record["step"] for record in saved_rollouts(out)} == {1}
+    assert kept.exists() and (out / "checkpoint-best").exists()
 
 
 def test_training_goes_on_from_a_finished_adapter(run, tmp_path):

@@ -17,7 +17,7 @@ METHODS = {
 }
 # What a card shows of the settings of any method, and of the trainer's in each; all of them are in run_config.json
 SHOWN = {
-    "model": ("dtype", "use_peft", "lora_r", "lora_alpha", "lora_target_modules"),
+    "model": ("dtype", "lora_r", "lora_alpha", "lora_target_modules"),
     "script": ("thinking", "reward"),
     "training": ("learning_rate", "lr_scheduler_type", "seed"),
 }
@@ -155,6 +155,10 @@ def render_card(
     shown = {
         name: settings[group][name] for group, names in SHOWN.items() for name in names if name in settings[group]
     }
+    shown |= {name: training[name] for name in SHOWN_OF_METHOD[method]}
+    shown = {name: value for name, value in shown.items() if value is not None}
+    if not model["use_peft"]:
+        shown = {name: value for name, value in shown.items() if not name.startswith("lora_")}
     return CARD.format(
         metadata=metadata.to_yaml(),
         name=Path(training["hub_model_id"] or training["output_dir"]).name,

@@ -96,21 +96,6 @@ class Run:
         self.checkpoint = find_checkpoint(
             self.training_args.output_dir, self.training_args.resume_from_checkpoint, self.args.overwrite_output_dir
         )
-        if self.checkpoint is not None:
-            self._leave_if_finished(self.checkpoint)
-
-    def _leave_if_finished(self, checkpoint: str) -> None:
-        """Say so and leave with status 0 if the run has done all the steps that it is resumed for."""
-        training_args, run_dir = self.training_args, Path(checkpoint).parent
-        step = find_finished_step(run_dir, training_args.max_steps, training_args.num_train_epochs)
-        if step is None or int(Path(checkpoint).name.rpartition("-")[2]) < step:
-            return
-        if training_args.process_index == 0:
-            print(  # noqa: T201
-                f"{run_dir} is finished, after step {step}: nothing to do. To train on, raise --max_steps or "
-                "--num_train_epochs"
-            )
-        sys.exit(0)
 
     def _check_model(self) -> None:
         """Raise `ValueError` for a model that is not there, and for what vLLM cannot serve."""
@@ -230,9 +215,25 @@ class Run:
         return tokenizer
 
     def check_resumed_settings(self) -> None:
-        """Raise `ValueError` if the run is resumed with settings that it must keep; log those that change."""
-        if self.checkpoint is not None:
-            check_resumed_settings(Path(self.checkpoint).parent, self.settings())
+        """
+        Raise `ValueError` if the run is resumed with settings that it must keep; log those that change.
+
+        Leave with status 0 if it has done all its steps.
+        """
+        if self.checkpoint is None:
+            return
+        run_dir, training_args = Path(self.checkpoint).parent, self.training_args
+        check_resumed_settings(run_dir, self.settings())
+        step = find_finished_step(run_dir, training_args.max_steps, training_args.num_train_epochs)
+        is_here = run_dir.resolve() == Path(training_args.output_dir).resolve()
+        if step is None or not is_here or int(Path(self.checkpoint).name.rpartition("-")[2]) < step:
+            return
+        if training_args.process_index == 0:
+            print(  # noqa: T201
+                f"{run_dir} is finished, after step {step}: there is nothing to do. To train on, raise --max_steps "
+                "or --num_train_epochs"
+            )
+        sys.exit(0)
 
     def make_skeleton(self, adapter: Adapter | None = None) -> PreTrainedModel:
         """
