@@ -330,3 +330,20 @@ def test_real_mathematics(run):
     )
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
     assert all(entry["divergence"] > 0.0 for entry in state["log_history"] if "divergence" in entry)
+
+
+def test_what_a_run_shows_and_leaves(run, capsys, tiny_model_dir):
+    """A line for each log and three at the end; no bar and no dictionary beside them."""
+    out = run("--disable_tqdm", "false")
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:2]] == ["step 1/2", "step 2/2"]
+    assert lines[2].startswith("step 2/2 after ") and "first log -> last log:  loss " in lines[2]
+    assert lines[3] == f"adapter: {out}  (beside it metrics.jsonl, training.png, README.md)"
+    assert lines[4].startswith("evaluate it: python ") and len(lines) == 5
+    assert "'loss'" not in shown.err and "0/2" not in shown.err
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+    card = (out / "README.md").read_text()
+    assert f"`{tiny_model_dir}`, trained by on-policy self-distillation" in card and "[None]" not in card
+    assert json.loads((out / "run_config.json").read_text())["finished_step"] == 2
