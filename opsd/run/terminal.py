@@ -118,6 +118,7 @@ class TerminalCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         now, speed, left = time.monotonic(), None, None
+        self.last_log += logs.get("eval_runtime", 0.0)  # in which no tokens are trained on
         if "loss" in logs:
             if (tokens := count_tokens(logs)) is not None:
                 speed = (tokens - self.tokens) / (now - self.last_log)
