@@ -111,6 +111,13 @@ def test_warnings_of_this_project_stand_out(name, level, line):
     assert is_marked == line.startswith("WARNING")
 
 
+def test_an_interrupt_outside_of_the_training_is_one_line(capsys):
+    terminal._say_interrupted(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "interrupted outside of the training\n"
+    terminal._say_interrupted(ValueError, ValueError("wrong"), None)
+    assert capsys.readouterr().err.endswith("ValueError: wrong\n")
+
+
 def test_only_the_named_messages_of_libraries_are_kept_out(caplog):
     for name, message in MESSAGES.items():
         logging.getLogger(name).warning("%s, and more", message)

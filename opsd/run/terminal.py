@@ -17,7 +17,8 @@ PROJECT = ("opsd", "opsd_train", "opsd_trainer", "sft_train", "grpo_train", "dat
 def set_up_terminal() -> None:
     """Let warnings of this project stand out; show no progress bars where no terminal is. May be called again."""
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(_Formatter(in_color=sys.stderr.isatty()))
+        if type(handler) is logging.StreamHandler:  # of the terminal, not of whoever derives from it
+            handler.setFormatter(_Formatter(in_color=sys.stderr.isatty()))
     sys.excepthook = _say_interrupted
     if not sys.stderr.isatty():  # a bar would leave a line in the file for each of its states
         datasets.disable_progress_bars()
