@@ -1,6 +1,5 @@
 """On-policy self-distillation: one model samples as student and teaches itself as teacher (arXiv 2601.18734)."""
 
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from opsd.metrics import Metrics
 from opsd.packing import divide_evenly, packed_inputs, reason_against_packing
 from opsd.rollouts import Sampler, TransformersSampler, make_vllm_sampler
 from opsd.run.checkpoints import CompleteCheckpoints
+from opsd.run.report import append_lines, drop_later_steps
 from opsd.teacher import Teacher
 from opsd.teacher_context import TeacherContext
 
@@ -41,6 +41,7 @@ __all__ = ["OPSDConfig", "OPSDTrainer"]
 
 logger = logging.getLogger(__name__)
 
+COMPLETIONS = "completions.jsonl"  # in the output folder
 NUM_FIRST_TOKENS = (
     4  # of a completion: their divergence is logged by itself, since thinking modes differ there in form
 )
@@ -73,6 +74,8 @@ class StepCallback(TrainerCallback):
         trainer._check_packing()
         trainer.teacher.start(trainer.model_wrapped, trainer._run_state, trainer._resumed_from)
         trainer._start_curriculum()
+        if trainer.accelerator.is_main_process:
+            drop_later_steps(Path(trainer.args.output_dir, COMPLETIONS), trainer.state.global_step)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if not self.trainer.last_step_was_skipped:
@@ -342,7 +345,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             self._save_completions(rollouts, prompts, completions)
 
     def _save_completions(self, rollouts: list[Rollout], prompts: list[str], completions: list[str]) -> None:
-        """Write the step's rollouts of all processes. A resumed run overwrites the steps that it repeats."""
+        """Add the step's rollouts of all processes to the file."""
         step, records = self.state.global_step + 1, []
         for rollout, prompt, completion in zip(rollouts, prompts, completions, strict=True):
             record = {"step": step, "prompt": prompt, "completion": completion}
@@ -355,9 +358,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             records.append(record)
         records = gather_object(records)
         if self.accelerator.is_main_process:
-            path = Path(self.args.output_dir, "completions", f"completions_{step:05d}.jsonl")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+            append_lines(Path(self.args.output_dir, COMPLETIONS), records)
 
     # Loss
 

@@ -11,20 +11,28 @@
 #   4B  base         23.1    21.4    10.8
 #   4B  step 150     32.8    21.9    14.4
 #
-# MODEL, CHECKPOINTS (adapter folders or a pattern; none: the base model alone), OUTPUT_DIR, NUM_PROCESSES (engines,
-# one for each GPU). DRY_RUN=1 checks all arguments, prints the command and exits. Further arguments go through, the
-# last one wins.
+# OUTPUT_DIR is the folder of the run; results are in OUTPUT_DIR/results. CHECKPOINTS (adapter folders or a pattern)
+# are those of the run, unless others are named. Without both, the base model is evaluated alone, into
+# outputs/base/results.
+# MODEL, DATASET (one or more), SEED, and NUM_PROCESSES (engines, one for each GPU; without it those that
+# CUDA_VISIBLE_DEVICES names, or 1). DRY_RUN=1 checks all arguments, prints the command and exits. Further arguments go
+# through, the last one wins.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ ! -e .venv/bin/activate ] || source .venv/bin/activate
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # of this folder also where .venv is another clone's
 
-model=${MODEL:-Qwen/Qwen3-8B}
-checkpoints=(${CHECKPOINTS:-}) # unquoted, so that patterns are expanded
+MODEL=${MODEL:-Qwen/Qwen3-8B}
+DATASET=${DATASET:-aime24 aime25 hmmt25} # release, results
+checkpoints=(${CHECKPOINTS:-${OUTPUT_DIR:+$OUTPUT_DIR/checkpoint-*}}) # unquoted, so that patterns are expanded
+if [ -z "${OUTPUT_DIR:-}" ] && [ ${#checkpoints[@]} -gt 0 ]; then
+    OUTPUT_DIR=${checkpoints[0]%/}
+    [[ $(basename "$OUTPUT_DIR") != checkpoint-* ]] || OUTPUT_DIR=$(dirname "$OUTPUT_DIR")
+fi
 
 arguments=(
-    --base_model "$model"
-    --dataset aime24 aime25 hmmt25     # release, results
+    --base_model "$MODEL"
+    --dataset $DATASET                 # words
     --enable_thinking false            # release, non-thinking results
     --val_n 12                         # release, non-thinking results: Avg@12
     --temperature 1.0                  # the rest: release, evaluation settings, reported for thinking mode
@@ -33,9 +41,9 @@ arguments=(
     --min_p 0
     --presence_penalty 0
     --max_new_tokens 38912
-    --seed 0                           # the release has none
-    --data_parallel "${NUM_PROCESSES:-1}"
-    --output_file "${OUTPUT_DIR:-outputs/eval}/nonthink-$(basename "$model").json"
+    --seed "${SEED:-0}"                # the release has none
+    --data_parallel "$(bash scripts/num_processes.sh 1)"
+    --output_file "${OUTPUT_DIR:-outputs/base}/results/nonthink-$(basename "$MODEL").json"
 )
 if [ ${#checkpoints[@]} -gt 0 ]; then arguments+=(--checkpoint_dir "${checkpoints[@]}"); fi
 if [ "${DRY_RUN:-0}" = 1 ]; then arguments+=(--dry_run); fi

@@ -137,7 +137,7 @@ class OPSDConfig(GOLDConfig):
         default=4, metadata={"help": "With --log_completions: number of rollouts to show."}
     )
     save_completions: bool = field(
-        default=True, metadata={"help": "Keep the rollouts in OUTPUT_DIR/completions/completions_STEP.jsonl."}
+        default=True, metadata={"help": "Keep the rollouts in OUTPUT_DIR/completions.jsonl."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
     lmbda: float = field(default=1.0, metadata={"help": "Share of on-policy rollouts. Must be 1: OPSD is on-policy."})

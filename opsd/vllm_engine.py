@@ -36,11 +36,12 @@ def engine_options(gpu_memory_utilization: float | None = None) -> dict[str, Any
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    options = {"use_tqdm_on_load": False}
     if torch.cuda.is_available():
-        return {"gpu_memory_utilization": gpu_memory_utilization or 0.9}
+        return options | {"gpu_memory_utilization": gpu_memory_utilization or 0.9}
     for name, value in CPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return dict(CPU_ENGINE)
+    return options | CPU_ENGINE
 
 
 def lora_options(rank: int, max_loras: int = 1) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Start a training program on NUM_PROCESSES GPUs of this machine; every recipe ends here:
+# Start a training program on NUM_PROCESSES GPUs of this machine (without it those that CUDA_VISIBLE_DEVICES names);
+# every recipe ends here:
 #
 #   NUM_PROCESSES=4 bash scripts/launch.sh opsd_train.py [arguments]
 #
@@ -16,7 +17,7 @@ cd "$(dirname "$0")/.."
 program=${1:?name the program: opsd_train.py, sft_train.py or grpo_train.py}
 shift
 config=${ACCELERATE_CONFIG:-accelerate.yaml}
-NUM_PROCESSES=${NUM_PROCESSES:?set it to the number of GPUs}
+NUM_PROCESSES=$(bash scripts/num_processes.sh)
 for file in "$program" "$config"; do
     [ -f "$file" ] || { echo "launch.sh: $file: no such file" >&2 && exit 1; }
 done

@@ -24,14 +24,16 @@
 # The project page: within 100 steps more than half of the batches have no spread of rewards, and so no gradient.
 # The reward compares the boxed answer by value; --reward exact_match compares texts.
 #
-# MODEL, NUM_PROCESSES (GPUs), OUTPUT_DIR. DRY_RUN=1 checks all arguments, prints command and configuration, and exits.
-# Further arguments go to the program, the last one wins; --report_to wandb --wandb_project P logs to W&B.
+# MODEL, DATASET, OUTPUT_DIR, SEED, and NUM_PROCESSES (GPUs; without it those that CUDA_VISIBLE_DEVICES names).
+# DRY_RUN=1 checks all arguments, prints command and configuration, and exits. Further arguments go to the program, the
+# last one wins; --report_to wandb --wandb_project P logs to W&B.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 MODEL=${MODEL:-Qwen/Qwen3-1.7B}
-export NUM_PROCESSES=${NUM_PROCESSES:-8}
+export NUM_PROCESSES=$(bash scripts/num_processes.sh 8)
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/grpo}
+DATASET=${DATASET:-siyanzhao/Openthoughts_math_30k_opsd}
 
 arguments=(
     # model and adapter
@@ -44,7 +46,7 @@ arguments=(
     --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj # Table 6
 
     # data and reward
-    --dataset_name siyanzhao/Openthoughts_math_30k_opsd # release; section 4.1: the same data as OPSD
+    --dataset_name "$DATASET"                          # release; section 4.1: the same data as OPSD
     --dataset_split train                              # release
     --problem_column Question                          # release
     --answer_column Answer                             # release
@@ -80,7 +82,7 @@ arguments=(
     --max_steps 100                                    # ours: project page: within 100 steps; v3 within 500
     --bf16 true                                        # section 8.1
     --gradient_checkpointing true                      # section 8.1
-    --seed 42                                          # ours: not published; the default of transformers
+    --seed "${SEED:-42}"                               # ours: not published; the default of transformers
 
     # run
     --save_steps 25                                    # ours: as OPSD

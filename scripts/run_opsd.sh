@@ -17,13 +17,14 @@
 #
 # Expected for the values below: see scripts/run_opsd_1b.sh. This project has not run them.
 #
-# MODEL, NUM_PROCESSES (GPUs), OUTPUT_DIR. DRY_RUN=1 checks all arguments, prints command and configuration, and exits.
-# Further arguments go to the program, the last one wins; --report_to wandb --wandb_project P logs to W&B.
+# MODEL, DATASET, OUTPUT_DIR, SEED, and NUM_PROCESSES (GPUs; without it those that CUDA_VISIBLE_DEVICES names).
+# DRY_RUN=1 checks all arguments, prints command and configuration, and exits. Further arguments go to the program, the
+# last one wins; --report_to wandb --wandb_project P logs to W&B.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 MODEL=${MODEL:-Qwen/Qwen3-1.7B}
-export NUM_PROCESSES=${NUM_PROCESSES:-4}
+export NUM_PROCESSES=$(bash scripts/num_processes.sh 4)
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd}
 DATASET=${DATASET:-siyanzhao/Openthoughts_math_30k_opsd}
 
@@ -74,7 +75,7 @@ arguments=(
     --max_steps 100                                    # release; save often, since gains may peak early
     --bf16 true                                        # release
     --gradient_checkpointing true                      # release
-    --seed 42                                          # ours: the release sets none; the default of transformers
+    --seed "${SEED:-42}"                               # ours: the release sets none; the default of transformers
 
     # run
     --preflight                                        # ours: checks the claims of the method before the first step

@@ -16,14 +16,16 @@
 # one training with four seeds of the evaluation, 49.9 -> 55.4 / 37.4 -> 40.4 / 23.6 -> 25.8. The author reports a high
 # variance over runs (release, issue 6), and runs that collapse after about 100 steps (issue 20).
 #
-# MODEL, NUM_PROCESSES (GPUs), OUTPUT_DIR. DRY_RUN=1 checks all arguments, prints command and configuration, and exits.
-# Further arguments go to the program, the last one wins; --report_to wandb --wandb_project P logs to W&B.
+# MODEL, DATASET, OUTPUT_DIR, SEED, and NUM_PROCESSES (GPUs; without it those that CUDA_VISIBLE_DEVICES names).
+# DRY_RUN=1 checks all arguments, prints command and configuration, and exits. Further arguments go to the program, the
+# last one wins; --report_to wandb --wandb_project P logs to W&B.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 MODEL=${MODEL:-Qwen/Qwen3-1.7B}
-export NUM_PROCESSES=${NUM_PROCESSES:-4}
+export NUM_PROCESSES=$(bash scripts/num_processes.sh 4)
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_1b}
+DATASET=${DATASET:-siyanzhao/Openthoughts_math_30k_opsd}
 
 arguments=(
     # model and adapter
@@ -36,7 +38,7 @@ arguments=(
     --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj # release, as paper Table 6
 
     # data
-    --dataset_name siyanzhao/Openthoughts_math_30k_opsd # release
+    --dataset_name "$DATASET"                          # release
     --dataset_split train                              # release
     --problem_column problem                           # release
     --solution_column solution                         # release
@@ -72,7 +74,7 @@ arguments=(
     --max_steps 100                                    # release: the results end here, "peaks within 100 steps"
     --bf16 true                                        # release
     --gradient_checkpointing true                      # release
-    --seed 42                                          # ours: the release sets none; the default of transformers
+    --seed "${SEED:-42}"                               # ours: the release sets none; the default of transformers
 
     # run
     --preflight                                        # ours: checks the claims of the method before the first step

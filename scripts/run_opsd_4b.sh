@@ -13,10 +13,11 @@
 #   step 100     73.6    66.7    43.9
 # Paper v3, Table 2, gives the best step of each column: 76.4 / 68.3 / 46.1. No time and no repeated run is published.
 #
-# MODEL, NUM_PROCESSES, OUTPUT_DIR, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
+# What is read from the environment, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export MODEL=${MODEL:-Qwen/Qwen3-4B} NUM_PROCESSES=${NUM_PROCESSES:-8} OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_4b}
+export MODEL=${MODEL:-Qwen/Qwen3-4B} OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_4b}
+export NUM_PROCESSES=$(bash scripts/num_processes.sh 8)
 
 # release: 4 sequences on each of 8 GPUs, the clip of 1.7B; paper v3, Table 2: checkpoints within 100 steps
 exec bash scripts/run_opsd_1b.sh --run_name opsd_4b "$@"

@@ -13,10 +13,10 @@
 #                     trained, step not known here  30.8    23.1    15.4
 # MODEL=Qwen/Qwen3-1.7B takes the same clip in the release; its scores are not published.
 #
-# MODEL, NUM_PROCESSES, OUTPUT_DIR, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
+# What is read from the environment, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export MODEL=${MODEL:-Qwen/Qwen3-4B} NUM_PROCESSES=${NUM_PROCESSES:-8}
+export MODEL=${MODEL:-Qwen/Qwen3-4B} NUM_PROCESSES=$(bash scripts/num_processes.sh 8)
 export OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_4b_nonthink}
 
 arguments=(

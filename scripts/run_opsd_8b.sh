@@ -11,10 +11,11 @@
 # AIME24 at steps 25 / 50 / 75 / 100: 76.9 / 76.1 / 76.4 / 77.8 (the author in the release's issue 11). No time and no
 # repeated run is published.
 #
-# MODEL, NUM_PROCESSES, OUTPUT_DIR, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
+# What is read from the environment, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export MODEL=${MODEL:-Qwen/Qwen3-8B} NUM_PROCESSES=${NUM_PROCESSES:-8} OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_8b}
+export MODEL=${MODEL:-Qwen/Qwen3-8B} OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_8b}
+export NUM_PROCESSES=$(bash scripts/num_processes.sh 8)
 
 arguments=(
     --jsd_token_clip 0.06             # release, for 8B

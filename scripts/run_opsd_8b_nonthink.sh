@@ -11,11 +11,11 @@
 #   a reproduction    base         28.5    21.0    11.8
 #                     step  50     45.0    32.2    16.2
 #
-# MODEL, NUM_PROCESSES, OUTPUT_DIR, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
+# What is read from the environment, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
 # The steps stay 100, although the published result is at step 50: that shows whether it is a peak.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export MODEL=${MODEL:-Qwen/Qwen3-8B} NUM_PROCESSES=${NUM_PROCESSES:-8}
+export MODEL=${MODEL:-Qwen/Qwen3-8B} NUM_PROCESSES=$(bash scripts/num_processes.sh 8)
 export OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_8b_nonthink}
 
 arguments=(

@@ -10,7 +10,7 @@
 # right); completions/clipped_ratio (a rollout that is cut off is never right, and 1,024 tokens are few for a hard
 # problem).
 #
-# MODEL, NUM_PROCESSES, OUTPUT_DIR, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
+# What is read from the environment, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_answers}

@@ -8,7 +8,7 @@
 # Expected: not published. Compare with run_opsd_1b.sh. This project has not run it.
 # With a decay of 0.999 the teacher is slow: after 100 steps the initial policy still has nine tenths of its weight.
 #
-# MODEL, NUM_PROCESSES, OUTPUT_DIR, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
+# What is read from the environment, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_ema}

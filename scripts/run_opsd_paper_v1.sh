@@ -22,14 +22,16 @@
 # The paper names two learning rates, 2e-5 (Table 6) and 1e-5 (section 4.1). This is Table 6's, which lists OPSD's
 # settings one by one; --learning_rate 1e-5 gives the other.
 #
-# MODEL, NUM_PROCESSES (GPUs), OUTPUT_DIR. DRY_RUN=1 checks all arguments, prints command and configuration, and exits.
-# Further arguments go to the program, the last one wins; --report_to wandb --wandb_project P logs to W&B.
+# MODEL, DATASET, OUTPUT_DIR, SEED, and NUM_PROCESSES (GPUs; without it those that CUDA_VISIBLE_DEVICES names).
+# DRY_RUN=1 checks all arguments, prints command and configuration, and exits. Further arguments go to the program, the
+# last one wins; --report_to wandb --wandb_project P logs to W&B.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 MODEL=${MODEL:-Qwen/Qwen3-4B}
-export NUM_PROCESSES=${NUM_PROCESSES:-8}
+export NUM_PROCESSES=$(bash scripts/num_processes.sh 8)
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_paper_v1}
+DATASET=${DATASET:-siyanzhao/Openthoughts_math_30k_opsd}
 
 arguments=(
     # model and adapter
@@ -42,7 +44,7 @@ arguments=(
     --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj # Table 6
 
     # data
-    --dataset_name siyanzhao/Openthoughts_math_30k_opsd # section 4.1: OpenThoughts, mathematics; the release's set
+    --dataset_name "$DATASET"                          # section 4.1: OpenThoughts, mathematics; the release's set
     --dataset_split train                              # release
     --problem_column problem                           # release
     --solution_column solution                         # release
@@ -77,7 +79,7 @@ arguments=(
     --max_steps 100                                    # ours: not published; project page: within 100 steps
     --bf16 true                                        # section 8.1
     --gradient_checkpointing true                      # section 8.1
-    --seed 42                                          # ours: the release sets none; the default of transformers
+    --seed "${SEED:-42}"                               # ours: the release sets none; the default of transformers
 
     # run
     --preflight                                        # ours: checks the claims of the method before the first step

@@ -13,7 +13,7 @@
 # With the settings of the release instead: bash scripts/run_opsd_1b.sh --use_tinker_loss. It has no clip and may be
 # unstable.
 #
-# MODEL, NUM_PROCESSES, OUTPUT_DIR, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_paper_v1.sh.
+# What is read from the environment, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_paper_v1.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_tinker}

@@ -7,7 +7,7 @@
 #
 # Expected: not published. Compare with run_opsd_1b.sh. This project has not run it.
 #
-# MODEL, NUM_PROCESSES, OUTPUT_DIR, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
+# What is read from the environment, DRY_RUN=1, further arguments and all other settings: scripts/run_opsd_1b.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_topkloss}

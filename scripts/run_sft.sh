@@ -22,14 +22,16 @@
 #   1.7B  base         51.5    36.7    23.1
 #   1.7B  SFT          48.4    36.3    22.7
 #
-# MODEL, NUM_PROCESSES (GPUs), OUTPUT_DIR. DRY_RUN=1 checks all arguments, prints command and configuration, and exits.
-# Further arguments go to the program, the last one wins; --report_to wandb --wandb_project P logs to W&B.
+# MODEL, DATASET, OUTPUT_DIR, SEED, and NUM_PROCESSES (GPUs; without it those that CUDA_VISIBLE_DEVICES names).
+# DRY_RUN=1 checks all arguments, prints command and configuration, and exits. Further arguments go to the program, the
+# last one wins; --report_to wandb --wandb_project P logs to W&B.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 MODEL=${MODEL:-Qwen/Qwen3-1.7B}
-export NUM_PROCESSES=${NUM_PROCESSES:-8}
+export NUM_PROCESSES=$(bash scripts/num_processes.sh 8)
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/sft}
+DATASET=${DATASET:-siyanzhao/Openthoughts_math_30k_opsd}
 
 arguments=(
     # model and adapter
@@ -42,7 +44,7 @@ arguments=(
     --lora_target_modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj # Table 4
 
     # data
-    --dataset_name siyanzhao/Openthoughts_math_30k_opsd # release; Table 4: 30k examples
+    --dataset_name "$DATASET"                          # release; Table 4: 30k examples
     --dataset_split train                              # release
     --problem_column Question                          # release
     --solution_column solution                         # release
@@ -62,7 +64,7 @@ arguments=(
     --num_train_epochs 4                               # Table 4: about 1,840 steps
     --bf16 true                                        # section 8.1
     --gradient_checkpointing true                      # section 8.1
-    --seed 42                                          # ours: not published; the default of transformers
+    --seed "${SEED:-42}"                               # ours: not published; the default of transformers
 
     # run
     --save_steps 100                                   # ours: not published

@@ -9,9 +9,9 @@
 # --effective_batch_size; give one of the two anew (4 nodes of 8 GPUs: --per_device_train_batch_size 1).
 #
 # Before the time limit SLURM sends SIGTERM, and the run saves and stops. The same command, submitted again, resumes
-# it. Read from the environment: MODEL (by recipes), PORT, ACCELERATE_CONFIG, and NUM_PROCESSES (on all nodes together)
-# if not every GPU shall have one. Further arguments go to the program, the last one wins. DRY_RUN=1 prints the command
-# of the first node and checks it.
+# it. Read from the environment: MODEL, DATASET, SEED (by recipes), PORT, ACCELERATE_CONFIG, and NUM_PROCESSES (on all
+# nodes together) if not every GPU shall have one. Further arguments go to the program, the last one wins. DRY_RUN=1
+# prints the command of the first node and checks it.
 #
 #SBATCH --job-name=opsd
 #SBATCH --nodes=2

@@ -1,10 +1,12 @@
 """Helpers of the tests and their workers: the tiny model, problems, settings, a trainer, and given rollouts."""
 
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -112,6 +114,12 @@ class Recorder(TrainerCallback):
 
 
 # Rollouts
+
+
+def saved_rollouts(run: Path, step: int | None = None) -> list[dict[str, Any]]:
+    """The rollouts that a run has saved, of one step or of all."""
+    records = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    return [record for record in records if step in (None, record["step"])]
 
 
 def work_out(problem: str, is_right: bool = True) -> str:

@@ -155,6 +155,8 @@ def test_sft_trains_evaluates_and_resumes(run, train_file, tiny_model_dir, probl
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
     settings = json.loads((folder / "run_config.json").read_text())
     assert settings["model"]["lora_r"] == 16 and settings["training"]["completion_only_loss"] is True
+    card = (folder / "README.md").read_text()
+    assert f"`{tiny_model_dir}`, trained by supervised fine-tuning" in card and "[None]" not in card
 
     with pytest.raises(SystemExit, match="holds checkpoint-4"):
         run(sft_train)
@@ -282,6 +284,7 @@ def test_grpo_samples_with_transformers_and_evaluates(run, train_file, tmp_path,
     }
     folder = run(grpo_train, **settings, **evaluation, max_completion_length=64)
     log = json.loads((folder / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    assert "trained by reinforcement learning on verifiable answers" in (folder / "README.md").read_text()
     (evaluated,) = [entry for entry in log if "eval_reward" in entry]
     (trained,) = [entry for entry in log if "reward" in entry]
     assert 0.0 <= evaluated["eval_reward"] <= 1.0

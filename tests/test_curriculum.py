@@ -1,12 +1,11 @@
 """The curriculum: weights written out by hand, frequencies of draws, its state in a checkpoint, and whole runs."""
 
-import json
 import math
 from collections import Counter
 
 import pytest
 import torch
-from helpers import Recorder, is_right, perturb_student, script_rollouts, teacher_logits, work_out
+from helpers import Recorder, is_right, perturb_student, saved_rollouts, script_rollouts, teacher_logits, work_out
 from torch.testing import assert_close
 
 from opsd.curriculum import CURRICULA, Curriculum
@@ -193,13 +192,13 @@ def test_resumed_curriculum_goes_on(make_trainer, problems, tmp_path, kind):
     script_rollouts(first, write_rate)
     first.train()
     run = tmp_path / "run"
-    rollouts = {file.name: file.read_text() for file in (run / "completions").iterdir()}
+    rollouts = saved_rollouts(run)
     second = make_trainer(callbacks=[resumed], **settings)
     script_rollouts(second, write_rate)
     second.train(resume_from_checkpoint=str(run / "checkpoint-2"))
     for name in ("loss", "grad_norm", "num_generated_tokens", "curriculum/seen_ratio", "curriculum/effective_ratio"):
         assert resumed.values(name) == pytest.approx(whole.values(name)[2:], rel=1e-6, abs=1e-9), name
-    assert {file.name: file.read_text() for file in (run / "completions").iterdir()} == rollouts
+    assert saved_rollouts(run) == rollouts
     assert torch.equal(second.curriculum.weights(), first.curriculum.weights())
     assert len(set(second.curriculum.weights().tolist())) > 2
 
@@ -218,7 +217,7 @@ def test_without_a_curriculum_each_problem_comes_once_an_epoch(make_trainer, pro
     assert trainer.curriculum is None and not any("curriculum" in name for logs in recorder.logs for name in logs)
     run = tmp_path / "run"
     assert not list(run.rglob("curriculum.safetensors"))
-    lines = [file.read_text().splitlines() for file in sorted((run / "completions").iterdir())]
-    prompts = [json.loads(line)["prompt"] for step in lines for line in step]
+    records = saved_rollouts(run)
+    prompts = [record["prompt"] for record in records]
     assert set(Counter(prompts[:8]).values()) == set(Counter(prompts[8:]).values()) == {1}
-    assert "correct" not in json.loads(lines[0][0])
+    assert "correct" not in records[0]

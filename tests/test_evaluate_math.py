@@ -656,7 +656,8 @@ def test_the_prompt_is_asked_with_and_recorded(
     monkeypatch.setattr(evaluate_math, "completions", completions)
     output_file = tmp_path / "scores.json"
     flags = ["--base_model", str(tiny_model_dir), "--checkpoint_dir", str(run), "--dataset", str(data_file)]
-    flags += ["--no_thinking", "--val_n", "1", "--num_samples", "1", "--max_new_tokens", "8", "--grade_workers", "1"]
+    flags += ["--enable_thinking", "false", "--val_n", "1", "--num_samples", "1", "--max_new_tokens", "8"]
+    flags += ["--grade_workers", "1"]
     main([*flags, "--output_file", str(output_file)])
     expected = "<|im_start|>system\nYou add.<|im_end|>\n<|im_start|>user\nAdd 358+647!<|im_end|>\n"
     assert [text.startswith(expected) for text in asked] == [True, True]  # the base as well
@@ -716,7 +717,11 @@ def test_launch_scripts(name, adapters):
     assert run.returncode == 0, run.stderr
     resolved = evaluate_math.build_parser().parse_args(run.stdout.split()[2:])
     assert sorted(resolved.checkpoint_dir) == sorted(adapters.values())
-    assert (resolved.base_model, resolved.val_n, resolved.output_file.parent) == ("some/model", 2, Path("there"))
+    assert (resolved.base_model, resolved.val_n, resolved.output_file.parent) == (
+        "some/model",
+        2,
+        Path("there/results"),
+    )
     assert resolved.thinking == (name == "run_eval.sh")
     assert resolved.dataset == ["aime24", "aime25", "hmmt25"]
     sampling = (resolved.temperature, resolved.top_p, resolved.top_k, resolved.min_p, resolved.presence_penalty)

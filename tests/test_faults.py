@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ADAPTER, CPU, ROOT, make_problems, make_trainer_factory
+from helpers import ADAPTER, CPU, ROOT, make_problems, make_trainer_factory, saved_rollouts
 from launch_worker import let_fsdp_run_on_cpu
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
@@ -105,14 +105,16 @@ def read_run(folder):
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     names = ("step", "loss", "grad_norm", "learning_rate", "divergence", "num_generated_tokens")
     logs = [{name: entry[name] for name in names} for entry in state["log_history"] if "loss" in entry]
-    rollouts = {file.name: file.read_text() for file in (folder / "completions").iterdir()}
-    return logs, rollouts, load_file(folder / "adapter_model.safetensors")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [entry["step"] for entry in logs]
+    assert [{name: line[name] for name in names} for line in lines if "loss" in line] == logs
+    return logs, saved_rollouts(folder), load_file(folder / "adapter_model.safetensors")
 
 
 def assert_same_run(folder, other):
     (logs, rollouts, adapter), (other_logs, other_rollouts, other_adapter) = read_run(folder), read_run(other)
     assert [entry["step"] for entry in logs] == list(range(1, STEPS + 1))
-    assert logs == other_logs and rollouts == other_rollouts and len(rollouts) == STEPS
+    assert logs == other_logs and rollouts == other_rollouts and len(rollouts) == 4 * STEPS
     assert_close(adapter, other_adapter, rtol=0.0, atol=0.0)
 
 
@@ -226,6 +228,49 @@ def test_sigterm_in_the_last_step_changes_nothing(forks, tiny_model_dir, train_f
     arguments = command_line(tiny_model_dir, train_file, tmp_path)
     assert in_a_process(forks, arguments, terminate_in_a_step, STEPS - 1) == 0
     assert_same_run(tmp_path, whole_run)
+
+
+def interrupt_in_a_step(step, times, terminal):
+    """Send so many Ctrl-C in a step; what goes to the terminal is written to a file."""
+    os.dup2(os.open(terminal, os.O_WRONLY | os.O_CREAT), 2)
+    compute_loss = OPSDTrainer.compute_loss
+
+    def interrupted(self, *args, **kwargs):
+        if (self.state.global_step, self._step % 2) == (step, 1):
+            for _ in range(times):
+                send(signal.SIGINT)
+        return compute_loss(self, *args, **kwargs)
+
+    OPSDTrainer.compute_loss = interrupted
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("times", "left"), [(1, 2), (2, 1)])
+def test_first_interrupt_saves_and_second_ends_at_once(
+    forks, tiny_model_dir, train_file, whole_run, tmp_path, times, left
+):
+    arguments, terminal = command_line(tiny_model_dir, train_file, tmp_path / "run"), tmp_path / "terminal"
+    plant = partial(interrupt_in_a_step, times=times, terminal=str(terminal))
+    assert in_a_process(forks, arguments, plant, 1) == 128 + signal.SIGINT
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{left}"]
+    text = terminal.read_text()
+    complete = f"{tmp_path}/run/checkpoint-1 is complete"
+    assert f"SIGINT: finishing step 2 and saving a checkpoint; Ctrl-C ends it at once; {complete}" in text
+    assert (f"SIGINT: leaving at once; {complete}" in text) == (times == 2)
+    assert "Traceback" not in text
+    opsd_train.main([*arguments, "--resume_from_checkpoint", "true"])
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+@pytest.mark.multiprocess
+def test_finished_run_is_left_as_it_is(tiny_model_dir, train_file, whole_run, capsys):
+    arguments = command_line(tiny_model_dir, train_file, whole_run, "--resume_from_checkpoint", "true")
+    before = {file: file.read_bytes() for file in whole_run.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit) as left:
+        opsd_train.main(arguments)
+    assert left.value.code == 0
+    assert f"{whole_run} is finished, after step {STEPS}: there is nothing to do" in capsys.readouterr().out
+    assert {file: file.read_bytes() for file in whole_run.rglob("*") if file.is_file()} == before
 
 
 # Two processes
@@ -424,8 +469,7 @@ def test_step_that_is_not_finite_is_skipped_and_its_batch_kept(make_trainer, tmp
     assert kept["step"] == 3 and len(kept["inputs"]) == 2
     decode = trainer.processing_class.batch_decode
     prompts = [prompt for batch in kept["inputs"] for prompt in decode(batch["prompt_ids"])]
-    rollouts = (tmp_path / "run" / "completions" / "completions_00003.jsonl").read_text().splitlines()
-    for prompt, rollout in zip(prompts, map(json.loads, rollouts), strict=True):
+    for prompt, rollout in zip(prompts, saved_rollouts(tmp_path / "run", 3), strict=True):
         assert prompt.endswith(rollout["prompt"][-40:])
     if kind == "NaN gradient":
         assert kept["losses"] == {}

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import LOGPROB_GAP
+from helpers import LOGPROB_GAP, saved_rollouts
 from launch_worker import ADAPTER, SETTINGS, VARIANTS
 from safetensors.torch import load_file
 from torch import Tensor
@@ -90,8 +90,7 @@ def values(history: list[dict], name: str) -> list[float]:
 
 def rollouts(folder: Path) -> list[tuple]:
     """Return (step, prompt, completion) of all rollouts, in an order that does not depend on the processes."""
-    lines = [line for file in (folder / "completions").iterdir() for line in file.read_text().splitlines()]
-    return sorted((record["step"], record["prompt"], record["completion"]) for record in map(json.loads, lines))
+    return sorted((record["step"], record["prompt"], record["completion"]) for record in saved_rollouts(folder))
 
 
 def adapter(folder: Path) -> dict[str, Tensor]:
@@ -331,7 +330,8 @@ def test_multi_node_script(tiny_model_dir, data, tmp_path):
     arguments = [word for flag, value in settings.items() for word in (f"--{flag}", str(value))]
     with started_under_slurm(tmp_path, *arguments, **names) as srun:
         deadline = time.monotonic() + 600
-        while not list(run.glob("completions/*_00002.jsonl")):
+        rollouts_file = run / "completions.jsonl"
+        while not rollouts_file.is_file() or '"step": 2,' not in rollouts_file.read_text():
             assert srun.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-5000:]
             time.sleep(0.5)
         for process in psutil.Process(srun.pid).children(recursive=True):  # launchers and training, as SLURM does
@@ -340,7 +340,7 @@ def test_multi_node_script(tiny_model_dir, data, tmp_path):
         assert srun.wait(timeout=300) != 0
     checkpoint = find_last_complete(run)
     assert checkpoint is not None, (tmp_path / "log").read_text()[-5000:]
-    assert len((run / "completions" / "completions_00001.jsonl").read_text().splitlines()) == 4  # 2 of each node
+    assert len(saved_rollouts(run, 1)) == 4  # 2 of each node
 
     with started_under_slurm(tmp_path, *arguments, **names, DRY_RUN="1") as printed:
         assert printed.wait(timeout=300) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import saved_rollouts
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer
@@ -169,7 +170,7 @@ def test_tokenizer_without_end_token(run, no_model, tiny_model_dir, tmp_path):
 
 
 def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
-    kept = tmp_path / "out" / "completions" / "completions_00099.jsonl"
+    kept = tmp_path / "out" / "mine" / "notes.txt"
     kept.parent.mkdir(parents=True)
     kept.touch()
     (tmp_path / "out" / "checkpoint-best").mkdir()  # somebody's own, not a step
@@ -182,7 +183,7 @@ def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
     assert configuration["training"]["beta"] == 0.5 and configuration["training"]["max_completion_length"] == 64
     assert configuration["model"]["lora_r"] == 16 and configuration["script"]["problem_column"] == "problem"
     assert {"torch", "transformers", "trl"} <= set(configuration["versions"])
-    (first, *_) = [json.loads(line) for line in (out / "completions" / "completions_00001.jsonl").open()]
+    (first, *_) = saved_rollouts(out)
     assert first["answer"] in problems["answer"][:]
 
     with pytest.raises(SystemExit, match="holds checkpoint-2: continue with --resume_from_checkpoint true"):
@@ -196,8 +197,8 @@ def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
 
     run("--overwrite_output_dir", "--max_steps", "1")
     assert not (out / "checkpoint-3").exists() and (out / "checkpoint-1").exists()
-    assert [file.name for file in (out / "completions").iterdir()] == ["completions_00001.jsonl"]
-    assert (out / "checkpoint-best").exists()
+    assert {record["step"] for record in saved_rollouts(out)} == {1}
+    assert kept.exists() and (out / "checkpoint-best").exists()
 
 
 def read_completions(out):
@@ -461,3 +462,20 @@ def test_real_mathematics(run):
     )
     state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
     assert all(entry["divergence"] > 0.0 for entry in state["log_history"] if "divergence" in entry)
+
+
+def test_what_a_run_shows_and_leaves(run, capsys, tiny_model_dir):
+    """A line for each log and three at the end; no bar and no dictionary beside them."""
+    out = run("--disable_tqdm", "false")
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert [line.split("  ")[0] for line in lines[:2]] == ["step 1/2", "step 2/2"]
+    assert lines[2].startswith("step 2/2 after ") and "first log -> last log:  loss " in lines[2]
+    assert lines[3] == f"adapter: {out}  (beside it metrics.jsonl, training.png, README.md)"
+    assert lines[4].startswith("evaluate it: python ") and len(lines) == 5
+    assert "'loss'" not in shown.err and "0/2" not in shown.err
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 2]
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+    card = (out / "README.md").read_text()
+    assert f"`{tiny_model_dir}`, trained by on-policy self-distillation" in card and "[None]" not in card
+    assert json.loads((out / "run_config.json").read_text())["finished_step"] == 2

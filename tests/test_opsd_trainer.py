@@ -19,6 +19,7 @@ from helpers import (
     make_trainer_factory,
     perturb_student,
     rollout,
+    saved_rollouts,
     script_rollouts,
     teacher_logits,
     work_out,
@@ -408,15 +409,15 @@ def test_resumed_run_equals_the_uninterrupted_one(make_trainer, problems, tmp_pa
     whole, resumed = Recorder(), Recorder()
     make_trainer(callbacks=[whole], **settings).train()
     run = tmp_path / "run"
-    rollouts = {file.name: file.read_text() for file in (run / "completions").iterdir()}
+    rollouts = saved_rollouts(run)
 
     trainer = make_trainer(callbacks=[resumed], **settings)
     trainer.train(resume_from_checkpoint=str(run / f"checkpoint-{stop_at}"))
     assert len(resumed.values("loss")) == 8 - stop_at
     for name in ("loss", "grad_norm", "learning_rate", "num_generated_tokens", "divergence"):
         assert resumed.values(name) == pytest.approx(whole.values(name)[stop_at:], rel=1e-6, abs=1e-9), name
-    assert len(set(rollouts.values())) == 8
-    assert {file.name: file.read_text() for file in (run / "completions").iterdir()} == rollouts
+    assert [record["step"] for record in rollouts] == [step for step in range(1, 9) for _ in range(4)]
+    assert saved_rollouts(run) == rollouts
 
 
 # Logging and variants
@@ -426,10 +427,7 @@ def test_logged_values_agree_with_the_saved_rollouts(make_trainer, problems, tmp
     recorder = Recorder()
     trainer = make_trainer(callbacks=[recorder], gradient_accumulation_steps=2, max_completion_length=12)
     trainer.train()
-    steps = [
-        [json.loads(line) for line in file.read_text().splitlines()]
-        for file in sorted((tmp_path / "run" / "completions").iterdir())
-    ]
+    steps = [saved_rollouts(tmp_path / "run", step) for step in (1, 2)]
     assert len(steps) == 2 and all(len(records) == 8 for records in steps)
     answers = {f"Problem: {row['problem']}\n": row["answer"] for row in problems}
     total = 0
@@ -509,9 +507,9 @@ def test_evaluation_is_on_policy_and_leaves_the_training_alone(make_trainer, pro
     make_trainer(callbacks=[recorder], eval_dataset=problems.select(range(8)), **settings).train()
     assert len(recorder.values("eval_loss")) == 3
     assert all(value > 0.0 for value in recorder.values("eval_divergence"))
-    files = sorted((tmp_path / "run" / "completions").iterdir())
-    lengths = [json.loads(line)["num_tokens"] for file in files for line in file.open()]
-    assert len(files) == 3 and len(lengths) == 12
+    records = saved_rollouts(tmp_path / "run")
+    lengths = [record["num_tokens"] for record in records]
+    assert {record["step"] for record in records} == {1, 2, 3} and len(lengths) == 12
     assert recorder.values("num_generated_tokens")[-1] == sum(lengths)  # those of evaluation do not count
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, saved_rollouts
 from transformers import AutoTokenizer
 from trl import GRPOConfig
 
@@ -46,7 +46,7 @@ def test_quickstart_teaches_the_model(tiny_model_dir, tmp_path):
     assert report["curve"][0]["avg_at_4"] == report["base"]["avg_at_4"]
     assert report["curve"][-1]["avg_at_4"] == report["opsd"]["avg_at_4"]
     assert report["opsd"]["steps"] == 60
-    rollouts = [json.loads(line) for file in (tmp_path / "opsd" / "completions").iterdir() for line in file.open()]
+    rollouts = saved_rollouts(tmp_path / "opsd")
     assert len(rollouts) == 1920
     assert report["opsd"]["generated_tokens"] == sum(rollout["num_tokens"] for rollout in rollouts)
     for plot in ("accuracy.png", "tokens.png"):

@@ -1,7 +1,6 @@
 """vLLM rollouts in training, with a real engine on the tiny model: they are the student's and leave no trace."""
 
 import functools
-import json
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +12,7 @@ from helpers import (
     make_problems,
     make_trainer_factory,
     rollout,
+    saved_rollouts,
     script_rollouts,
     work_out,
 )
@@ -202,15 +202,14 @@ def test_resumed_run_goes_on_with_the_same_rollouts(make_trainer, tmp_path):
     trainer = make_trainer(callbacks=[recorder], **settings)
     trainer.train()
     trainer.sampler.close()
-    folder = tmp_path / "run" / "completions"
-    expected = [(folder / f"completions_0000{step}.jsonl").read_text() for step in (3, 4)]
+    expected = saved_rollouts(tmp_path / "run")
     trainer = make_trainer(callbacks=[resumed := Recorder()], **settings)
     trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     trainer.sampler.close()
-    assert [(folder / f"completions_0000{step}.jsonl").read_text() for step in (3, 4)] == expected
+    assert saved_rollouts(tmp_path / "run") == expected
     assert resumed.values("loss") == pytest.approx(recorder.values("loss")[2:], rel=1e-6)
     assert max(resumed.values("sampling/sampling_logp_difference/max")) <= LOGPROB_GAP
-    assert len({json.loads(line)["completion"] for line in expected[0].splitlines()}) > 1
+    assert len({record["completion"] for record in expected}) > 1
 
 
 @pytest.mark.parametrize(

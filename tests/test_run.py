@@ -54,9 +54,14 @@ def test_effective_batch_stays_whatever_the_number_of_processes(num_processes, p
     [
         (
             "--per_device_train_batch_size 4 --dry_run 3",
-            "--effective_batch_size 32: is not a multiple of 3 processes x",
+            "--effective_batch_size 32: is not a multiple of 3 processes x --per_device_train_batch_size 4. One of "
+            "these would do: --effective_batch_size 24 or 36; NUM_PROCESSES 1 or 2 or 4 or 8",
         ),
-        ("--per_device_train_batch_size 64", "--effective_batch_size 32: is not a multiple of 1 processes x"),
+        (
+            "--per_device_train_batch_size 64",
+            "--effective_batch_size 32: is not a multiple of 1 processes x --per_device_train_batch_size 64. One of "
+            "these would do: --effective_batch_size 64; --per_device_train_batch_size 1 or 2 or 4 or 8 or 16 or 32",
+        ),
         (
             "--per_device_train_batch_size 4 --dry_run 8 --gradient_accumulation_steps 2",
             "--gradient_accumulation_steps 2: --effective_batch_size 32 asks for 1; leave one of the two out",

@@ -126,7 +126,7 @@ FOLLOWING |= {"steps_per_generation", "loss_temperature", "verify_rollouts"}
 FOLDERS = ("opsd", "eval", "quickstart", "benchmarks", "examples")
 EVALUATIONS = [("run_eval.sh", "Qwen/Qwen3-1.7B", True), ("run_eval_nonthink.sh", "Qwen/Qwen3-8B", False)]
 READ_BY_SCRIPTS = {"MODEL", "DATASET", "OUTPUT_DIR", "CHECKPOINTS", "NUM_PROCESSES", "NUM_MACHINES", "PORT"}
-READ_BY_SCRIPTS |= {"ACCELERATE_CONFIG", "MACHINE_RANK"}
+READ_BY_SCRIPTS |= {"ACCELERATE_CONFIG", "MACHINE_RANK", "SEED", "CUDA_VISIBLE_DEVICES"}
 
 
 def dry_run(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -255,6 +255,44 @@ def test_batch_does_not_depend_on_the_number_of_processes(name, start, resolve):
         assert per_step == settings["effective_batch_size"] == expected
     with pytest.raises(SystemExit, match=f"--effective_batch_size {expected}: .* 3 processes"):
         resolve(*start(f"{name}.sh", NUM_PROCESSES="3").checked)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_environment_means_the_same_in_all_recipes(name, start):
+    names = {"MODEL": "some/model", "DATASET": "some/data", "OUTPUT_DIR": "there", "SEED": "7"}
+    started = start(f"{name}.sh", CUDA_VISIBLE_DEVICES="4,5", **names)
+    assert started.launch.num_processes == 2
+    given = dict(zip(started.checked[1:], started.checked[2:], strict=False))
+    flags = ("--model_name_or_path", "--dataset_name", "--output_dir", "--seed")
+    assert [given[flag] for flag in flags] == list(names.values())
+    assert start(f"{name}.sh", CUDA_VISIBLE_DEVICES="4,5", NUM_PROCESSES="1").launch.num_processes == 1
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in EVALUATIONS])
+def test_environment_of_an_evaluation(name, printed, tmp_path):
+    """Results stand beside the run; without other words its checkpoints are evaluated."""
+
+    def evaluate(**environment):
+        ((_, *arguments),) = printed(f"eval/{name}", **environment)
+        return evaluate_math.build_parser().parse_args(arguments)
+
+    checkpoints = [str(tmp_path / "run" / f"checkpoint-{step}") for step in (1, 2)]
+    for folder in checkpoints:
+        Path(folder).mkdir(parents=True)
+    args = evaluate(
+        OUTPUT_DIR=str(tmp_path / "run"), DATASET="one two", SEED="7", CUDA_VISIBLE_DEVICES="2,3", MODEL="some/model"
+    )
+    assert (args.checkpoint_dir, args.dataset, args.seed) == (checkpoints, ["one", "two"], 7)
+    assert (args.base_model, args.data_parallel) == ("some/model", 2)
+    for given in (f"{tmp_path}/run/checkpoint-*", f"{tmp_path}/run"):
+        assert (
+            evaluate(CHECKPOINTS=given).output_file.parent == args.output_file.parent == tmp_path / "run" / "results"
+        )
+    alone = evaluate()
+    assert (alone.checkpoint_dir, alone.data_parallel) == ([], 1)
+    assert alone.output_file.parent == Path("outputs/base/results")
+    # A run without checkpoints is refused by the evaluator, not passed over
+    assert evaluate(OUTPUT_DIR="nowhere").checkpoint_dir == ["nowhere/checkpoint-*"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

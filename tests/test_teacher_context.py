@@ -1,6 +1,5 @@
 """The teacher's context: what it sees, what it writes first, how much each graded rollout counts; refused settings."""
 
-import json
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -17,6 +16,7 @@ from helpers import (
     is_right,
     perturb_student,
     rollout,
+    saved_rollouts,
     script_rollouts,
     work_out,
 )
@@ -312,8 +312,7 @@ def test_own_rollouts_as_references_need_no_solutions(make_trainer, problems, tm
     trainer.train()
     num_with_reference = num_right = 0
     for step, micro_batches in enumerate(steps, start=1):
-        lines = (tmp_path / "run" / "completions" / f"completions_{step:05d}.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
+        records = saved_rollouts(tmp_path / "run", step)
         correct = torch.cat([is_right(trainer, inputs) for inputs in micro_batches]).tolist()
         assert [record["correct"] for record in records] == correct
         num_right += sum(correct)

@@ -179,11 +179,13 @@ class _RunParser(TrlParser):
         if given.effective_batch_size is None:
             return []
         num_processes = given.dry_run or int(os.environ.get("WORLD_SIZE", "1"))
-        steps, rest = divmod(given.effective_batch_size, num_processes * given.per_device_train_batch_size)
+        batch, per_device = given.effective_batch_size, given.per_device_train_batch_size
+        steps, rest = divmod(batch, num_processes * per_device)
         if rest or steps == 0:
             raise ValueError(
-                f"--effective_batch_size {given.effective_batch_size}: is not a multiple of {num_processes} processes "
-                f"x --per_device_train_batch_size {given.per_device_train_batch_size}; change one of the three"
+                f"--effective_batch_size {batch}: is not a multiple of {num_processes} processes x "
+                f"--per_device_train_batch_size {per_device}. One of these would do: "
+                + "; ".join(_batches_that_divide(batch, num_processes, per_device))
             )
         if given.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
@@ -191,6 +193,20 @@ class _RunParser(TrlParser):
                 f"{given.effective_batch_size} asks for {steps}; leave one of the two out"
             )
         return ["--gradient_accumulation_steps", str(steps)]
+
+
+def _batches_that_divide(batch: int, num_processes: int, per_device: int) -> list[str]:
+    """What can be said in place of each of three numbers of which the first is no multiple of the others' product."""
+    product, of_process = num_processes * per_device, batch // num_processes
+    batches = [number for number in (batch // product * product, (batch // product + 1) * product) if number > 0]
+    numbers = {
+        "--effective_batch_size": batches,
+        "--per_device_train_batch_size": [
+            n for n in range(1, of_process + 1) if batch % num_processes == 0 and of_process % n == 0
+        ],
+        "NUM_PROCESSES": [n for n in range(1, batch + 1) if batch % (n * per_device) == 0],
+    }
+    return [f"{name} {' or '.join(map(str, choices))}" for name, choices in numbers.items() if choices]
 
 
 def _with_world_size(settings_class: type, num_processes: int) -> type:

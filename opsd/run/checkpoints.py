@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import compress
 from pathlib import Path
@@ -130,8 +130,9 @@ class CompleteCheckpoints(Base):
     - A checkpoint gets a manifest when all processes have written their part, and older ones are deleted
       (`--save_total_limit`) only after that. So there is a complete one at any time after the first.
     - A resumed run goes on in the data order of the interrupted one, in later epochs too.
-    - On SIGTERM the running step is finished, a checkpoint is saved, and `train` returns with `stopped_by_signal` set.
-      The processes agree on it: it is enough if one of them gets the signal. SIGINT (Ctrl-C) ends a run at once.
+    - On SIGTERM or SIGINT (Ctrl-C) the running step is finished, a checkpoint is saved, and `train` returns with
+      `stop_signal` set. The processes agree on it: it is enough if one of them gets the signal. A SIGINT after that
+      ends the process at once, with status 130 and without saving.
     - A step with a loss or gradient that is not finite is skipped, on all processes: weights and moments stay as they
       are. Its batch is kept in OUTPUT_DIR/nonfinite. After `max_nonfinite_steps` of them in a row `train` raises
       `FloatingPointError`. In float16 the loss scaler skips such steps itself, and meets them all the time.
@@ -144,24 +145,39 @@ class CompleteCheckpoints(Base):
 
     max_nonfinite_steps = 3
     logged_counts: tuple[str, ...] = ("num_nonfinite_steps",)  # what is counted (`_count`) and logged with each loss
-    stopped_by_signal = False
+    stop_signal: signal.Signals | None = None  # that ended the training before its last step
+    last_complete: Path | None = None  # checkpoint that this run has written or goes on from
+    write_card: Callable[[], None] | None = None  # writes the README.md of the run, in place of TRL's
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._losses_of_step: list[Tensor | None] = []  # of each micro-batch; None: it is finite
         self._inputs_of_step: list[Any] = []  # of each micro-batch
         self._num_skipped_in_a_row = 0
+        self._got_signal: signal.Signals | None = None
         super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.stopped_by_signal = self._got_signal = False
-        previous = signal.signal(signal.SIGTERM, self._note_signal)
+        self.stop_signal = self._got_signal = None
+        if isinstance(checkpoint := kwargs.get("resume_from_checkpoint"), str):
+            self.last_complete = Path(checkpoint)
+        previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             return super().train(*args, **kwargs)
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
-    def _note_signal(self, *_: Any) -> None:
-        self._got_signal = True
+    def _note_signal(self, number: int, _: Any) -> None:
+        """Remember the signal; after a first one, leave at once on Ctrl-C. What is printed here waits for no lock."""
+        is_second = self._got_signal is not None and number == signal.SIGINT
+        if self.args.process_index == 0 and (is_second or self._got_signal is None):
+            what = f"finishing step {self.state.global_step + 1} and saving a checkpoint; Ctrl-C ends it at once"
+            complete = "no checkpoint is" if self.last_complete is None else f"{self.last_complete} is"
+            text = f"{signal.Signals(number).name}: {'leaving at once' if is_second else what}; {complete} complete"
+            os.write(2, f"\n{text}\n".encode())
+        if is_second:
+            os._exit(128 + number)  # an exception would first go through whatever runs, such as vLLM's engine
+        self._got_signal = self._got_signal or signal.Signals(number)
 
     # State of the run
 
@@ -284,12 +300,11 @@ class CompleteCheckpoints(Base):
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._got_signal:
+        if self._got_signal is not None:
             self.accelerator.set_trigger()
-        is_over = self.stopped_by_signal or self.state.global_step >= self.state.max_steps
+        is_over = self.stop_signal is not None or self.state.global_step >= self.state.max_steps
         if self.accelerator.check_trigger() and not is_over:
-            logger.warning("SIGTERM: saving a checkpoint after step %d and leaving", self.state.global_step)
-            self.stopped_by_signal = True
+            self.stop_signal = self._got_signal or signal.SIGTERM  # in a process that did not get it
             self.args.save_only_model = False
             self.control.should_evaluate = False
             self.control.should_log = self.control.should_save = self.control.should_training_stop = True
@@ -313,6 +328,15 @@ class CompleteCheckpoints(Base):
                 write_manifest(checkpoint)
             rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
+        self.last_complete = checkpoint
+        if self.write_card is not None:
+            self.create_model_card()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self.write_card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self.write_card()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if _internal_call:

@@ -81,12 +81,12 @@ def check_resumed_settings(run_dir: Path, settings: Mapping[str, Mapping[str, An
         logger.warning("%s has no %s: the settings of its first start are not known", run_dir, RECORD)
         return
     now = json.loads(json.dumps(settings, default=str))
-    changed: dict[str, str] = {}
-    for group in ("script", "training", "model", "data"):
-        old, new = before.get(group, {}), now[group]
-        changed |= {
-            name: f"{name}: {old[name]} -> {new[name]}" for name in old if new.get(name, old[name]) != old[name]
-        }
+    changes = {group: compare(before.get(group, {}), now[group]) for group in ("script", "training", "model", "data")}
+    changed = {
+        name: f"{name}: {change['before']} -> {change['now']}"
+        for group in changes.values()
+        for name, change in group.items()
+    }
     plateau = "reduce_lr_on_plateau" in (before["training"]["lr_scheduler_type"], now["training"]["lr_scheduler_type"])
     may_change = MAY_CHANGE - OPTIMIZER if plateau else MAY_CHANGE  # its learning rate is in the optimizer's state
     refused = [changed[n] for n in changed if n not in may_change and not n.startswith(MAY_CHANGE_PREFIXES)]
@@ -100,13 +100,67 @@ def check_resumed_settings(run_dir: Path, settings: Mapping[str, Mapping[str, An
         logger.info("resumed with other settings: %s", ", ".join(applied))
 
 
-def write_record(run_dir: Path, settings: Mapping[str, Any], starts_anew: bool) -> None:
-    """Record the settings of a start. Earlier records stay under other names, unless the run `starts_anew`."""
+def compare(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return name -> {"before": value, "now": value} of the settings in both that differ."""
+    return {
+        name: {"before": before[name], "now": now[name]}
+        for name in before
+        if name in now and now[name] != before[name]
+    }
+
+
+def write_record(run_dir: Path, settings: Mapping[str, Any], starts_anew: bool, step: int = 0) -> None:
+    """
+    Record the settings of a start, and what changed since the start before. Earlier records stay under other names.
+
+    Args:
+        run_dir: folder of the run.
+        settings: group -> name -> value.
+        starts_anew: delete the earlier records.
+        step: optimizer steps before this start.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     record, earlier = run_dir / RECORD, sorted(run_dir.glob("run_config_*.json"))
+    changes: dict[str, Any] = {}
+    now = json.loads(json.dumps(settings, default=str))
     if starts_anew:
         for file in earlier:
             file.unlink()
     elif record.is_file() and sort_checkpoints(run_dir):
+        before = json.loads(record.read_text(encoding="utf-8"))
+        for group in (group for group, values in now.items() if isinstance(values, dict)):
+            if changed := compare(before.get(group, {}), now[group]):
+                changes[group] = changed
         record.rename(run_dir / f"run_config_{len(earlier) + 1}.json")
-    record.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+    _write(record, {"first_step": step + 1, "changes": changes} | now)
+
+
+def mark_finished(run_dir: Path, step: int) -> None:
+    """Note in the record that the run has done all its steps, and that the final model is saved."""
+    record = run_dir / RECORD
+    _write(record, json.loads(record.read_text(encoding="utf-8")) | {"finished_step": step})
+
+
+def find_finished_step(run_dir: Path, max_steps: int, num_epochs: float) -> int | None:
+    """
+    The step at which the run in `run_dir` finished; `None` if it has not, or is to be longer now.
+
+    Args:
+        run_dir: folder of the run.
+        max_steps, num_epochs: what it is to be now; `max_steps` counts where it is positive.
+    """
+    record = json.loads((run_dir / RECORD).read_text(encoding="utf-8")) if (run_dir / RECORD).is_file() else {}
+    step = record.get("finished_step")
+    if step is None:
+        return None
+    if max_steps > 0:
+        return step if max_steps <= step else None
+    before = record["training"]
+    return step if before["max_steps"] <= 0 and num_epochs <= before["num_train_epochs"] else None
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON whole or not at all."""
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(file)

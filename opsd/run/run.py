@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -32,11 +32,14 @@ from trl.import_utils import is_vllm_available
 from data_collator import check_chat_template, check_history
 from opsd.adapters import Adapter, add_to_skeleton, check_model_folder, check_vllm_lora_support, make_skeleton
 from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
+from opsd.run.card import render_card
 from opsd.run.checkpoints import find_checkpoint
 from opsd.run.conversations import Turn, has_system_turn
 from opsd.run.problem_data import find_local, is_path, load_problems
-from opsd.run.record import check_resumed_settings, read_record, write_record
+from opsd.run.record import check_resumed_settings, find_finished_step, mark_finished, read_record, write_record
+from opsd.run.report import CURVES, METRICS, ReportCallback, describe_learning, evaluation_command, plot_curves
 from opsd.run.summary import NUM_SAMPLES, Lines, describe_prompts, describe_run, find_risks, render
+from opsd.run.terminal import duration, replace_progress, set_up_terminal
 from opsd.thinking import freeze_date
 
 logger = logging.getLogger(__name__)
@@ -59,6 +62,7 @@ class Run:
         self.prompt_date: str | None = None  # in prompts whose template asks for the present date
         self.data_hashes: dict[str, str] = {}  # of what a resumed run must find again
         self.datasets: list[Dataset] = []  # that are loaded
+        set_up_terminal()
 
     # Before a model is loaded
 
@@ -268,9 +272,25 @@ class Run:
         return tokenizer
 
     def check_resumed_settings(self) -> None:
-        """Raise `ValueError` if the run is resumed with settings that it must keep; log those that change."""
-        if self.checkpoint is not None:
-            check_resumed_settings(Path(self.checkpoint).parent, self.settings())
+        """
+        Raise `ValueError` if the run is resumed with settings that it must keep; log those that change.
+
+        Leave with status 0 if it has done all its steps.
+        """
+        if self.checkpoint is None:
+            return
+        run_dir, training_args = Path(self.checkpoint).parent, self.training_args
+        check_resumed_settings(run_dir, self.settings())
+        step = find_finished_step(run_dir, training_args.max_steps, training_args.num_train_epochs)
+        is_here = run_dir.resolve() == Path(training_args.output_dir).resolve()
+        if step is None or not is_here or int(Path(self.checkpoint).name.rpartition("-")[2]) < step:
+            return
+        if training_args.process_index == 0:
+            print(  # noqa: T201
+                f"{run_dir} is finished, after step {step}: there is nothing to do. To train on, raise --max_steps "
+                "or --num_train_epochs"
+            )
+        sys.exit(0)
 
     def make_skeleton(self, adapter: Adapter | None = None) -> PreTrainedModel:
         """
@@ -326,7 +346,7 @@ class Run:
         """
         Train from the beginning or from a checkpoint, save the model, and leave the process group.
 
-        On SIGTERM there is a checkpoint and no final model, and the process leaves with status 143.
+        On SIGTERM or Ctrl-C there is a checkpoint and no final model, and the process leaves with status 143 or 130.
 
         Args:
             trainer: with `CompleteCheckpoints` among its bases.
@@ -335,18 +355,48 @@ class Run:
         trainer.max_nonfinite_steps = self.args.max_nonfinite_steps
         starts_anew = self.checkpoint is None and self.args.overwrite_output_dir
         output_dir = Path(self.training_args.output_dir)
-        trainer.add_callback(RecordSettingsCallback(output_dir, self.settings(), starts_anew))
+        settings = self.settings()
+        trainer.add_callback(RecordSettingsCallback(output_dir, settings, starts_anew))
+        trainer.add_callback(ReportCallback())
+        replace_progress(trainer)
+        trainer.write_card = lambda: self._write_card(trainer, settings)
         if self.checkpoint is not None:
             logger.info("going on from %s", self.checkpoint)
+        start = time.monotonic()
         trainer.train(resume_from_checkpoint=self.checkpoint)
-        if trainer.stopped_by_signal:
-            trainer.accelerator.print("stopped by SIGTERM before the end; go on with --resume_from_checkpoint true")
-        else:
+        if trainer.stop_signal is None:
             trainer.save_model()  # the adapter, or the whole model without --use_peft; and the tokenizer
-            trainer.accelerator.print(f"saved to {output_dir}")
+            trainer.create_model_card()  # after PEFT, which writes one too
+        if trainer.is_world_process_zero():
+            plot_curves(trainer.state.log_history, output_dir / CURVES)
+            if trainer.stop_signal is None:
+                mark_finished(output_dir, trainer.state.global_step)
+            self._print_end(trainer, settings, time.monotonic() - start)
         shutdown(trainer, sampler)
-        if trainer.stopped_by_signal:
-            sys.exit(128 + signal.SIGTERM)
+        if trainer.stop_signal is not None:
+            sys.exit(128 + trainer.stop_signal)
+
+    def _write_card(self, trainer: Trainer, settings: dict[str, Any]) -> None:
+        state = trainer.state
+        card = render_card(self.method, settings, state.log_history, state.global_step, len(trainer.train_dataset))
+        Path(self.training_args.output_dir, "README.md").write_text(card, encoding="utf-8")
+
+    def _print_end(self, trainer: Trainer, settings: dict[str, Any], seconds: float) -> None:
+        """Print what was learned, where the result is, and the command that evaluates it or goes on."""
+        output_dir, step = self.training_args.output_dir, trainer.state.global_step
+        lines = [f"step {step}/{trainer.state.max_steps} after {duration(seconds)}"]
+        if learned := describe_learning(trainer.state.log_history):
+            lines[0] += ", first log -> last log:  " + "  ".join(learned)
+        if trainer.stop_signal is not None:
+            lines.append(
+                f"stopped by {trainer.stop_signal.name} before the end; {trainer.last_complete} is complete: go on "
+                "with --resume_from_checkpoint true"
+            )
+        else:
+            what = "adapter" if self.model_args.use_peft else "model"
+            lines.append(f"{what}: {output_dir}  (beside it {METRICS}, {CURVES}, README.md)")
+            lines.append(f"evaluate it: {evaluation_command(settings)}")
+        print("\n".join(lines), flush=True)  # noqa: T201
 
 
 def text_hash(rows: Iterable[Any]) -> str:
@@ -379,11 +429,11 @@ class RecordSettingsCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self.starts_anew:
-            folders = [self.output_dir / name for name in ("completions", "nonfinite")]
-            for old in (*sort_checkpoints(self.output_dir), *filter(Path.exists, folders)):
+            folders = [*sort_checkpoints(self.output_dir), self.output_dir / "nonfinite"]
+            for old in filter(os.path.exists, folders):
                 shutil.rmtree(old)
                 logger.info("--overwrite_output_dir: deleted %s", old)
-        write_record(self.output_dir, self.settings, self.starts_anew)
+        write_record(self.output_dir, self.settings, self.starts_anew, state.global_step)
 
 
 def shutdown(trainer: Trainer, sampler: Any = None) -> None:
