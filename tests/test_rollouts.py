@@ -100,33 +100,6 @@ def load_from_files(trainer: OPSDTrainer, folder: Path) -> None:
 
 
 @pytest.mark.vllm
-def test_adapter_without_a_file_in_bfloat16(make_trainer, tmp_path):
-    """The engine holds what it would read from a file, multiplies logits in float32, and adapts no other modules."""
-    settings = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}
-    trainer = make_trainer(use_vllm=True, lora_settings={"init_lora_weights": False}, **settings)
-    prompts = [trainer.train_dataset[i]["student_prompt_ids"] for i in range(4)]
-    weights = [weight.clone() for weight in trainer.model.parameters()]
-    trainer.sampler.sync_weights()
-    in_memory, sampled = adapter_in_engine(trainer), trainer.sampler.sample(prompts)
-    load_from_files(trainer, tmp_path / "adapter")
-    from_files = adapter_in_engine(trainer)
-    assert in_memory.keys() == from_files.keys() and sampled == trainer.sampler.sample(prompts)
-    for name, factors in in_memory.items():
-        for factor, other in zip(factors, from_files[name], strict=True):
-            assert factor.dtype == torch.bfloat16 and factor.any() and torch.equal(factor, other), name
-    assert {name.rpartition(".")[2] for name in in_memory} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
-    for weight, before in zip(trainer.model.parameters(), weights, strict=True):
-        assert torch.equal(weight, before)
-
-    worker = trainer.sampler.llm.llm_engine.model_executor.driver_worker
-    model = worker.model_runner.model
-    logits = model.compute_logits(torch.ones(1, model.config.hidden_size, dtype=torch.bfloat16))
-    assert model.lm_head.weight.dtype == torch.bfloat16 and logits.dtype == torch.float32
-    assert not torch.equal(logits, logits.bfloat16().float())
-    trainer.sampler.close()
-
-
-@pytest.mark.vllm
 def test_adapter_on_modules_that_the_engine_does_not_adapt(trainer):
     """Left out without a word, they would make rollouts those of another policy."""
     tensors = trainer.sampler._adapter_tensors("cpu", torch.float32)
@@ -242,6 +215,36 @@ def test_base_samples_are_those_of_the_model_without_adapter(trainer, monkeypatc
         assert gap(trainer, batch).max() <= LOGPROB_GAP
     lengths = batch.completion_mask.sum(1)
     assert lengths.min() < 40 and lengths.max() == batch.completion_mask.shape[1]  # they end, and no padding
+
+
+# Engines of their own, whose end takes that of the trainer above with them
+
+
+@pytest.mark.vllm
+def test_adapter_without_a_file_in_bfloat16(make_trainer, tmp_path):
+    """The engine holds what it would read from a file, multiplies logits in float32, and adapts no other modules."""
+    settings = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}
+    trainer = make_trainer(use_vllm=True, lora_settings={"init_lora_weights": False}, **settings)
+    prompts = [trainer.train_dataset[i]["student_prompt_ids"] for i in range(4)]
+    weights = [weight.clone() for weight in trainer.model.parameters()]
+    trainer.sampler.sync_weights()
+    in_memory, sampled = adapter_in_engine(trainer), trainer.sampler.sample(prompts)
+    load_from_files(trainer, tmp_path / "adapter")
+    from_files = adapter_in_engine(trainer)
+    assert in_memory.keys() == from_files.keys() and sampled == trainer.sampler.sample(prompts)
+    for name, factors in in_memory.items():
+        for factor, other in zip(factors, from_files[name], strict=True):
+            assert factor.dtype == torch.bfloat16 and factor.any() and torch.equal(factor, other), name
+    assert {name.rpartition(".")[2] for name in in_memory} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    for weight, before in zip(trainer.model.parameters(), weights, strict=True):
+        assert torch.equal(weight, before)
+
+    worker = trainer.sampler.llm.llm_engine.model_executor.driver_worker
+    model = worker.model_runner.model
+    logits = model.compute_logits(torch.ones(1, model.config.hidden_size, dtype=torch.bfloat16))
+    assert model.lm_head.weight.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+    trainer.sampler.close()
 
 
 @pytest.mark.vllm
