@@ -16,7 +16,7 @@
 # last one wins.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -e .venv/bin/activate ] || source .venv/bin/activate
+source scripts/activate.sh
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # of this folder also where .venv is another clone's
 
 model=${MODEL:-Qwen/Qwen3-8B}

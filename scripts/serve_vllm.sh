@@ -8,7 +8,7 @@
 # Further arguments go to vLLM, the last one wins. DRY_RUN=1 prints the command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -e .venv/bin/activate ] || source .venv/bin/activate
+source scripts/activate.sh
 
 MODEL=${MODEL:?name the model that is trained, as in --model_name_or_path}
 PORT=${PORT:-8000}
