@@ -29,7 +29,7 @@ arguments=(
     --logprobs-mode raw_logprobs
     --hf-overrides '{"head_dtype": "float32"}'
 )
-if ! nvidia-smi >/dev/null 2>&1; then
+if [ "$device" = cpu ]; then
     settings+=(
         VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
         VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"

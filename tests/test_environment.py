@@ -124,17 +124,27 @@ def test_flash_attention_does_not_cost_the_set_up(project, set_up, nvcc, environ
     assert message is None or (message in run.stderr and "--attn_implementation flash_attention_3" in run.stderr)
 
 
-@pytest.mark.parametrize(("has_gpu", "expected"), [(False, ".venv"), (True, ".venv-gpu")])
-def test_recipes_take_the_environment_of_the_device(project, has_gpu, expected):
+@pytest.mark.parametrize(
+    ("has_gpu", "active", "expected"),
+    [
+        (False, None, ".venv cpu"),
+        (True, None, ".venv-gpu gpu"),
+        (True, ".venv", "none cpu"),  # as in the tests on a GPU machine
+        (True, ".venv-gpu", "none gpu"),
+        (True, "of/another/project", ".venv-gpu gpu"),
+    ],
+)
+def test_recipes_take_the_environment_of_the_device(project, has_gpu, active, expected):
     for name in (".venv", ".venv-gpu"):
         (project / name / "bin").mkdir(parents=True)
-        (project / name / "bin" / "activate").write_text(f"active={name}\n")
+        (project / name / "bin" / "activate").write_text(f"activated={name}\n")
     if has_gpu:
         add_gpu(project)
-    command = ["bash", "-euc", "source scripts/activate.sh; echo $active"]
+    command = ["bash", "-euc", "activated=none; source scripts/activate.sh; echo $activated $device"]
     environment = {"PATH": f"{project / 'bin'}:/usr/bin:/bin"}
+    environment |= {} if active is None else {"VIRTUAL_ENV": str(project / active)}
     run = subprocess.run(command, cwd=project, env=environment, check=True, capture_output=True, text=True)
-    assert run.stdout.split() == [expected]
+    assert run.stdout == f"{expected}\n"
     for script in ("scripts/launch.sh", "scripts/serve_vllm.sh", "eval/run_eval.sh", "eval/run_eval_nonthink.sh"):
         assert "source scripts/activate.sh\n" in (ROOT / script).read_text()
 
