@@ -97,8 +97,8 @@ def main() -> None:
         f"`{' '.join(['python benchmarks/adapter_handover.py', *sys.argv[1:]])}`",
         "",
         f"One thread of a CPU ({platform.machine()}, load {os.getloadavg()[0]:.0f}), PyTorch {torch.__version__}, "
-        f"vLLM {vllm.__version__}, rank {RANK} on all seven projections, {sum(t.nbytes for t in trained.values()):,} bytes "
-        f"in float32. Seconds of the fastest of {arguments.repetitions} repetitions; what vLLM holds is equal bit for "
+        f"vLLM {vllm.__version__}, rank {RANK} on all seven projections, "
+        f"{sum(tensor.nbytes for tensor in trained.values()):,} bytes in float32. Seconds of the fastest of {arguments.repetitions} repetitions; what vLLM holds is equal bit for "
         "bit.",
         "",
         "| way | " + " | ".join(("copy or cast", "write", "read", "scale", "sum")) + " |",
