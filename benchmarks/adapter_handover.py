@@ -98,8 +98,8 @@ def main() -> None:
         "",
         f"One thread of a CPU ({platform.machine()}, load {os.getloadavg()[0]:.0f}), PyTorch {torch.__version__}, "
         f"vLLM {vllm.__version__}, rank {RANK} on all seven projections, "
-        f"{sum(tensor.nbytes for tensor in trained.values()):,} bytes in float32. Seconds of the fastest of {arguments.repetitions} repetitions; what vLLM holds is equal bit for "
-        "bit.",
+        f"{sum(tensor.nbytes for tensor in trained.values()):,} bytes in float32. Seconds of the fastest of "
+        f"{arguments.repetitions} repetitions; what vLLM holds is equal bit for bit.",
         "",
         "| way | " + " | ".join(("copy or cast", "write", "read", "scale", "sum")) + " |",
         "|---|" + "--:|" * 5,
