@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +13,10 @@ from helpers import LOGPROB_GAP, MEAN_LOGPROB_GAP, Recorder, make_problems, make
 from peft import LoraConfig
 
 from data_collator import MicroBatch
+from eval.engine import start_engine
 from opsd.adapters import check_vllm_lora_support
 from opsd.rollouts import TransformersSampler, VLLMSampler, prompt_keys, sample_seeds
-from opsd.vllm_engine import load_adapter
+from opsd.vllm_engine import CPU_ENVIRONMENT, ENVIRONMENT, engine_options, load_adapter
 from opsd_trainer import OPSDTrainer
 
 
@@ -49,6 +51,24 @@ def test_seeds_are_those_of_the_sample_wherever_it_stands():
         assert not set(seeds) & set(sample_seeds(other))
     assert sample_seeds(keys[2:], keys_before=keys[:2]) == seeds[2:]  # the second of two processes
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_engines_need_no_compiler_and_multiply_the_head_in_float32(monkeypatch, has_gpu):
+    """Those of rollouts and of the evaluator, which both start with `engine_options`."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    for name in ENVIRONMENT | CPU_ENVIRONMENT:
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    assert engine_options(0.5)["hf_overrides"] == {"head_dtype": "float32"}
+    assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == "0" and os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
+    assert ("VLLM_CPU_KVCACHE_SPACE" in os.environ) != has_gpu
+
+    monkeypatch.setattr("vllm.LLM", lambda model, **options: options)
+    options = start_engine("a model", lora_rank=16, lora_modules=["v_proj", "q_proj"])
+    assert options["hf_overrides"] == {"head_dtype": "float32"}
+    assert options["max_lora_rank"] == 16 and options["lora_target_modules"] == ["q_proj", "v_proj"]
 
 
 @pytest.mark.vllm
