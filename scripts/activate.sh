@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Source this in the project's folder. It sets `device`, and activates .venv-gpu where an NVIDIA driver answers, else
 # .venv. One of the two that is active already stays, and so does any other (conda, an image) where they are missing.
 if [ "${VIRTUAL_ENV:-/}" -ef .venv ]; then

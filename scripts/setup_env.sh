@@ -34,7 +34,7 @@ if [ "$device" = gpu ]; then
     driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1 || true)
     if ! [[ $driver =~ ^[0-9]+ ]]; then
         echo "setup_env.sh: no NVIDIA driver answers; where this shall run, it must be $least_driver or newer" >&2
-    elif [ "${driver%%.*}" -lt $least_driver ] && ! compgen -G "/usr/local/cuda*/compat/libcuda.so*" >/dev/null; then
+    elif [ "${driver%%.*}" -lt $least_driver ] && ! [ -e "${CUDA_HOME:-/usr/local/cuda}/compat/libcuda.so" ]; then
         echo "setup_env.sh: the NVIDIA driver is $driver, and CUDA $cuda needs $least_driver or newer: torch would" \
             "find no GPU. Update the driver, or on data-centre GPUs install cuda-compat-13-0; or take the CPU set" >&2
         exit 1
