@@ -15,14 +15,16 @@ RUN apt-get update \
 
 WORKDIR /opsd
 # The environment first, so that a change of the code does not install it anew: the editable install of the project is
-# only a path to this folder. "gpu" is said since no driver answers during a build. setup_env.sh goes on without
-# flash-attn where it does not build; MAX_JOBS bounds the memory of that build.
+# only a path to this folder. "gpu" is said since no driver answers during a build: the machine that runs the image
+# needs one of 580 or newer. setup_env.sh goes on without flash-attn where it does not build; MAX_JOBS bounds the
+# memory of that build, FLASH_ATTN_CUDA_ARCHS names the GPUs (80: A100, 90: H100).
 COPY requirements requirements
 COPY pyproject.toml pyproject.toml
 COPY scripts/setup_env.sh scripts/setup_env.sh
 ARG MAX_JOBS=4
+ARG FLASH_ATTN_CUDA_ARCHS="80;90"
 RUN PYTHON=python3.12 MAX_JOBS=$MAX_JOBS bash scripts/setup_env.sh gpu
-ENV PATH=/opsd/.venv/bin:$PATH
+ENV PATH=/opsd/.venv-gpu/bin:$PATH
 
 COPY . .
 CMD ["bash"]

@@ -107,6 +107,7 @@ def start_engine(
     base_model: str,
     *,
     lora_rank: int = 0,
+    lora_modules: Sequence[str] | None = None,
     max_model_len: int | None = None,
     gpu_memory_utilization: float | None = None,
     tensor_parallel_size: int = 1,
@@ -118,10 +119,11 @@ def start_engine(
 
     Args:
         lora_rank: the largest rank of the adapters that it shall serve; 0 for the base model alone.
+        lora_modules: of the adapters, see `lora_options`.
         max_model_len: tokens of prompt and response together; `None` for the model's own limit.
         gpu_memory_utilization: share of the memory; `None` for 0.9 on a GPU and 0.1 on a CPU.
         enforce_eager: without CUDA graphs.
-        dtype: of weights and logits; `None` for that of the model, and on a CPU float32.
+        dtype: of the weights; `None` for that of the model, and on a CPU float32. Logits are float32.
     """
     options = engine_options(gpu_memory_utilization)
     options["enforce_eager"] = options.get("enforce_eager", False) or enforce_eager
@@ -129,7 +131,7 @@ def start_engine(
         options["dtype"] = dtype
     if lora_rank > 0:
         # Two at a time: the next adapter starts while the last long responses of the one before go on.
-        options |= lora_options(lora_rank, max_loras=2)
+        options |= lora_options(lora_rank, lora_modules, max_loras=2)
     from vllm import LLM  # only now: it reads the environment
 
     return LLM(base_model, max_model_len=max_model_len, tensor_parallel_size=tensor_parallel_size, **options)

@@ -515,7 +515,9 @@ def completions(
                     yield [(replace(request, checkpoint=folder), completion) for request, completion in batch]
     served = [request for request in requests if request.checkpoint not in merged]
     if served:
-        yield from _start_and_generate(args, args.base_model, options, served, sampling)
+        modules = set().union(*(adapter.modules for folder, adapter in adapters.items() if folder not in merged))
+        own_options = {**options, "lora_modules": sorted(modules)}
+        yield from _start_and_generate(args, args.base_model, own_options, served, sampling)
 
 
 def _start_and_generate(

@@ -21,7 +21,7 @@
 # through, the last one wins.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -e .venv/bin/activate ] || source .venv/bin/activate
+source scripts/activate.sh
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # of this folder also where .venv is another clone's
 
 MODEL=${MODEL:-Qwen/Qwen3-1.7B}

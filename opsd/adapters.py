@@ -164,6 +164,12 @@ class Adapter:
         """The rank that vLLM needs for it; 0 if it is served merged."""
         return 0 if self.must_be_merged else max(self.config.r, *self.config.rank_pattern.values(), 0)
 
+    @property
+    def modules(self) -> set[str]:
+        """Last parts of the names of the modules that it is on, such as `q_proj`."""
+        keys = (key.removesuffix(suffix) for key in self.shapes for suffix in FACTORS if key.endswith(suffix))
+        return {module.rpartition(".")[2] for module in keys}
+
     def check_base(self, base_model: str, **options: Any) -> None:
         """
         Check that the tensors are finite, and in name and shape those of PEFT for this configuration and base model.

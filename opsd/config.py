@@ -170,8 +170,8 @@ class OPSDConfig(GOLDConfig):
     vllm_adapter_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder through which adapters reach vLLM; by default in memory. With --vllm_mode server on "
-            "another machine: a folder that both see."
+            "help": "Folder through which adapters reach a server (--vllm_mode server); by default in memory. For a "
+            "server on another machine: a folder that both see."
         },
     )
 

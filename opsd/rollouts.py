@@ -27,17 +27,25 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl.generation.vllm_client import VLLMClient
-from trl.generation.vllm_generation import VLLMGeneration, empty_cache, extract_logprobs
+from trl.generation.vllm_generation import VLLMGeneration, extract_logprobs
 from trl.models.utils import unwrap_model_for_generation
 
 from opsd.adapters import check_vllm_lora_support
 from opsd.config import OPSDConfig
-from opsd.vllm_engine import engine_options, keep_linear_weights, lora_options, stop_engine
+from opsd.vllm_engine import (
+    check_lora_dtype,
+    engine_options,
+    keep_linear_weights,
+    load_adapter,
+    lora_options,
+    stop_engine,
+)
 
 MEMORY_DIR = Path("/dev/shm")
 MEMORY_DIR_FREE = 2**31  # bytes that must be free for it to be used; containers often have 64 MiB
@@ -87,15 +95,16 @@ class VLLMSampler(VLLMGeneration):
     """
     `VLLMGeneration` that serves the adapter natively and seeds each sample.
 
-    - LoRA, colocated: each process has an engine on its device. `sync_weights` puts the adapter into a memory-backed
-      folder, once per machine, and loads it under a new name and id, by which vLLM also keys its prefix cache.
-    - LoRA, server: the main process talks to a vLLM server that sees the same folder (`scripts/serve_vllm.sh`).
+    - LoRA, colocated: each process has an engine on its device. `sync_weights` casts the adapter to the engine's
+      dtype, where it is, and hands it over under a new name and id, by which vLLM also keys its prefix cache.
+    - LoRA, server: the main process writes the adapter into a memory-backed folder, and tells a vLLM server that sees
+      the same folder (`scripts/serve_vllm.sh`).
     - Full fine-tuning: the weights are streamed as TRL does it, which without an adapter merges nothing.
 
     Args:
         args, kwargs: those of `VLLMGeneration`.
         seed: of the run.
-        adapter_dir: folder through which adapters reach vLLM; `None` for a memory-backed one.
+        adapter_dir: folder through which adapters reach a server; `None` for a memory-backed one.
         logprobs_mode: of a colocated engine. "raw_logprobs": of the model itself, before temperature, penalties and
             truncation. "processed_logprobs": of the distribution that was sampled from.
         engine_arguments: further arguments of `vllm.LLM`, such as `revision`.
@@ -178,7 +187,9 @@ class VLLMSampler(VLLMGeneration):
         if self._lora_config is None:
             keep_linear_weights()
         else:
-            options |= lora_options(self._lora_config.r)
+            check_lora_dtype(options["dtype"])
+            adapted = [name for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
+            options |= lora_options(self._lora_config.r, [name.rpartition(".")[2] for name in adapted])
         from vllm import LLM
 
         self.llm = LLM(
@@ -203,10 +214,15 @@ class VLLMSampler(VLLMGeneration):
             stop_engine(self.llm)
 
     def _sleep(self) -> None:
-        """Free the GPU for training. The base weights wait in host memory, unless each sync sends all weights."""
-        if self.enable_sleep_mode:
-            self.llm.sleep(level=2 if self._lora_config is None else 1)
+        """Free the GPU for training: the cache, and the weights too if each sync sends all of them."""
+        if not self.enable_sleep_mode:
+            return
+        if self._lora_config is None:
+            self.llm.sleep(level=2)
             self._llm_weights_sleeping = True
+        else:  # level 1 would copy the base to host memory and back at each step, which takes longer than the step
+            self.llm.sleep(level=0)
+            self.llm.release_kv_cache_memory()
 
     @contextmanager
     def _server_errors(self) -> Iterator[None]:
@@ -238,53 +254,48 @@ class VLLMSampler(VLLMGeneration):
     def sync_weights(self) -> None:
         """Hand the present adapter (in full fine-tuning: all weights) to vLLM. All processes call it together."""
         self._synced_step = None
-        if self._lora_config is None:
-            super().sync_weights()
-            return
-        if self._llm_weights_sleeping:
-            empty_cache()
-            self.llm.wake_up(tags=["weights"])
-            self._llm_weights_sleeping = False
-        tensors = self._adapter_tensors()
-        self.adapter_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self.num_syncs += 1
+        config = self._lora_config
+        if config is None:
+            super().sync_weights()
+        elif self.mode == "server":
+            self._write_adapter(config)
+        else:
+            self._load_adapter(config)
+
+    def _load_adapter(self, config: LoraConfig) -> None:
+        """Hand the adapter to the engine in this process."""
+        engine = self.llm.llm_engine
+        tensors = self._adapter_tensors(self.accelerator.device, engine.vllm_config.lora_config.lora_dtype)
+        if self._adapter is not None:
+            engine.remove_lora(self._adapter.lora_int_id)
+        self._adapter = load_adapter(self.llm, self.num_syncs, tensors, config)
+
+    def _write_adapter(self, config: LoraConfig) -> None:
+        """Hand the adapter to the server, through a folder."""
+        tensors = self._adapter_tensors("cpu", torch.float32)  # the server casts it to its own dtype
         folder = self.adapter_dir / f"{self._run_id}-{self.num_syncs}"
-        has_server = self.mode == "server"
-        writes = self.accelerator.is_main_process if has_server else self.accelerator.is_local_main_process
-        try:
-            if writes:
+        if self.accelerator.is_main_process:
+            try:
                 folder.mkdir(parents=True)
                 save_file(tensors, folder / "adapter_model.safetensors")
-                self._lora_config.save_pretrained(folder)
-            self.accelerator.wait_for_everyone()
-            if not has_server:
-                self._load_adapter(folder)
-            elif writes:
+                config.save_pretrained(folder)
                 self._send_adapter(folder)
-            self.accelerator.wait_for_everyone()
-        finally:
-            if writes:  # vLLM has it in memory now, and would fail if it ever had to read it again
+            finally:  # vLLM has it in memory now, and would fail if it ever had to read it again
                 shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
 
-    def _adapter_tensors(self) -> dict[str, Tensor]:
-        """Return the whole adapter as it is, on the CPU, under the names that PEFT saves it with."""
+    def _adapter_tensors(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return a copy of the whole adapter under the names that PEFT saves it with; cast, then moved to `device`."""
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         with self._dist.gather_params(list(trained.values())):
             tensors = {}
             for name, weight in trained.items():
                 weight = weight.detach()
                 weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
-                tensors[self._fix_param_name_to_vllm(name)] = weight.to("cpu", copy=True)
+                tensors[self._fix_param_name_to_vllm(name)] = weight.to(dtype, copy=True).to(device)
+        self.adapter_bytes = sum(tensor.nbytes for tensor in tensors.values())
         return get_peft_model_state_dict(self.model, state_dict=tensors, save_embedding_layers=False)
-
-    def _load_adapter(self, folder: Path) -> None:
-        from vllm.lora.request import LoRARequest
-
-        engine = self.llm.llm_engine
-        if self._adapter is not None:
-            engine.remove_lora(self._adapter.lora_int_id)
-        self._adapter = LoRARequest(folder.name, self.num_syncs, str(folder))
-        engine.add_lora(self._adapter)
 
     def _send_adapter(self, folder: Path) -> None:
         def post(action: str, **payload: str) -> None:

@@ -1,7 +1,7 @@
 """
 The quickstart: evaluate a tiny base model, let it teach itself with OPSD, evaluate it again, write report and plot.
 
-    bash scripts/quickstart.sh [--seed 0] [--steps 100] [--controls] [--baselines]
+    bash scripts/quickstart.sh [--device cpu] [--seed 0] [--steps 100] [--controls] [--baselines]
     bash scripts/quickstart.sh --ablations [--seed 0] [--steps 100] [--only NAME ...]
 
 Everything runs through the programs that real runs use: training in a process of its own, and vLLM through
@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 from transformers.trainer_utils import sort_checkpoints
 
@@ -63,6 +64,8 @@ def train(method: Method, model: Path, data_dir: Path, run_dir: Path, steps: int
     command += ["--model_name_or_path", model, "--dataset_name", data_dir / method.training_file]
     command += ["--output_dir", run_dir, "--seed", seed]
     command += ["--max_steps", method.factor * steps, "--save_steps", max(1, steps // 5), *method.flags]
+    if torch.cuda.is_available():  # in 16 bits, as vLLM's LoRA kernels for GPUs
+        command += ["--use_cpu", "false", "--dtype", "bfloat16", "--bf16", "true"]
     if method.program != "sft_train.py":
         command += ["--answer_column", "answer", "--use_vllm", use_vllm]
     subprocess.run([str(part) for part in command], check=True, cwd=ROOT, env=ENVIRONMENT)
@@ -250,6 +253,13 @@ def main() -> None:
         **SWITCH | {"default": True},
         help="sample the training's rollouts with vLLM (default: true)",
     )
+    add(
+        "--device",
+        choices=["cpu", "gpu"],
+        default="cpu",
+        help="environment that scripts/quickstart.sh takes: .venv, or .venv-gpu, which computes in bfloat16 (default: "
+        "%(default)s)",
+    )
     add("--controls", **SWITCH, help="train against a teacher without, and with wrong, solutions too")
     add("--baselines", **SWITCH, help="train with GRPO, SFT and the sampled-token objective too")
     add("--ablations", **SWITCH, help="train the ablations' base model in many ways; goes on where it stopped")
@@ -258,6 +268,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps {args.steps}: give at least 1")
+    if torch.cuda.is_available() != (args.device == "gpu"):
+        parser.error(f"--device {args.device}: this Python's torch {torch.__version__} would run on the other device")
     if args.only and not args.ablations:
         parser.error("--only: chooses among the --ablations")
     if args.ablations and (args.controls or args.baselines):

@@ -12,7 +12,7 @@
 # Each machine runs the same command with a MACHINE_RANK of its own, from 0 on. scripts/train_multi_node.sh sets them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -e .venv/bin/activate ] || source .venv/bin/activate
+source scripts/activate.sh
 
 program=${1:?name the program: opsd_train.py, sft_train.py or grpo_train.py}
 shift

@@ -2,8 +2,10 @@
 # Watch a tiny model teach itself, in minutes and without a GPU. Options: bash scripts/quickstart.sh --help
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup_env.sh
-source .venv/bin/activate
+case " $* " in *" --device gpu "*) device=gpu venv=.venv-gpu ;; *) device=cpu venv=.venv ;; esac
+bash scripts/setup_env.sh $device
+source $venv/bin/activate
+[ $device = cpu ] || export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0} # its programs are single processes
 
 # One thread is the fastest for a tiny model
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TRL_EXPERIMENTAL_SILENCE=1

@@ -60,6 +60,7 @@ arguments=(
     --loss_type dapo                                   # ours: not published; TRL's default: mean over a step's tokens
     --num_iterations 1                                 # ours: not published; TRL's default
     --epsilon 0.2                                      # ours: not published; TRL's default
+    --cast_lm_head_to_fp32 true                        # ours: logits in float32, as those of the engine are
 
     # rollouts
     --thinking true                                    # ours: not published; evaluation is in thinking mode

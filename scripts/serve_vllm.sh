@@ -8,13 +8,14 @@
 # Further arguments go to vLLM, the last one wins. DRY_RUN=1 prints the command.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -e .venv/bin/activate ] || source .venv/bin/activate
+source scripts/activate.sh
 
 MODEL=${MODEL:?name the model that is trained, as in --model_name_or_path}
 PORT=${PORT:-8000}
 MAX_LORA_RANK=${MAX_LORA_RANK:-64} # at least --lora_r; vLLM takes 1, 8, 16, 32, 64, 128, 256, 320 and 512
 
-settings=(
+settings=( # and arguments, as opsd/vllm_engine.py has them for engines in the training processes
+    VLLM_USE_FLASHINFER_SAMPLER="${VLLM_USE_FLASHINFER_SAMPLER:-0}"
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1
     VLLM_SERVER_DEV_MODE=1 # grpo_train.py asks the server how it computes log-probabilities
 )
@@ -26,8 +27,9 @@ arguments=(
     --max-cpu-loras 1
     --max-lora-rank "$MAX_LORA_RANK"
     --logprobs-mode raw_logprobs
+    --hf-overrides '{"head_dtype": "float32"}'
 )
-if ! nvidia-smi >/dev/null 2>&1; then # as vllm_engine.py has it for engines in the training processes
+if [ "$device" = cpu ]; then
     settings+=(
         VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"
         VLLM_CPU_OMP_THREADS_BIND="${VLLM_CPU_OMP_THREADS_BIND:-nobind}"

@@ -14,7 +14,7 @@
 # TEST_SEED=N gives rollouts and adapters another seed. Models 1 and 2 are built once, into the quickstart's cache.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/setup_env.sh || exit 1
+bash scripts/setup_env.sh cpu || exit 1
 source .venv/bin/activate
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TRL_EXPERIMENTAL_SILENCE=1 PYTHONPATH=$PWD
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from opsd.run.checkpoints import find_fault, find_last_complete
-from opsd.vllm_engine import CPU_ENGINE, CPU_ENVIRONMENT
+from opsd.vllm_engine import CPU_ENGINE, CPU_ENVIRONMENT, ENGINE, ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("launch_worker.py")
@@ -281,7 +281,8 @@ def test_configurations():
 
 def test_server_script_has_the_settings_of_the_colocated_engine():
     """On a machine without a GPU: both the script and `vllm_engine.py` state these settings."""
-    environment = {name: value for name, value in os.environ.items() if name not in CPU_ENVIRONMENT}
+    shared = CPU_ENVIRONMENT | {name: ENVIRONMENT[name] for name in ENVIRONMENT if name != "VLLM_LOGGING_LEVEL"}
+    environment = {name: value for name, value in os.environ.items() if name not in shared}
     command = subprocess.run(
         ["bash", ROOT / "scripts" / "serve_vllm.sh", "--port", "1"],
         env=environment | {"MODEL": "a model", "DRY_RUN": "1", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
@@ -291,7 +292,8 @@ def test_server_script_has_the_settings_of_the_colocated_engine():
     )
     words = shlex.split(command.stdout)
     assert words[words.index("--model") + 1] == "a model" and words[-2:] == ["--port", "1"]
-    assert {f"{name}={value}" for name, value in CPU_ENVIRONMENT.items()} <= set(words)
+    assert {f"{name}={value}" for name, value in shared.items()} <= set(words)
+    assert json.loads(words[words.index("--hf-overrides") + 1]) == ENGINE["hf_overrides"]
     for name, value in CPU_ENGINE.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):

@@ -13,7 +13,7 @@ import torch
 from helpers import saved_rollouts
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainingArguments
 
 import opsd_train
 from opsd_trainer import OPSDTrainer
@@ -130,6 +130,18 @@ def write(file, *lines):
 def test_bad_input_is_refused_before_a_model_is_loaded(run, no_model, arguments, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         run(*arguments)
+
+
+def test_float32_adapters_on_a_gpu_are_refused_before_a_model_is_loaded(run, no_model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match="--dtype float32 with --use_vllm and --use_peft: vLLM's"):
+        run("--use_vllm", "true", "--dtype", "float32")
+
+
+def test_several_gpus_for_one_process_are_refused_before_a_model_is_loaded(run, no_model, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    with pytest.raises(SystemExit, match="4 GPUs are visible to one process, .* or set CUDA_VISIBLE_DEVICES=0"):
+        run()
 
 
 def test_missing_model_name(no_model):

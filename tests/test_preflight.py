@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from helpers import Recorder, make_problems, make_trainer_factory
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import data_collator
 import opsd_train
 import opsd_trainer
 from opsd import preflight
 from opsd.preflight import Preflight, PreflightError, run_preflight
+from opsd.rollouts import Completion, VLLMSampler
 from opsd_trainer import OPSDTrainer
 
 ENGINES = {
@@ -136,6 +138,65 @@ def test_sound_runs_without_vllm(make_trainer, problems, settings):
     assert {check.name for check in checks if check.passed is None} == (
         {"on-policy", "fixed teacher"} if trainer.teacher.is_base else {"on-policy"}
     )
+
+
+class EagerSampler(VLLMSampler):
+    """In place of an engine: the model in training, whose log-probabilities come from another attention kernel."""
+
+    def __init__(self, trainer: OPSDTrainer):
+        self.trainer, self.transformers = trainer, trainer.sampler
+        self.max_model_length, self.max_completion_length = 1000, 40
+
+    def sync_weights(self) -> None:
+        pass
+
+    def sample(self, prompts, base=False, min_p=0.0, presence_penalty=0.0, **settings):
+        model = self.trainer.model
+        with model.disable_adapter() if base else nullcontext():
+            completions = [ids for ids, _ in self.transformers.sample(prompts, **settings)]
+            model.set_attn_implementation("eager")
+            pairs = zip(prompts, completions, strict=True)
+            logprobs = [preflight._logprobs(self.trainer, [p], [c]).tolist() for p, c in pairs]
+            model.set_attn_implementation("sdpa")
+        return [Completion(*pair) for pair in zip(completions, logprobs, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def deep_trainer(tiny_model_dir, tmp_path_factory) -> OPSDTrainer:
+    """A trainer in bfloat16 on a random model of 28 layers, whose rounding errors add up as those of large ones do."""
+    folder = tmp_path_factory.mktemp("deep")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 28, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    model = Qwen3ForCausalLM(Qwen3Config(vocab_size=len(tokenizer), initializer_range=0.06, **sizes, **heads))
+    model.lm_head.weight.data *= 5  # sharper than a random head: few tokens are probable
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    make = make_trainer_factory(folder / "model", make_problems(), folder)
+    trainer = make(bf16=True, model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "sdpa"})
+    trainer.sampler = EagerSampler(trainer)
+    trainer.model_wrapped = trainer.accelerator.prepare(trainer.model)
+    return trainer
+
+
+def test_rounding_errors_of_a_deep_model_pass(deep_trainer):
+    checks = run_preflight(deep_trainer)
+    assert failed(checks) == set()
+    assert {check.name for check in checks if check.passed} >= {"sensitivity", "on-policy", "fixed teacher", "padding"}
+
+
+def test_noise_that_moves_the_student_too_far_is_lowered(deep_trainer, monkeypatch):
+    monkeypatch.setattr(preflight, "NOISE", 0.1)
+    (sensitivity,) = [check for check in run_preflight(deep_trainer) if check.name == "sensitivity"]
+    effect = float(sensitivity.measured.split()[1])
+    assert preflight.SENSITIVITY * preflight.TOLERANCES["bfloat16"].mean <= effect <= preflight.MAX_EFFECT
+
+
+def test_adapter_lost_in_a_deep_model(deep_trainer, monkeypatch):
+    sample = deep_trainer.sampler.sample
+    monkeypatch.setattr(deep_trainer.sampler, "sample", lambda prompts, base=False, **s: sample(prompts, True, **s))
+    assert failed(run_preflight(deep_trainer)) == {"on-policy"}
 
 
 # Faults

@@ -20,7 +20,7 @@ from opsd_trainer import OPSDConfig
 from quickstart import addition
 from quickstart import run as quickstart
 from quickstart.base_model import BaseModelConfig, ablation_base, draw_batches, fingerprint, train_tokenizer
-from quickstart.methods import ABLATIONS, choose_methods
+from quickstart.methods import ABLATIONS, OPSD, choose_methods
 from quickstart.report import LABELS, ablation_table, markdown_table, summary_table
 
 
@@ -151,6 +151,7 @@ def test_settings_of_the_ablations_are_valid(tmp_path):
     ("arguments", "message"),
     [
         (["--ablations", "--only", "nothing"], "--only nothing: there is no such method"),
+        (["--device", "gpu"], "--device gpu: this Python's torch"),
         (["--only", "ema"], "--only: chooses among the --ablations"),
         (["--ablations", "--controls"], "leave them out"),
     ],
@@ -160,6 +161,21 @@ def test_bad_choices_are_refused(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         quickstart.main()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_on_a_gpu_it_trains_in_16_bits(monkeypatch, tmp_path, has_gpu):
+    """Float32 adapters do not exist in vLLM's kernels for GPUs; the flags replace those of the configuration."""
+    commands = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: commands.append(command))
+    quickstart.train(OPSD["opsd"], tmp_path, tmp_path, tmp_path / "run", steps=5, seed=0, use_vllm=True)
+    monkeypatch.undo()
+    _, program, *flags = commands[0]
+    *_, settings, model = parse_arguments(OPSDArguments, OPSDConfig, [*flags, "--dry_run", "1", "--use_cpu", "true"])
+    assert program == "opsd_train.py"
+    assert (settings.bf16, model.dtype) == ((True, "bfloat16") if has_gpu else (False, "float32"))
+    assert ("--use_cpu" in flags and flags[flags.index("--use_cpu") + 1] == "false") == has_gpu
 
 
 def test_a_method_with_a_result_is_not_trained_again(monkeypatch, tmp_path):

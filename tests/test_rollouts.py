@@ -1,7 +1,10 @@
 """vLLM rollouts in training, with a real engine on the tiny model: they are the student's and leave no trace."""
 
 import functools
+import os
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +22,10 @@ from helpers import (
 from peft import LoraConfig
 
 from data_collator import MicroBatch
+from eval.engine import start_engine
 from opsd.adapters import check_vllm_lora_support
-from opsd.rollouts import TransformersSampler, prompt_keys, sample_seeds
+from opsd.rollouts import TransformersSampler, VLLMSampler, prompt_keys, sample_seeds
+from opsd.vllm_engine import CPU_ENVIRONMENT, ENVIRONMENT, engine_options, load_adapter
 from opsd_trainer import OPSDTrainer
 
 
@@ -57,6 +62,24 @@ def test_seeds_are_those_of_the_sample_wherever_it_stands():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_engines_need_no_compiler_and_multiply_the_head_in_float32(monkeypatch, has_gpu):
+    """Those of rollouts and of the evaluator, which both start with `engine_options`."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    for name in ENVIRONMENT | CPU_ENVIRONMENT:
+        monkeypatch.setenv(name, "")  # restored after the test
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
+    assert engine_options(0.5)["hf_overrides"] == {"head_dtype": "float32"}
+    assert os.environ["VLLM_USE_FLASHINFER_SAMPLER"] == "0" and os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
+    assert ("VLLM_CPU_KVCACHE_SPACE" in os.environ) != has_gpu
+
+    monkeypatch.setattr("vllm.LLM", lambda model, **options: options)
+    options = start_engine("a model", lora_rank=16, lora_modules=["v_proj", "q_proj"])
+    assert options["hf_overrides"] == {"head_dtype": "float32"}
+    assert options["max_lora_rank"] == 16 and options["lora_target_modules"] == ["q_proj", "v_proj"]
+
+
 @pytest.mark.vllm
 def test_rollouts_follow_each_change_of_the_adapter(trainer):
     """The same prompts in the same step, so that a stale adapter or prefix cache would show."""
@@ -82,10 +105,73 @@ def test_a_sync_hands_over_the_adapter_and_nothing_else(trainer):
     trained = sum(weight.nbytes for weight in trainer.model.parameters() if weight.requires_grad)
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.sampler.sync_weights()
-    assert trainer.sampler.adapter_bytes == trained
-    assert not list(trainer.sampler.adapter_dir.glob(f"{trainer.sampler._run_id}*"))
+    assert trainer.sampler.adapter_bytes == trained  # in float32, as the engine
     for name, weight in trainer.model.named_parameters():
         assert torch.equal(weight, before[name]), name
+
+
+def adapter_in_engine(trainer: OPSDTrainer) -> dict[str, list[torch.Tensor]]:
+    """Copies of the factors that the engine computes with."""
+    worker = trainer.sampler.llm.llm_engine.model_executor.driver_worker
+    modules = worker.model_runner.lora_manager._adapter_manager.modules
+    return {n: [t.clone() for t in (*m.lora_a_stacked, *m.lora_b_stacked)] for n, m in modules.items()}
+
+
+def load_from_files(trainer: OPSDTrainer, folder: Path) -> None:
+    """Hand over the adapter as vLLM reads it from a folder."""
+    from vllm.lora.request import LoRARequest
+
+    sampler, engine = trainer.sampler, trainer.sampler.llm.llm_engine
+    trainer.model.save_pretrained(folder)
+    engine.remove_lora(sampler._adapter.lora_int_id)
+    sampler._adapter = LoRARequest("from files", 1_000_000, str(folder))
+    engine.add_lora(sampler._adapter)
+
+
+@pytest.mark.vllm
+def test_adapter_on_modules_that_the_engine_does_not_adapt(trainer):
+    """Left out without a word, they would make rollouts those of another policy."""
+    tensors = trainer.sampler._adapter_tensors("cpu", torch.float32)
+    tensors = {name.replace("layers.0.mlp.down_proj", "layers.0.mlp.router"): t for name, t in tensors.items()}
+    with pytest.raises(ValueError, match=r"no place for the adapter's 1 modules such as model.layers.0.mlp.router"):
+        load_adapter(trainer.sampler.llm, 2_000_000, tensors, trainer.sampler._lora_config)
+    trainer.sampler._adapter = None
+    trainer.sampler.sync_weights()
+
+
+def test_sleep_frees_the_cache_and_copies_no_weights(monkeypatch):
+    """With LoRA, through vLLM's own engine core: no `sleep` reaches the worker, which would copy the base."""
+    from vllm.v1.core.sched.interface import PauseState
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    calls, states = [], []
+    executor = UniProcExecutor.__new__(UniProcExecutor)
+    executor.sleeping_tags = set()
+    executor.collective_rpc = lambda method, args=(), kwargs=None: calls.append((method, *args, kwargs))
+    core = EngineCore.__new__(EngineCore)
+    core.model_executor, core.batch_queue = executor, None
+    core.scheduler = SimpleNamespace(pause_state=PauseState.UNPAUSED, has_requests=lambda: False)
+    core.scheduler.finish_requests = lambda *_: None
+    core.scheduler.set_pause_state = lambda state: setattr(core.scheduler, "pause_state", state)
+    core._finish_pause = core._reset_caches = lambda *_: None
+
+    sampler = VLLMSampler.__new__(VLLMSampler)
+    sampler.enable_sleep_mode, sampler.tensor_parallel_size, sampler._llm_weights_sleeping = True, 1, False
+    monkeypatch.setattr(VLLMSampler, "_lora_config", LoraConfig())
+
+    def generate(*_, **__):
+        states.append((core.is_scheduler_paused(), core.model_executor.is_sleeping))
+        return []
+
+    core.generate = generate
+    sampler.llm = core
+    sampler._sleep()
+    for _ in range(2):
+        sampler._sample_colocated([], [], {}, None)
+    assert states == [(False, False)] * 2 and core.is_scheduler_paused()
+    discard, wake = ("discard", ("kv_cache",), None), ("wake_up", {"tags": ["kv_cache"]})
+    assert calls == [discard, wake, discard, wake, discard]
 
 
 @pytest.mark.vllm
@@ -158,6 +244,36 @@ def test_base_samples_are_those_of_the_model_without_adapter(trainer, monkeypatc
         assert gap(trainer, batch).max() <= LOGPROB_GAP
     lengths = batch.completion_mask.sum(1)
     assert lengths.min() < 40 and lengths.max() == batch.completion_mask.shape[1]  # they end, and no padding
+
+
+# Engines of their own, whose end takes that of the trainer above with them
+
+
+@pytest.mark.vllm
+def test_adapter_without_a_file_in_bfloat16(make_trainer, tmp_path):
+    """The engine holds what it would read from a file, multiplies logits in float32, and adapts no other modules."""
+    settings = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}
+    trainer = make_trainer(use_vllm=True, lora_settings={"init_lora_weights": False}, **settings)
+    prompts = [trainer.train_dataset[i]["student_prompt_ids"] for i in range(4)]
+    weights = [weight.clone() for weight in trainer.model.parameters()]
+    trainer.sampler.sync_weights()
+    in_memory, sampled = adapter_in_engine(trainer), trainer.sampler.sample(prompts)
+    load_from_files(trainer, tmp_path / "adapter")
+    from_files = adapter_in_engine(trainer)
+    assert in_memory.keys() == from_files.keys() and sampled == trainer.sampler.sample(prompts)
+    for name, factors in in_memory.items():
+        for factor, other in zip(factors, from_files[name], strict=True):
+            assert factor.dtype == torch.bfloat16 and factor.any() and torch.equal(factor, other), name
+    assert {name.rpartition(".")[2] for name in in_memory} == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    for weight, before in zip(trainer.model.parameters(), weights, strict=True):
+        assert torch.equal(weight, before)
+
+    worker = trainer.sampler.llm.llm_engine.model_executor.driver_worker
+    model = worker.model_runner.model
+    logits = model.compute_logits(torch.ones(1, model.config.hidden_size, dtype=torch.bfloat16))
+    assert model.lm_head.weight.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+    trainer.sampler.close()
 
 
 @pytest.mark.vllm

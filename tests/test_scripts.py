@@ -79,7 +79,7 @@ PAPER_V1 |= {"max_completion_length": 2048}
 GRPO = LORA | PRECISION | DATA | COLOCATED | COSINE | TABLE_6
 GRPO |= {"problem_column": "Question", "answer_column": "Answer", "num_generations": 8, "beta": 0.0}
 GRPO |= {"max_completion_length": 16000, "max_prompt_length": 2048, "scale_rewards": "group", "reward": "math"}
-GRPO |= {"generation_batch_size": 32}
+GRPO |= {"generation_batch_size": 32, "cast_lm_head_to_fp32": True}
 
 SFT = LORA | PRECISION | DATA | COSINE | {"learning_rate": 2e-5, "max_length": 16000, "num_train_epochs": 4}
 SFT |= {"problem_column": "Question", "solution_column": "solution", "completion_only_loss": True}
@@ -409,7 +409,7 @@ def test_setup_files_agree():
     assert conda["dependencies"][-1]["pip"] == ["-r requirements/gpu.txt", "-e ."]
     assert "--no-deps" in setup and "install --no-build-isolation --offline --editable ." in setup
     assert dockerfile.index("COPY pyproject.toml") < dockerfile.index("setup_env.sh gpu")
-    flash_attention = re.findall(r"flash-attn==\S+", setup + (ROOT / "environment.yml").read_text())
+    flash_attention = re.findall(r"flash-attn==[\w.]+", setup + (ROOT / "environment.yml").read_text())
     assert len(flash_attention) == 2 and len(set(flash_attention)) == 1
 
     # Modules

@@ -41,6 +41,7 @@ from opsd.run.report import CURVES, METRICS, ReportCallback, describe_learning, 
 from opsd.run.summary import NUM_SAMPLES, Lines, describe_prompts, describe_run, find_risks, render
 from opsd.run.terminal import duration, replace_progress, set_up_terminal
 from opsd.thinking import freeze_date
+from opsd.vllm_engine import check_lora_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,9 @@ class Run:
             )
         if use_vllm and self.model_args.use_peft:
             check_vllm_lora_support(get_peft_config(self.model_args))
+            is_mixed = self.training_args.bf16 or self.training_args.fp16
+            if self.training_args.vllm_mode == "colocate" and not is_mixed:
+                check_lora_dtype(self.model_args.dtype)
         if use_vllm and (self.model_args.load_in_4bit or self.model_args.load_in_8bit):
             raise ValueError(
                 "--use_vllm: vLLM would sample from the base as it is published, not from the quantized one; leave "
@@ -111,6 +115,11 @@ class Run:
     def _check_trainer_flags(self) -> None:
         """Raise `ValueError` for flags that transformers would refuse only after the model is loaded, or ignore."""
         args = self.training_args
+        if self.args.dry_run is None and args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which trains on one: start it with scripts/launch.sh "
+                "(accelerate launch), or set CUDA_VISIBLE_DEVICES=0"
+            )
         if args.fp16 and self.args.dry_run is None and args.device.type == "cpu":
             raise ValueError("--fp16: there is no float16 training on a CPU; leave it out")
         if args.eval_on_start and self.args.eval_dataset_name is None:
