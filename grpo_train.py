@@ -10,6 +10,7 @@ The model sees the prompt that the evaluator asks with. All flags: `python grpo_
 
 import logging
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, get_peft_config
 
 from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
+from opsd.adapters import AdapterTraining
 from opsd.rewards import REWARDS, make_reward
 from opsd.rollouts import VLLMSampler
 from opsd.run.arguments import RunArguments, parse_arguments
@@ -56,7 +58,7 @@ class GRPOArguments(RunArguments):
     )
 
 
-class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
+class OnPolicyGRPOTrainer(CompleteCheckpoints, AdapterTraining, GRPOTrainer):
     """
     TRL's `GRPOTrainer` with this project's rollouts: vLLM serves the adapter natively, each sample has its own seed.
 
@@ -100,7 +102,9 @@ class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
         if self.sampler is not None:
             self.sampler.step = self.state.global_step
-        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        # In training's precision, where the model itself samples; vLLM has its own
+        with self.accelerator.autocast() if self.sampler is None else nullcontext():
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         if self.model.training:
             self._count("num_generated_tokens", sum(gather_object([sum(map(len, completion_ids))])))
         return completion_ids, logprobs

@@ -19,7 +19,7 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from data_collator import MicroBatch, Rollout, SelfDistillationDataCollator, start_rollouts
-from opsd.adapters import check_vllm_lora_support
+from opsd.adapters import AdapterTraining, check_vllm_lora_support
 from opsd.config import OPSDConfig
 from opsd.curriculum import Curriculum
 from opsd.losses import (
@@ -78,7 +78,7 @@ class StepCallback(TrainerCallback):
         self.trainer._update_curriculum()
 
 
-class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
+class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
     """
     Trains a model to match itself: at every token that the student samples, its distribution is pulled towards the
     teacher's, which also sees the reference solution.
@@ -437,7 +437,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     ) -> TokenLosses:
         student_hidden = self._hidden_states(policy, batch, "student")
         weight = self._causal_lm(policy).get_output_embeddings().weight  # (V, H)
-        with maybe_gather_lm_head_ctx(weight):
+        with maybe_gather_lm_head_ctx(weight), self.accelerator.autocast():
             return fused_token_losses(
                 student_hidden,
                 teacher_hidden,

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
 from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
+from opsd.adapters import AdapterTraining
 from opsd.run.arguments import RunArguments, parse_arguments
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.problem_data import drop_long_rows
@@ -31,7 +32,7 @@ class SFTArguments(RunArguments):
     thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
 
 
-class CompleteSFTTrainer(CompleteCheckpoints, SFTTrainer):
+class CompleteSFTTrainer(CompleteCheckpoints, AdapterTraining, SFTTrainer):
     """TRL's `SFTTrainer`, whose checkpoints are complete or not used, and which skips steps that are not finite."""
 
 

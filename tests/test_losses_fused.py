@@ -576,12 +576,13 @@ def test_triton_kernel_on_a_gpu():
 @pytest.mark.parametrize("top_k", [None, 16])
 @pytest.mark.parametrize("trained_head", [False, True])
 @pytest.mark.parametrize("with_advantages", [False, True])
-def test_bfloat16_on_a_gpu(beta, top_k, trained_head, with_advantages):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # float32 is rounded under autocast
+def test_bfloat16_on_a_gpu(beta, top_k, trained_head, with_advantages, dtype):
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(300, 256, generator=generator)
     teacher = student + 0.03 * torch.randn(student.shape, generator=generator)
     weight = 0.1 * torch.randn(5000, 256, generator=generator)
-    student, teacher, weight = (tensor.cuda().bfloat16() for tensor in (student, teacher, weight))
+    student, teacher, weight = (tensor.cuda().bfloat16().to(dtype) for tensor in (student, teacher, weight))
     reference = student.double().requires_grad_(), weight.double().requires_grad_()
     settings = {"beta": beta, "clip": 1e-5, "temperature": 1.1, "top_k": top_k}
     logits = reference[0] @ reference[1].T
