@@ -199,10 +199,19 @@ class MicroBatch:
     advantages: Tensor  # (B,), float32
     sampler_logprobs: Tensor | None  # (B, C), float32
 
+    _places_of_mask: tuple = dataclasses.field(default=(None, ()), init=False, repr=False)
+
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the batch on another device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **tensors)
+        moved = dataclasses.replace(self, **tensors)
+        moved._places_of_mask = moved.loss_mask, [places.to(device) for places in self.token_places()]
+        return moved
+
+    def token_places(self) -> Sequence[Tensor]:
+        """Return row and column of the N tokens of the loss, (N,) each, int64."""
+        mask, places = self._places_of_mask  # counted before the move to a GPU, which would stop for it
+        return places if mask is self.loss_mask else self.loss_mask.nonzero(as_tuple=True)
 
     def model_inputs(self, role: str) -> dict[str, Tensor]:
         """Return the model's inputs for "student" or "teacher": the role's prompts, each with its completion."""
@@ -218,9 +227,8 @@ class MicroBatch:
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """Select the N tokens of the loss: (B,) values of rows or (B, C) values of tokens -> (N,)."""
-        if values.dim() == 1:
-            values = values.unsqueeze(1).expand_as(self.loss_mask)
-        return values[self.loss_mask]
+        rows, columns = self.token_places()
+        return values[rows] if values.dim() == 1 else values[rows, columns]
 
 
 class SelfDistillationDataCollator:

@@ -451,7 +451,8 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
     def _record_tokens(self, batch: MicroBatch, losses: TokenLosses) -> None:
         """Log the statistics of the tokens with a weight in the divergence; note it by problem for the curriculum."""
         counts = batch.of_tokens(batch.weights) > 0.0  # (N,); tokens with only a reward are left out
-        statistics = type(losses.statistics)(*(value[counts] for value in losses.statistics))
+        # Not indexed with `counts`: a GPU would stop to count them
+        statistics = type(losses.statistics)(*(value.where(counts, 0.0) for value in losses.statistics))
         num_tokens = counts.sum()
         sums = {name: value.sum(dtype=torch.float64) for name, value in statistics._asdict().items()}
         num_summands = self.objective.num_summands(self.model.config.get_text_config().vocab_size)
@@ -464,16 +465,15 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
             ("clip_ratio/wrong_way_tokens", sums["wrong_way"], num_tokens),
         ):
             self.metrics.add(name, total, count)
-        places = torch.arange(batch.loss_mask.shape[1], device=counts.device).expand_as(batch.loss_mask)
-        is_first = batch.of_tokens(places)[counts] < NUM_FIRST_TOKENS
-        first_divergence = statistics.divergence[is_first].sum(dtype=torch.float64)
-        self.metrics.add("divergence/first_tokens", first_divergence, is_first.sum())
+        rows, columns = batch.token_places()
+        is_first = columns < NUM_FIRST_TOKENS
+        first_divergence = statistics.divergence.where(is_first, 0.0).sum(dtype=torch.float64)
+        self.metrics.add("divergence/first_tokens", first_divergence, (counts & is_first).sum())
         if losses.logprobs is not None and len(losses.logprobs) > 0:
             self._record_sampler_logprobs(losses.logprobs - batch.of_tokens(batch.sampler_logprobs))
         if self.args.curriculum == "divergence" and self.model.training:
-            row_of_token = batch.loss_mask.nonzero()[counts, 0]
-            num_tokens_of_row = torch.bincount(row_of_token, minlength=len(batch.rows)).tolist()
-            divergences = torch.bincount(row_of_token, statistics.divergence.double(), len(batch.rows)).tolist()
+            num_tokens_of_row = torch.bincount(rows, counts.double(), len(batch.rows)).tolist()
+            divergences = torch.bincount(rows, statistics.divergence.double(), len(batch.rows)).tolist()
             scores = zip(batch.rows, divergences, num_tokens_of_row, strict=True)
             self._problem_scores += [score for score in scores if score[2] > 0]
 

@@ -182,7 +182,8 @@ class _FusedLosses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses, _):
         d_hidden, d_weight, *inputs = ctx.saved_tensors
-        if d_weight is not None and (grad_losses == grad_losses[:1]).all():
+        # After a sum all are one number in memory: known without a GPU that has to be waited for
+        if d_weight is not None and (grad_losses.stride() == (0,) or (grad_losses == grad_losses[:1]).all()):
             d_weight = torch.mul(d_weight, grad_losses[:1].sum(), out=torch.empty_like(d_weight))
         elif d_weight is not None:
             *inputs, weights, advantages = inputs
