@@ -3,10 +3,11 @@ Compute what a recipe takes of a GPU's memory, from its flags and the model's co
 
     python benchmarks/plan_memory.py scripts/run_opsd_8b.sh --gpu_memory 80 [flags of the recipe]
 
-Activations are those of the model's own code on fake tensors, which have sizes and no data: the teacher's forward pass
-over its longest prompts, and the student's forward and backward pass, with checkpoints where the flags say so. The rest
-is added up. Attention is taken as fused (FlashAttention), the launcher as DDP or one process. Assumed, not computed:
-2 GiB for the CUDA context and NCCL. Fragmentation is not in it. Leaves with status 1 if the recipe does not fit.
+Activations are those of the model's own code on fake tensors, which have sizes and no data: the teacher's forward
+pass over its longest prompts, and the student's forward and backward pass, with checkpoints where the flags say so.
+The rest is added up. Attention is taken as fused (FlashAttention), the launcher as DDP or one process. Assumed, not
+computed: 2 GiB for the CUDA context and NCCL. Fragmentation is not in it. Leaves with status 1 if the recipe does not
+fit.
 """
 
 import argparse
