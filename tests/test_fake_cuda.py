@@ -46,7 +46,7 @@ def test_step_on_a_gpu_that_is_not_there(errors, case):
     ("fault", "message"),
     zip(
         FAULTS,
-        ["found two different devices", "cast to float32 and back", "DataDependentOutputException"],
+        ["Expected all tensors to be on the same device", "cast to float32 and back", "DataDependentOutputException"],
         strict=True,
     ),
 )
