@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -269,12 +269,16 @@ class MicroBatch:
     student: PackedRole  # the same sequences without padding
     teacher: PackedRole
 
+    _places_of_mask: tuple = dataclasses.field(default=(None, ()), init=False, repr=False)
+
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the batch on another device."""
-        moved: dict[str, Any] = {
+        moved = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor | PackedRole)
         }
-        return dataclasses.replace(self, **moved)
+        batch = dataclasses.replace(self, **cast(dict[str, Any], moved))
+        batch._places_of_mask = batch.loss_mask, [places.to(device) for places in self.token_places()]
+        return batch
 
     def packed(self, role: str) -> PackedRole:
         """Return the sequences of "student" or "teacher" in one row."""
@@ -285,6 +289,11 @@ class MicroBatch:
         ends = self.packed(role).bounds[1:].long()
         places = torch.arange(-1, self.completion_ids.shape[1] - 1, device=ends.device)
         return self.of_tokens((ends - self.completion_mask.sum(1))[:, None] + places)
+
+    def token_places(self) -> Sequence[Tensor]:
+        """Return row and column of the N tokens of the loss, (N,) each, int64."""
+        mask, places = self._places_of_mask  # counted before the move to a GPU, which would stop for it
+        return places if mask is self.loss_mask else self.loss_mask.nonzero(as_tuple=True)
 
     def model_inputs(self, role: str) -> dict[str, Tensor]:
         """Return the model's inputs for "student" or "teacher": the role's prompts, each with its completion."""
@@ -300,9 +309,8 @@ class MicroBatch:
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """Select the N tokens of the loss: (B,) values of rows or (B, C) values of tokens -> (N,)."""
-        if values.dim() == 1:
-            values = values.unsqueeze(1).expand_as(self.loss_mask)
-        return values[self.loss_mask]
+        rows, columns = self.token_places()
+        return values[rows] if values.dim() == 1 else values[rows, columns]
 
 
 class SelfDistillationDataCollator:

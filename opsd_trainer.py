@@ -17,8 +17,8 @@ from trl.experimental.gold import GOLDTrainer
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from data_collator import MicroBatch, Rollout, SelfDistillationDataCollator, start_rollouts
-from opsd.adapters import check_vllm_lora_support
+from data_collator import MicroBatch, PackedRole, Rollout, SelfDistillationDataCollator, start_rollouts
+from opsd.adapters import AdapterTraining, check_vllm_lora_support
 from opsd.config import OPSDConfig
 from opsd.curriculum import Curriculum
 from opsd.losses import (
@@ -83,7 +83,7 @@ class StepCallback(TrainerCallback):
         self.trainer._update_curriculum()
 
 
-class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
+class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
     """
     Trains a model to match itself: at every token that the student samples, its distribution is pulled towards the
     teacher's, which also sees the reference solution.
@@ -460,7 +460,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     ) -> TokenLosses:
         student_hidden = self._hidden_states(policy, batch, "student")
         weight = self._causal_lm(policy).get_output_embeddings().weight  # (V, H)
-        with maybe_gather_lm_head_ctx(weight):
+        with maybe_gather_lm_head_ctx(weight), self.accelerator.autocast():
             return fused_token_losses(
                 student_hidden,
                 teacher_hidden,
@@ -474,7 +474,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
     def _record_tokens(self, batch: MicroBatch, losses: TokenLosses) -> None:
         """Log the statistics of the tokens with a weight in the divergence; note it by problem for the curriculum."""
         counts = batch.of_tokens(batch.weights) > 0.0  # (N,); tokens with only a reward are left out
-        statistics = type(losses.statistics)(*(value[counts] for value in losses.statistics))
+        # Not indexed with `counts`: a GPU would stop to count them
+        statistics = type(losses.statistics)(*(value.where(counts, 0.0) for value in losses.statistics))
         num_tokens = counts.sum()
         sums = {name: value.sum(dtype=torch.float64) for name, value in statistics._asdict().items()}
         num_summands = self.objective.num_summands(self.model.config.get_text_config().vocab_size)
@@ -487,16 +488,15 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
             ("clip_ratio/wrong_way_tokens", sums["wrong_way"], num_tokens),
         ):
             self.metrics.add(name, total, count)
-        places = torch.arange(batch.loss_mask.shape[1], device=counts.device).expand_as(batch.loss_mask)
-        is_first = batch.of_tokens(places)[counts] < NUM_FIRST_TOKENS
-        first_divergence = statistics.divergence[is_first].sum(dtype=torch.float64)
-        self.metrics.add("divergence/first_tokens", first_divergence, is_first.sum())
+        rows, columns = batch.token_places()
+        is_first = columns < NUM_FIRST_TOKENS
+        first_divergence = statistics.divergence.where(is_first, 0.0).sum(dtype=torch.float64)
+        self.metrics.add("divergence/first_tokens", first_divergence, (counts & is_first).sum())
         if losses.logprobs is not None and len(losses.logprobs) > 0:
             self._record_sampler_logprobs(losses.logprobs - batch.of_tokens(batch.sampler_logprobs))
         if self.args.curriculum == "divergence" and self.model.training:
-            row_of_token = batch.loss_mask.nonzero()[counts, 0]
-            num_tokens_of_row = torch.bincount(row_of_token, minlength=len(batch.rows)).tolist()
-            divergences = torch.bincount(row_of_token, statistics.divergence.double(), len(batch.rows)).tolist()
+            num_tokens_of_row = torch.bincount(rows, counts.double(), len(batch.rows)).tolist()
+            divergences = torch.bincount(rows, statistics.divergence.double(), len(batch.rows)).tolist()
             scores = zip(batch.rows, divergences, num_tokens_of_row, strict=True)
             self._problem_scores += [score for score in scores if score[2] > 0]
 
@@ -521,7 +521,7 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
 
     def _batch_to_keep(self) -> Any:
         return [
-            {name: value for name, value in vars(batch).items() if name not in ("student", "teacher")}
+            {name: value for name, value in vars(batch).items() if not isinstance(value, PackedRole | tuple)}
             for batch in self._buffered_inputs
         ]
 

@@ -314,7 +314,7 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=VOCAB_SIZE)
     parser.add_argument("--chunk_size", type=int, default=256, help="on the CPU")
     parser.add_argument("--gpu_tokens", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--gpu_chunk_size", type=int, default=640)
+    parser.add_argument("--gpu_chunk_size", type=int, default=768)
     parser.add_argument("--betas", type=float, nargs="+", help="on the CPU; default: all")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="Markdown file; default: standard output only")

@@ -5,16 +5,23 @@ import json
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.helpers import disable_input_dtype_casting
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.trainer_utils import TrainOutput
+
+if TYPE_CHECKING:
+    from transformers import Trainer as Base  # what the mixin is put in front of
+else:
+    Base = object
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +56,26 @@ def check_model_folder(path: str, flag: str, adapter_flag: str) -> None:
             f"folder as --{adapter_flag}"
         )
     raise ValueError(f"--{flag} {path}: holds no model, config.json is missing")
+
+
+class AdapterTraining(Base):
+    """
+    Mixin for a transformers `Trainer`, in front of it among the bases, that leaves out what LoRA costs for nothing.
+
+    - PEFT casts the input of each LoRA layer to float32, and autocast casts it back to 16 bits. Values and gradients
+      are the same without it. Where there is no autocast, as under DeepSpeed, the cast stays.
+    - DDP looks for weights without gradient after each forward pass. Here all weights of an adapter get one.
+      `--ddp_find_unused_parameters true` brings the search back.
+    """
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        if isinstance(self.model, PeftModel) and self.args.ddp_find_unused_parameters is None:
+            self.args.ddp_find_unused_parameters = False
+        return super()._build_accelerator_args(**kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        with disable_input_dtype_casting(self.model, active=self.accelerator.native_amp):
+            return super().train(*args, **kwargs)
 
 
 def unserved_settings(config: PeftConfig) -> list[str]:

@@ -374,7 +374,10 @@ class OPSDConfig(GOLDConfig):
     )
     loss_chunk_size: int | None = field(
         default=None,
-        metadata={"help": "Number of tokens at a time in the fused loss; by default chosen from the free memory."},
+        metadata={
+            "help": "Number of tokens at a time in the fused loss; by default so many that their buffers take 1.1 GiB "
+            "on a GPU."
+        },
     )
 
     def __post_init__(self):

@@ -1,18 +1,20 @@
 """The trainer of the GRPO baseline."""
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 
+from opsd.adapters import AdapterTraining
 from opsd.rollouts import VLLMSampler
 from opsd.run.checkpoints import CompleteCheckpoints
 
 logger = logging.getLogger(__name__)
 
 
-class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
+class OnPolicyGRPOTrainer(CompleteCheckpoints, AdapterTraining, GRPOTrainer):
     """
     TRL's `GRPOTrainer` with this project's rollouts: vLLM serves the adapter natively, each sample has its own seed.
 
@@ -56,7 +58,9 @@ class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list[list[float]] | None]:
         if self.sampler is not None:
             self.sampler.step = self.state.global_step
-        completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
+        # In training's precision, where the model itself samples; vLLM has its own
+        with self.accelerator.autocast() if self.sampler is None else nullcontext():
+            completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
         if self.model.training:
             self._count("num_generated_tokens", sum(gather_object([sum(map(len, completion_ids))])))
         return completion_ids, logprobs

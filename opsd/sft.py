@@ -2,8 +2,9 @@
 
 from trl import SFTTrainer
 
+from opsd.adapters import AdapterTraining
 from opsd.run.checkpoints import CompleteCheckpoints
 
 
-class CompleteSFTTrainer(CompleteCheckpoints, SFTTrainer):
+class CompleteSFTTrainer(CompleteCheckpoints, AdapterTraining, SFTTrainer):
     """TRL's `SFTTrainer`, whose checkpoints are complete or not used, and which skips steps that are not finite."""

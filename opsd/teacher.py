@@ -18,6 +18,9 @@ from opsd.config import OPSDConfig
 
 # Integer types by the size of an entry in bytes
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+NUM_SUMMED_AT_ONCE = (
+    2**22
+)  # entries: PyTorch first copies what it sums to int64, four times the size of 16-bit weights
 
 
 class Teacher:
@@ -224,7 +227,8 @@ class FrozenWeights:
         sums = torch.zeros(len(self._weights), dtype=torch.int64, device=self.accelerator.device)
         for i, weight in enumerate(self._weights.values()):
             shard = local_shard(weight)
-            sums[i] = shard.view(INTEGERS[shard.dtype.itemsize]).sum(dtype=torch.int64)
+            for bits in shard.view(INTEGERS[shard.dtype.itemsize]).flatten().split(NUM_SUMMED_AT_ONCE):
+                sums[i] += bits.sum(dtype=torch.int64)
         return sums
 
     def checksum(self) -> str:

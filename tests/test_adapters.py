@@ -2,17 +2,21 @@
 
 import json
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import gradient_of_one_step
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from eval import evaluate_math
 from eval.benchmarks import Question
 from eval.engine import Completion, Sampling, sampling_requests
+from opsd import adapters
 from opsd.adapters import Adapter, check_model_folder, unserved_settings
 
 INPUT_IDS = torch.arange(20, 60)[None]
@@ -243,3 +247,55 @@ def test_evaluator_gives_a_merged_adapter_an_engine_of_its_own(make_adapter, tin
         None: "None",
     }
     assert len(pairs) == len(requests)
+
+
+# Training
+
+
+def test_gradient_without_input_casts_is_the_same_bit_for_bit(make_trainer, monkeypatch):
+    """Casts of bfloat16 to float32 and back change nothing, in the forward pass and in the recomputed one."""
+    settings = {"bf16": True, "gradient_checkpointing": True, "model_init_kwargs": {"dtype": "bfloat16"}}
+    dtypes = []
+    original = LoraLayer._cast_input_dtype
+
+    def cast(layer, x, dtype):
+        assert dtype == torch.float32
+        dtypes.append(original(layer, x, dtype).dtype)
+        return original(layer, x, dtype)
+
+    monkeypatch.setattr(LoraLayer, "_cast_input_dtype", cast)
+    gradient, loss, _ = gradient_of_one_step(make_trainer, 2, **settings)
+    assert set(dtypes) == {torch.bfloat16}
+    dtypes.clear()
+    monkeypatch.setattr(adapters, "disable_input_dtype_casting", lambda *args, **kwargs: nullcontext())
+    expected, expected_loss, _ = gradient_of_one_step(make_trainer, 2, **settings)
+    assert set(dtypes) == {torch.float32}
+    assert gradient.count_nonzero() > 0.9 * len(gradient)
+    assert torch.equal(gradient, expected) and loss == expected_loss
+
+
+def test_input_casts_stay_without_autocast_and_come_back_after_the_training(make_trainer):
+    trainer = make_trainer(max_steps=1, bf16=True)
+    layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
+    seen = []
+
+    def look(*args, **kwargs):
+        seen.append({layer.cast_input_dtype_enabled for layer in layers})
+        raise KeyboardInterrupt
+
+    trainer.compute_loss = look
+    for has_autocast in (False, True):
+        trainer.accelerator.native_amp = has_autocast
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        assert all(layer.cast_input_dtype_enabled for layer in layers)
+    assert seen == [{True}, {False}]
+
+
+def test_ddp_does_not_look_for_unused_weights_of_an_adapter(make_trainer):
+    def handler(**settings):
+        return make_trainer(gradient_checkpointing=False, **settings).accelerator.ddp_handler
+
+    assert not handler().find_unused_parameters
+    assert handler(ddp_find_unused_parameters=True).find_unused_parameters
+    assert handler(lora=False).find_unused_parameters  # transformers' own choice

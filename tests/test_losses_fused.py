@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -532,24 +533,36 @@ def check_kernel(device, vocab_size):
     assert num_wrong_way > 0
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("mode", ["POINTWISE", "SAMPLED"])
-def test_triton_kernel_compiles(mode, tmp_path, monkeypatch):
-    """For an H100, which need not be there. The interpreter accepts what the compiler does not."""
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs triton, which brings NVIDIA's assembler")
+@pytest.mark.parametrize("capability", [80, 90], ids=["A100", "H100"])
+@pytest.mark.parametrize(
+    ("beta", "modes"), [(0.0, ["POINTWISE"]), (0.5, ["POINTWISE"]), (0.5, ["TOKEN"]), (0.5, ["SAMPLED", "SOFTCAP"])]
+)
+def test_triton_kernel_compiles(beta, modes, capability, tmp_path, monkeypatch):
+    """For GPUs that need not be there, two programs at a time on a multiprocessor, and without spilled registers."""
     import triton
 
     from opsd.losses.triton_kernel import token_losses_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants = dict.fromkeys(("POINTWISE", "TOKEN", "SCALE", "SAMPLED"), False)
-    constants |= {mode: True, "BETA": 0.5, "SOFTCAP": True, "GRADIENT": True, "BLOCK": 2048}
-    signature = {name: "constexpr" if name in constants else "fp32" for name in token_losses_kernel.arg_names}
+    constants = {mode: mode in modes for mode in ("POINTWISE", "TOKEN", "SCALE", "SAMPLED", "SOFTCAP")}
+    constants |= {"BETA": beta, "GRADIENT": True, "BLOCK": 2048}
+    names = token_losses_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else "fp32" for name in names}
     signature |= {name: "*fp32" for name in signature if name.endswith("_ptr")}
     signature |= {"token_ids_ptr": "*i64", "gradient_ptr": "*bf16", "vocab_size": "i32", "num_tokens": "i32"}
-    source = triton.compiler.ASTSource(token_losses_kernel, signature, constants)
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    options = {"num_warps": 8, "enable_fp_fusion": False}
-    assert "ptx" in triton.compile(source, target=target, options=options).asm
+    # As the launcher finds them: addresses of tensors, and Qwen3's vocabulary size
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n.endswith("_ptr") or n == "vocab_size"}
+    source = triton.compiler.ASTSource(token_losses_kernel, signature, constants, aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 8, "enable_fp_fusion": False})
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "--dump-resource-usage", tmp_path / "kernel.cubin"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    assert usage["STACK"] + usage["LOCAL"] <= 16  # bytes of a thread, where spilled registers would go
+    assert 2 * 8 * 32 * usage["REG"] <= 65_536  # registers of a multiprocessor
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
@@ -576,12 +589,13 @@ def test_triton_kernel_on_a_gpu():
 @pytest.mark.parametrize("top_k", [None, 16])
 @pytest.mark.parametrize("trained_head", [False, True])
 @pytest.mark.parametrize("with_advantages", [False, True])
-def test_bfloat16_on_a_gpu(beta, top_k, trained_head, with_advantages):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])  # float32 is rounded under autocast
+def test_bfloat16_on_a_gpu(beta, top_k, trained_head, with_advantages, dtype):
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(300, 256, generator=generator)
     teacher = student + 0.03 * torch.randn(student.shape, generator=generator)
     weight = 0.1 * torch.randn(5000, 256, generator=generator)
-    student, teacher, weight = (tensor.cuda().bfloat16() for tensor in (student, teacher, weight))
+    student, teacher, weight = (tensor.cuda().bfloat16().to(dtype) for tensor in (student, teacher, weight))
     reference = student.double().requires_grad_(), weight.double().requires_grad_()
     settings = {"beta": beta, "clip": 1e-5, "temperature": 1.1, "top_k": top_k}
     logits = reference[0] @ reference[1].T

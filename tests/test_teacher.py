@@ -1,12 +1,18 @@
 """Teachers with weights of their own: an average of the student, and the start policy of a full fine-tuning."""
 
+from itertools import accumulate
+
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers import EMA, copies, rollout, teacher_logits
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainerCallback
+
+from opsd import teacher
 
 DECAY = EMA["ema_decay"]
 
@@ -209,3 +215,19 @@ def test_loss_temperature_is_not_that_of_the_rollouts(make_trainer):
     trainer = make_trainer(temperature=1.3, loss_temperature=0.7)
     assert trainer.generation_config.temperature == 1.3 and trainer.objective.temperature == 0.7
     assert make_trainer(temperature=1.3).objective.temperature == 1.3
+
+
+def test_checksum_makes_no_copy_of_a_weight(monkeypatch):
+    """PyTorch sums 16-bit integers as an int64 copy, four times their size. The sum is that of the whole weight."""
+    monkeypatch.setattr(teacher, "NUM_SUMMED_AT_ONCE", 2**16)
+    model = torch.nn.Linear(1023, 2048, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    frozen = teacher.FrozenWeights(model, Accelerator(cpu=True))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        frozen.check()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = list(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
+    assert 8 * 2**16 <= max(held) < model.weight.nbytes / 4
+    assert frozen._sums_at_start.tolist() == [model.weight.view(torch.int16).sum(dtype=torch.int64).item()]
+    model.weight.view(torch.int16)[-1, -1] += 1
+    with pytest.raises(RuntimeError, match="frozen weights have changed"):
+        frozen.check()

@@ -49,9 +49,15 @@ def _out_dtype(operand: Tensor, result: Tensor) -> dict[str, torch.dtype]:
 
 
 def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """Dtype of the logits, at least float32, and of the factors: CUDA multiplies 16-bit ones into float32."""
+    """
+    Choose the dtype of the logits, at least float32, and of the factors: CUDA multiplies 16-bit ones into float32.
+
+    Autocast's dtype is that of the factors in place of float32, whose products are many times slower.
+    """
     dtype = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    return dtype, weight.dtype if hidden.is_cuda and weight.dtype.itemsize == 2 else dtype
+    has_autocast = torch.is_autocast_enabled("cuda") and weight.dtype == torch.float32
+    operand_dtype = torch.get_autocast_dtype("cuda") if has_autocast else weight.dtype
+    return dtype, operand_dtype if hidden.is_cuda and operand_dtype.itemsize == 2 else dtype
 
 
 def _head_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -70,21 +76,20 @@ def _project(hidden: Tensor, weight: Tensor, operand_dtype: torch.dtype, logits:
 
 
 def _automatic_chunk_size(bytes_per_token: int, device: torch.device) -> int:
-    """Number of tokens whose buffers take 320 MiB or, on a GPU, 1 GiB but at most half of the free memory."""
-    budget = 320 * 2**20
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        budget = min(2**30, free // 2)
-    chunk_size = budget // bytes_per_token
-    return max(1, chunk_size if chunk_size < 64 else chunk_size // 64 * 64)
+    """
+    Return the number of tokens whose buffers take 320 MiB or, on a GPU, 1.125 GiB, in whole tiles of a matrix product.
+
+    It does not depend on the free memory: other shapes are other rounding errors, and a run could not be repeated.
+    """
+    chunk_size = (1152 if device.type == "cuda" else 320) * 2**20 // bytes_per_token
+    return max(1, chunk_size if chunk_size < 128 else chunk_size // 128 * 128)
 
 
 # Chunks and autograd
 
 
 def _over_chunks(
-    settings: tuple[Objective, HeadSettings, int | None],
+    settings: tuple[Objective, HeadSettings, int | None, tuple[torch.dtype, torch.dtype]],
     trained: tuple[bool, bool],
     student_hidden: Tensor,
     weight: Tensor,
@@ -101,10 +106,9 @@ def _over_chunks(
         Losses (N,); statistics of the objective alone, (7, N); the gradient of the losses' sum with respect to
         `student_hidden` (N, H) and to `weight` (V, H), each `None` if it is not `trained`.
     """
-    objective, head, chunk_size = settings
+    objective, head, chunk_size, (dtype, operand_dtype) = settings
     hidden_gradient, weight_gradient = trained
     num_tokens, vocab_size, device = len(student_hidden), len(weight), student_hidden.device
-    dtype, operand_dtype = _dtypes(student_hidden, weight)
     needs_gradient = hidden_gradient or weight_gradient
     if chunk_size is None:
         itemsize = (2 if advantages is None else 3) * dtype.itemsize
@@ -178,7 +182,8 @@ class _FusedLosses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses, _):
         d_hidden, d_weight, *inputs = ctx.saved_tensors
-        if d_weight is not None and (grad_losses == grad_losses[:1]).all():
+        # After a sum all are one number in memory: known without a GPU that has to be waited for
+        if d_weight is not None and (grad_losses.stride() == (0,) or (grad_losses == grad_losses[:1]).all()):
             d_weight = torch.mul(d_weight, grad_losses[:1].sum(), out=torch.empty_like(d_weight))
         elif d_weight is not None:
             *inputs, weights, advantages = inputs
@@ -240,16 +245,17 @@ def fused_token_losses(
     `advantages`. If the head is trained and the losses are not all weighted alike afterwards, the backward pass
     computes the chunks again: leave the inputs unchanged, and pass `weights` here.
 
-    Logits are float32 even if hidden states and weight are not, and under autocast. On CUDA with a 16-bit weight, the
-    gradient of the logits is rounded to 16 bits for its product. On CUDA a Triton kernel does the element-wise part,
-    except for `top_k` and `advantages`, which use slower PyTorch operations.
+    Logits are float32 even if hidden states and weight are not, and under autocast. On CUDA with a 16-bit weight, or
+    under autocast, hidden states, weight and the gradient of the logits are rounded to 16 bits for their products. On
+    CUDA a Triton kernel does the element-wise part, except for `top_k` and `advantages`, which use slower PyTorch
+    operations.
 
     Args:
         student_hidden, teacher_hidden: (N, H), the head's input, of any floating dtype.
         lm_head_weight: (V, H). The head has no bias.
         teacher_lm_head_weight: (V, H), if the teacher has another head; its H may differ from the student's.
         head: how the logits follow from the head's output.
-        chunk_size: number of tokens at a time; `None` chooses it from V, the dtypes and the free memory.
+        chunk_size: number of tokens at a time; `None` chooses it from V, the dtypes and the kind of device.
         token_ids, objective, weights, advantages, sampler_logprobs: as for `dense_token_losses`.
 
     Returns:
@@ -282,7 +288,8 @@ def fused_token_losses(
     inputs = (student_hidden, lm_head_weight, teacher_hidden, teacher_weight, token_ids, weights, advantages)
     num_trained = 2 if torch.is_grad_enabled() else 0  # student_hidden and lm_head_weight
     constants = [None if tensor is None else tensor.detach() for tensor in inputs[num_trained:]]
-    losses, statistics = _FusedLosses.apply((objective, head, chunk_size), *inputs[:num_trained], *constants)
+    settings = (objective, head, chunk_size, _dtypes(student_hidden, lm_head_weight))
+    losses, statistics = _FusedLosses.apply(settings, *inputs[:num_trained], *constants)
     return TokenLosses(losses, TokenStatistics(*statistics), logprobs)
 
 

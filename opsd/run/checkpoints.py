@@ -150,7 +150,7 @@ class CompleteCheckpoints(Base):
     write_card: Callable[[], None] | None = None  # writes the README.md of the run, in place of TRL's
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self._losses_of_step: list[Tensor | None] = []  # of each micro-batch; None: it is finite
+        self._losses_of_step: list[tuple[Tensor, Tensor]] = []  # of each micro-batch: whether finite, and losses
         self._inputs_of_step: list[Any] = []  # of each micro-batch
         self._num_skipped_in_a_row = 0
         self._got_signal: signal.Signals | None = None
@@ -215,9 +215,9 @@ class CompleteCheckpoints(Base):
         """
         if not self.model.training:
             return loss
-        is_finite = bool(loss.isfinite())
-        self._losses_of_step.append(None if is_finite else (loss if per_token is None else per_token).detach())
-        return loss if is_finite else loss * math.nan
+        # Read in `_keep_batch` alone: a GPU would wait for it
+        self._losses_of_step.append((loss.isfinite(), (loss if per_token is None else per_token).detach()))
+        return loss * torch.where(loss.isfinite(), 1.0, math.nan)
 
     @property
     def last_step_was_skipped(self) -> bool:
@@ -245,7 +245,7 @@ class CompleteCheckpoints(Base):
         step = self.state.global_step + 1
         path = Path(self.args.output_dir, "nonfinite", f"step_{step:05d}_process_{self.accelerator.process_index}.pt")
         path.parent.mkdir(parents=True, exist_ok=True)
-        losses = {place: loss for place, loss in enumerate(self._losses_of_step) if loss is not None}
+        losses = {place: loss for place, (is_finite, loss) in enumerate(self._losses_of_step) if not is_finite}
         torch.save({"step": step, "inputs": self._batch_to_keep(), "losses": losses}, path)
         logger.error("step %d: loss or gradient not finite; the step is skipped, its batch kept in %s", step, path)
         if self._num_skipped_in_a_row >= self.max_nonfinite_steps:
