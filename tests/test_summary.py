@@ -60,7 +60,7 @@ def train_file(tmp_path, problems):
             {"fixed_teacher": True, "use_peft": True, "adapter_name_or_path": "a"},
             "the initial policy (a copy of the weights at the start): it stays",
         ),
-        ({"use_ema_teacher": True, "ema_decay": 0.9}, "an average of the student's weights, decay 0.9 each 1 steps"),
+        ({"use_ema_teacher": True, "ema_decay": 0.9}, "an average of the student's weights, decay 0.9 each 1 step:"),
         ({"teacher_sees_solution": False}, "it sees no solution (a control)"),
         ({"reason_first": True}, "it sees the solution and writes a rationale for it first"),
         (

@@ -83,10 +83,15 @@ def _model(args: RunArguments, model_args: ModelArguments) -> str:
     return f"{text}; {adapter}: rank {model_args.lora_r}, alpha {model_args.lora_alpha}, on {modules}"
 
 
+def _number(number: int, one: str, more: str) -> str:
+    return f"{number:,} {one if number == 1 else more}"
+
+
 def _batch(args: TrainingArguments) -> str:
     per_device, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     size = per_device * accumulation * args.world_size
-    text = f"{size} sequences a step: {args.world_size} processes x {accumulation} accumulation steps x {per_device}"
+    text = f"{size} sequences a step: {_number(args.world_size, 'process', 'processes')} x "
+    text += f"{_number(accumulation, 'accumulation step', 'accumulation steps')} x {per_device}"
     num_generations = getattr(args, "num_generations", 1)
     return text if num_generations == 1 else f"{text}; {num_generations} rollouts of each problem"
 
@@ -119,8 +124,8 @@ def _steps(args: TrainingArguments, num_rows: int | None) -> str:
         return f"{args.max_steps:,}" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     per_epoch, left_out = count_steps(args, num_rows)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-    text = f"{total:,}, {total / per_epoch:.3g} epochs: {num_rows:,} examples, {per_epoch:,} "
-    text += "step an epoch" if per_epoch == 1 else "steps an epoch"
+    text = f"{total:,}, {total / per_epoch:.3g} epochs: {num_rows:,} examples, "
+    text += _number(per_epoch, "step an epoch", "steps an epoch")
     if getattr(args, "curriculum", "none") != "none":
         return f"{text}, drawn by {args.curriculum}"
     return text + (f", {left_out} left out of each (each time others)" if left_out else "")
@@ -138,7 +143,8 @@ def _teacher(args: OPSDConfig, starts_fresh: bool) -> str:
         copied = "the model with its adapter off" if starts_fresh else "a copy of the weights at the start"
         text = f"the initial policy ({copied}): it stays what it is"
     elif args.use_ema_teacher:
-        text = f"an average of the student's weights, decay {args.ema_decay:g} each {args.ema_update_steps} steps: "
+        text = f"an average of the student's weights, decay {args.ema_decay:g} each "
+        text += f"{_number(args.ema_update_steps, 'step', 'steps')}: "
         text += "it follows the student slowly"
     else:
         text = "the current policy: it moves with the student, and nothing holds the two"
