@@ -182,7 +182,7 @@ def test_numbers_that_are_not_finite(make_adapter, tiny_model_dir):
     [
         ("{", "adapter_config.json cannot be read"),
         ('{"r": 8}', "adapter_config.json cannot be read: .*peft_type"),
-        ('{"peft_type": "LORA", "use_trick": true, "other": null}', "PEFT would ignore the setting use_trick of"),
+        ('{"peft_type": "LORA", "use_trick": true, "other": null}', "PEFT would ignore the setting use_trick"),
         ('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}', "of type .*PROMPT_TUNING; only LORA"),
     ],
     ids=["no JSON", "no type", "unknown setting", "no LoRA"],
