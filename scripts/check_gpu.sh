@@ -84,9 +84,9 @@ else
     step=(--hidden_size 64 --num_layers 1 --vocab_size 2000 --batch_size 2 --completion_length 8)
     engine=(--hidden_size 64 --vocab_size 2000 --num_tokens 16)
 fi
-part "Tests on a GPU" 120 "pytest" "$python" -m pytest -q -m gpu --durations=0 -p no:cacheprovider \
+part "Tests on a GPU" 120 "pytest" "$python" -m pytest -q -m gpu --durations=5 -p no:cacheprovider \
     $(grep -l mark.gpu tests/test_*.py)
-part "Training step: memory and time" 120 "trl datasets math_verify" "$python" benchmarks/optimizer_step.py "${step[@]}"
+part "Training step: memory" 120 "trl datasets math_verify" "$python" benchmarks/optimizer_step.py "${step[@]}"
 part "Engine" 200 "vllm trl datasets math_verify" "$python" benchmarks/engine.py "${engine[@]}"
 part "Loss" 150 "trl" "$python" benchmarks/loss.py "${loss[@]}"
 echo "check_gpu.sh: $report, $((SECONDS - start)) s"
