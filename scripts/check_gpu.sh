@@ -8,7 +8,7 @@
 # REPORT: the same runs in small on the CPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-[ ! -e .venv/bin/activate ] || source .venv/bin/activate
+source scripts/activate.sh
 export HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=$(command -v python || command -v python3)
@@ -77,16 +77,19 @@ part() {
 
 if [ "$on_gpu" = 1 ]; then
     loss=(--gpu --gpu_tokens 4096 --repeats 3)
-    step=(--hidden_size 2048 --num_layers 4 --batch_size 4 --completion_length 256)
+    memory=(--hidden_size 2048 --num_layers 4 --batch_size 4 --completion_length 256)
+    step=(--hidden_size 2048 --num_layers 8 --vocab_size 151936 --scale 1)
     engine=()
 else
     loss=(--num_tokens 64 --dense_tokens 32 --hidden_size 64 --vocab_size 2000 --chunk_size 32 --repeats 1 --betas 0)
-    step=(--hidden_size 64 --num_layers 1 --vocab_size 2000 --batch_size 2 --completion_length 8)
+    memory=(--hidden_size 64 --num_layers 1 --vocab_size 2000 --batch_size 2 --completion_length 8)
+    step=(--hidden_size 128 --num_layers 1 --vocab_size 2000 --scale 32 --rounds 1)
     engine=(--hidden_size 64 --vocab_size 2000 --num_tokens 16)
 fi
 part "Tests on a GPU" 120 "pytest" "$python" -m pytest -q -m gpu --durations=5 -p no:cacheprovider \
     $(grep -l mark.gpu tests/test_*.py)
-part "Training step: memory" 120 "trl datasets math_verify" "$python" benchmarks/optimizer_step.py "${step[@]}"
+part "Training step: padded, sorted and packed" 120 "trl datasets math_verify" "$python" benchmarks/step.py "${step[@]}"
+part "Training step: memory" 120 "trl datasets math_verify" "$python" benchmarks/optimizer_step.py "${memory[@]}"
 part "Engine" 200 "vllm trl datasets math_verify" "$python" benchmarks/engine.py "${engine[@]}"
 part "Loss" 150 "trl" "$python" benchmarks/loss.py "${loss[@]}"
 echo "check_gpu.sh: $report, $((SECONDS - start)) s"
