@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, get_peft_config
 
-from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
+from data_collator import STUDENT_PROMPT, check_template, control_tokens, encode_chat_prompt, fill_template
 from opsd.rewards import REWARDS, make_reward
 from opsd.rollouts import VLLMSampler
 from opsd.run.arguments import RunArguments, parse_arguments
@@ -35,6 +35,9 @@ class GRPOArguments(RunArguments):
     """Data, prompt and reward of GRPO."""
 
     answer_column: str = field(default="answer", metadata={"help": "Column of the final answer: text or number."})
+    student_prompt: str = field(
+        default=STUDENT_PROMPT, metadata={"help": "Template of the prompt, with {problem}; as in the evaluation."}
+    )
     thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
     max_prompt_length: int | None = field(
         default=2048, metadata={"help": "Problems with a longer prompt, in tokens, are left out."}
@@ -50,7 +53,8 @@ class GRPOArguments(RunArguments):
         default="math",
         metadata={
             "help": "1 for a right final answer, else 0. math: by value, as the evaluator grades. exact_match: the "
-            "last box has the very text of the answer, as in the release.",
+            "last box has the very text of the answer, as in the release. last_number: the last number of the "
+            "response, without a box.",
             "choices": REWARDS,
         },
     )
@@ -106,18 +110,16 @@ class OnPolicyGRPOTrainer(CompleteCheckpoints, GRPOTrainer):
         return completion_ids, logprobs
 
 
-def prepare(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool, max_prompt_length: int | None
-) -> Dataset:
+def prepare(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, script_args: GRPOArguments) -> Dataset:
     """Make rows of `prompt`, a conversation of one turn, and `answer`; drop long prompts and control tokens."""
 
     def converse(row: dict[str, str]) -> dict[str, Any]:
-        content = fill_template(STUDENT_PROMPT, problem=row["problem"])
-        num_tokens = len(encode_chat_prompt(tokenizer, content, thinking))
+        content = fill_template(script_args.student_prompt, problem=row["problem"])
+        num_tokens = len(encode_chat_prompt(tokenizer, content, script_args.thinking))
         return {"prompt": [{"role": "user", "content": content}], "num_tokens": num_tokens}
 
     rows = dataset.map(converse, remove_columns="problem", desc="Making prompts")
-    rows = drop_long_rows(rows, max_prompt_length, "max_prompt_length")
+    rows = drop_long_rows(rows, script_args.max_prompt_length, "max_prompt_length")
     controls = re.compile(control_tokens(tokenizer))  # TRL, which encodes the prompts, would take them for its own
     plain = rows.filter(lambda prompt: controls.search(prompt[0]["content"]) is None, input_columns="prompt")
     if dropped := len(rows) - len(plain):
@@ -155,6 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"--neftune_noise_alpha {training_args.neftune_noise_alpha}: must be left out: the policy would have "
                 "noise that its rollouts do not have"
             )
+        check_template("student_prompt", script_args.student_prompt, {"problem"})
         check_settings(training_args)
         if script_args.dry_run is not None:
             run.print_settings()
@@ -168,10 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
         run.make_skeleton()
         run.check_resumed_settings()
         train_dataset, eval_dataset = (
-            None
-            if dataset is None
-            else prepare(dataset, tokenizer, script_args.thinking, script_args.max_prompt_length)
-            for dataset in datasets
+            None if dataset is None else prepare(dataset, tokenizer, script_args) for dataset in datasets
         )
         needed = training_args.generation_batch_size // training_args.num_generations
         if train_dataset is not None and len(train_dataset) < needed:

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, get_peft_config
 
-from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
+from data_collator import STUDENT_PROMPT, check_template, control_tokens, encode_chat_prompt, fill_template
 from opsd.run.arguments import RunArguments, parse_arguments
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.problem_data import drop_long_rows
@@ -28,6 +28,9 @@ class SFTArguments(RunArguments):
     """Data and prompt of SFT."""
 
     solution_column: str = field(default="solution", metadata={"help": "Column of the solution, which is learned."})
+    student_prompt: str = field(
+        default=STUDENT_PROMPT, metadata={"help": "Template of the prompt, with {problem}; as in the evaluation."}
+    )
     thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
 
 
@@ -35,14 +38,16 @@ class CompleteSFTTrainer(CompleteCheckpoints, SFTTrainer):
     """TRL's `SFTTrainer`, whose checkpoints are complete or not used, and which skips steps that are not finite."""
 
 
-def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking: bool) -> dict[str, list[int] | int]:
+def encode(
+    row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking: bool, student_prompt: str = STUDENT_PROMPT
+) -> dict[str, list[int] | int]:
     """
     Return the token ids of prompt, solution and end of turn, their number, and 1 for each that is to be learned.
 
     TRL would render the whole conversation with the chat template, which in many models differs from the prompt that
     they are asked with: the empty think block of the non-thinking mode is in one and not in the other.
     """
-    content = fill_template(STUDENT_PROMPT, problem=row["problem"])
+    content = fill_template(student_prompt, problem=row["problem"])
     prompt_ids = encode_chat_prompt(tokenizer, content, thinking)
     # One end of turn, where the solution brings one too; control tokens inside it are text
     solution = re.sub(rf"(?:\s*(?:{control_tokens(tokenizer)}))+\s*$", "", row["solution"])
@@ -55,11 +60,17 @@ def encode(row: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, thinking:
     }
 
 
-def prepare(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, thinking: bool, args: SFTConfig) -> Dataset:
+def prepare(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, script_args: SFTArguments, args: SFTConfig
+) -> Dataset:
     """Encode all rows and drop those that are too long: a solution without its end teaches not to end."""
     encoded = dataset.map(
         encode,
-        fn_kwargs={"tokenizer": tokenizer, "thinking": thinking},
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "thinking": script_args.thinking,
+            "student_prompt": script_args.student_prompt,
+        },
         remove_columns=dataset.column_names,
         num_proc=args.dataset_num_proc,
         desc="Encoding prompts and solutions",
@@ -79,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         run = Run("sft", script_args, training_args, model_args)
         run.check(num_tokens=training_args.max_length)
+        check_template("student_prompt", script_args.student_prompt, {"problem"})
         for flag in ("chat_template_path", "eos_token"):
             if (value := getattr(training_args, flag)) is not None:
                 raise ValueError(
@@ -97,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         run.make_skeleton()
         run.check_resumed_settings()
         train_dataset, eval_dataset = (
-            None if dataset is None else prepare(dataset, tokenizer, script_args.thinking, training_args)
+            None if dataset is None else prepare(dataset, tokenizer, script_args, training_args)
             for dataset in datasets
         )
 

@@ -90,7 +90,13 @@ class Question:
 
 
 def load_questions(
-    benchmark: Benchmark, tokenizer: PreTrainedTokenizerBase, *, thinking: bool, privileged: bool = False
+    benchmark: Benchmark,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    thinking: bool,
+    privileged: bool = False,
+    student_prompt: str = STUDENT_PROMPT,
+    teacher_prompt: str = TEACHER_PROMPT,
 ) -> list[Question]:
     """
     Load the problems of a benchmark and encode their prompts.
@@ -99,6 +105,7 @@ def load_questions(
         tokenizer: of the base model.
         thinking: thinking mode of the chat template.
         privileged: the teacher's prompt, with the reference solution, in place of the student's.
+        student_prompt, teacher_prompt: their templates, with `{problem}`, the teacher's also with `{solution}`.
 
     Raises:
         FileNotFoundError, ValueError: for data that cannot be used, and a tokenizer whose chat template is missing or
@@ -114,7 +121,7 @@ def load_questions(
         columns["answer_type_column"] = benchmark.answer_type_column
     questions = []
     rows = load_problems(benchmark.path, benchmark.split, columns, revision=benchmark.revision)
-    template = TEACHER_PROMPT if privileged else STUDENT_PROMPT
+    template = teacher_prompt if privileged else student_prompt
     for index, row in enumerate(rows):
         content = fill_template(template, problem=row["problem"], solution=row.get("solution", ""))
         prompt_ids = encode_chat_prompt(tokenizer, content, thinking)

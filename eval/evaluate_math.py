@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, check_template
 from eval.benchmarks import BENCHMARKS, Benchmark, Question, find_benchmark, load_questions
 from eval.engine import (
     GREEDY,
@@ -311,6 +312,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--answer_column", default="answer", help=f"text or numbers, {other}")
     add("--solution_column", default="solution", help=f"for --privileged, {other}")
     add("--privileged", action="store_true", help="the teacher's prompt, with the solution: the teacher's ceiling")
+    add("--student_prompt", default=STUDENT_PROMPT, help="template with {problem} (default: that of the training)")
+    add("--teacher_prompt", default=TEACHER_PROMPT, help="for --privileged, template with {problem} and {solution}")
     add("--num_samples", type=int, help="only the first so many problems of each data set (default: all)")
     for knob in fields(Sampling):
         kind = {"action": "store_true"} if knob.type is bool else {"type": knob.type, "default": knob.default}
@@ -368,6 +371,8 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
         raise ValueError("give --base_model and --dataset (or --regrade with the output file of an earlier run)")
     if is_path(args.base_model) and not Path(args.base_model).is_dir():
         raise FileNotFoundError(f"--base_model {args.base_model}: no such folder; give a folder or a Hub id")
+    check_template("student_prompt", args.student_prompt, {"problem"})
+    check_template("teacher_prompt", args.teacher_prompt, {"problem", "solution"})
     models = [*([] if args.skip_base else [BASE]), *args.checkpoint_dir]
     if not models:
         raise ValueError("--skip_base: nothing to evaluate; give adapters with --checkpoint_dir")
@@ -505,7 +510,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stored = None if args.overwrite else stored_settings(args.output_file)
         tokenizer = AutoTokenizer.from_pretrained(args.base_model)
         date = freeze_date(tokenizer, (stored or {}).get("date"))
-        mode = {"thinking": args.thinking, "privileged": args.privileged}
+        mode = {name: getattr(args, name) for name in ("thinking", "privileged", "student_prompt", "teacher_prompt")}
         questions = {benchmark.name: load_questions(benchmark, tokenizer, **mode) for benchmark in benchmarks}
         chosen = [question for loaded in questions.values() for question in loaded[: args.num_samples]]
         options = {
