@@ -45,7 +45,7 @@ def make_reward(name: str, thinking: bool, tokenizer: PreTrainedTokenizerBase) -
     Args:
         name: one of `REWARDS`. "math" compares values, as the evaluator does. "exact_match" wants the very text of the
             answer in the last box, as the release does. "last_number" is "math" of the last number of the response.
-        thinking: responses without the end of a thought were cut off before they had an answer (not for "exact_match").
+        thinking: responses without the end of a thought were cut off before an answer (not for "exact_match").
         tokenizer: decodes the responses. TRL's texts lack special tokens, which the marks of a thought may be.
     """
 
