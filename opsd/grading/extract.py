@@ -18,7 +18,7 @@ BOX = re.compile(
 )
 RELEASE_BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?1)\})*+)\}")
 BETWEEN = re.compile(r"(?:[\s$,;]|\\[()\[\],;: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[\w{}]+\s*=)*")
-NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?(?!\d)")
+NUMBER = re.compile(r"(?:(?<!\d)-)?\d+(?:,\d{3})*(?:\.\d+)?(?!\d)")
 TRAILING_SPACE = re.compile(r"(?:(?<!\\)\\[ ,;:!]|\s)+$")
 
 
