@@ -46,6 +46,7 @@ def convert(file: Path, folder: Path) -> str:
     location = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**location)
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN  # the file names the begin of a turn
+    tokenizer.clean_up_tokenization_spaces = False  # as on the Hub
     read = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32)
     settings = read.config.to_dict()
     del settings["quantization_config"]  # a model that has one is not saved
