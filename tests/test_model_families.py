@@ -36,12 +36,14 @@ class Family:
     has_padding_token: bool = True
     unused_ids: int = 0  # of the vocabulary beyond the tokenizer's
     loss_implementations: tuple[str, ...] = ("fused", "dense")
+    attention: str = "sdpa"
+    served_modules: str | tuple[str, ...] = "all-linear"  # that vLLM serves natively
 
 
 FAMILIES = {
     "Qwen3": Family({"head_dim": 32}, unused_ids=18),  # Qwen3: 151,936 ids, of which the tokenizer has 151,669
     "Qwen2": Family({}, SYSTEM, unused_ids=18),  # Qwen2.5 too
-    "Llama": Family({"head_dim": 16, "tie_word_embeddings": False}, SYSTEM, has_padding_token=False),
+    "Llama": Family({"head_dim": 32, "tie_word_embeddings": False}, SYSTEM, has_padding_token=False),
     "Gemma2": Family(
         {
             "head_dim": 32,
@@ -49,9 +51,9 @@ FAMILIES = {
             "query_pre_attn_scalar": 32,
             "final_logit_softcapping": 3.0,
             "attn_logit_softcapping": 5.0,
-            "attn_implementation": "eager",  # no other has the cap on attention
         },
         NO_SYSTEM,
+        attention="eager",  # which alone, on a CPU, has the cap on the attention's logits
     ),
     "Gemma3": Family(
         {
@@ -64,9 +66,11 @@ FAMILIES = {
         unused_ids=18,
     ),
     "Mistral": Family(
-        {"head_dim": 16, "sliding_window": 16, "tie_word_embeddings": False}, PLAIN, has_padding_token=False
+        {"head_dim": 32, "sliding_window": 16, "tie_word_embeddings": False}, PLAIN, has_padding_token=False
     ),
-    "Phi": Family({"tie_word_embeddings": False}, PLAIN, unused_ids=18, loss_implementations=("dense",)),
+    "Phi": Family(
+        {"num_key_value_heads": 2, "tie_word_embeddings": False}, PLAIN, unused_ids=18, loss_implementations=("dense",)
+    ),
     "Phi3": Family({"tie_word_embeddings": False}, PLAIN, unused_ids=18),  # Phi-4 too
     "SmolLM3": Family({"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
     "Qwen3Moe": Family(
@@ -79,6 +83,7 @@ FAMILIES = {
             "tie_word_embeddings": False,
         },
         unused_ids=18,
+        served_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
     ),
 }
 TEXT_MODELS = {"Gemma3": "Gemma3Text"}  # whose configuration has another name than the model
@@ -95,8 +100,8 @@ def make_family(problems, tmp_path):
             tokenizer.chat_template = family.chat_template
         if not family.has_padding_token:
             tokenizer.pad_token = None
-        shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-        shape |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer) + family.unused_ids}
+        shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shape |= {"num_key_value_heads": 1, "vocab_size": len(tokenizer) + family.unused_ids}
         shape |= {"max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
         shape |= {"pad_token_id": tokenizer.pad_token_id, "initializer_range": 0.2}
         config = getattr(transformers, TEXT_MODELS.get(name, name) + "Config")(**(shape | family.settings))
@@ -111,6 +116,10 @@ def make_family(problems, tmp_path):
     return make
 
 
+def attention(name: str) -> dict[str, str]:
+    return {"attn_implementation": FAMILIES[name].attention}
+
+
 def random_adapter(trainer) -> None:
     """Give the adapter weights that move the student well away from the teacher."""
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +131,8 @@ def random_adapter(trainer) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_losses_and_a_step(make_family, name):
     implementations = FAMILIES[name].loss_implementations
-    trainer = make_family(name)(max_steps=1, max_completion_length=12, loss_implementation=implementations[0])
+    settings = {"max_completion_length": 12, "loss_implementation": implementations[0]}
+    trainer = make_family(name)(max_steps=1, model_init_kwargs=attention(name), **settings)
     assert set(trainer.end_ids) == set(trainer.processing_class.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     random_adapter(trainer)
     trainer.model.double()  # so that rounding hides nothing; RoPE and norms round to float32 (6e-8)
@@ -157,6 +167,16 @@ def test_a_head_with_a_bias_is_refused_by_the_fused_loss(make_family):
         make_family("Phi")()
 
 
+def test_attention_that_leaves_out_a_cap_is_refused(make_family):
+    with pytest.raises(ValueError, match="attn_implementation='sdpa' leaves out the cap"):
+        make_family("Gemma2")()
+
+
+def test_adapters_on_experts_are_refused_with_vllm(make_family):
+    with pytest.raises(ValueError, match="mixture of experts name the attention's --lora_target_modules"):
+        make_family("Qwen3Moe")(use_vllm=True)
+
+
 # One dense family with unused ids and one with windows and caps for each change; the others with -m slow
 QUICK = ("Qwen3", "Gemma3")
 
@@ -167,7 +187,10 @@ QUICK = ("Qwen3", "Gemma3")
 )
 def test_vllm_serves_the_adapter_as_the_training_computes_it(make_family, name):
     settings = {"max_completion_length": 12, "loss_implementation": FAMILIES[name].loss_implementations[0]}
-    trainer = make_family(name)(use_vllm=True, vllm_max_model_length=256, **settings)
+    settings |= {"lora_settings": {"target_modules": FAMILIES[name].served_modules}}
+    trainer = make_family(name)(
+        use_vllm=True, vllm_max_model_length=256, model_init_kwargs=attention(name), **settings
+    )
     random_adapter(trainer)
     (batch,) = rollout(trainer)
     with torch.no_grad():
