@@ -187,7 +187,9 @@ QUICK = ("Qwen3", "Gemma3")
 )
 def test_vllm_serves_the_adapter_as_the_training_computes_it(make_family, name):
     settings = {"max_completion_length": 12, "loss_implementation": FAMILIES[name].loss_implementations[0]}
-    settings |= {"lora_settings": {"target_modules": FAMILIES[name].served_modules}}
+    modules = FAMILIES[name].served_modules
+    modules = modules if isinstance(modules, str) else list(modules)
+    settings |= {"lora_settings": {"target_modules": modules}}
     trainer = make_family(name)(
         use_vllm=True, vllm_max_model_length=256, model_init_kwargs=attention(name), **settings
     )
