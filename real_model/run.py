@@ -30,7 +30,7 @@ from quickstart.methods import Method
 from quickstart.report import STYLES
 from quickstart.run import ROOT, checkpoints, training_results
 from real_model.model import SOURCES, prepare_model
-from real_model.word_problems import write_data
+from real_model.word_problems import TEST_SIZE, write_data
 
 logger = logging.getLogger(__name__)
 
@@ -108,19 +108,26 @@ def evaluate(folder: Path, name: str, adapters: Sequence[Path], *flags: Any) -> 
     command = ["eval/evaluate_math.py", "--base_model", folder / "model", "--dataset", folder / "data" / "test.jsonl"]
     command += ["--student_prompt", prompts["student_prompt"], "--teacher_prompt", prompts["teacher_prompt"]]
     command += ["--no_thinking", "--temperature", 0, "--val_n", 1, "--max_new_tokens", 64, "--extract", "last_number"]
-    command += ["--gpu_memory_utilization", 0.5, "--output_file", folder / "eval" / f"{name}.json", *flags]
+    command += [
+        "--num_samples",
+        TEST_SIZE,
+        "--gpu_memory_utilization",
+        0.5,
+        "--output_file",
+        folder / "eval" / f"{name}.json",
+        *flags,
+    ]
     run(*command, *(["--checkpoint_dir", *adapters] if adapters else []))
 
 
-def load_results(folder: Path, name: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
-    """Return of an evaluation: model -> statistics, and model -> samples in the order of the problems."""
-    file = folder / "eval" / f"{name}.json"
-    results = {result["model"]: result for result in json.loads(file.read_text())["results"]}
+def load_samples(folder: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """Return of an evaluation: model -> samples, in the order of the problems."""
     samples: dict[str, list[dict[str, Any]]] = {}
-    for line in file.with_suffix(".jsonl").read_text().splitlines():
+    for line in (folder / "eval" / f"{name}.jsonl").read_text().splitlines():
         sample = json.loads(line)
-        samples.setdefault(sample["model"], []).append(sample)
-    return results, {model: sorted(own, key=lambda sample: sample["problem_id"]) for model, own in samples.items()}
+        if sample["problem_id"] < TEST_SIZE:
+            samples.setdefault(sample["model"], []).append(sample)
+    return {model: sorted(own, key=lambda sample: sample["problem_id"]) for model, own in samples.items()}
 
 
 def is_well_formed(sample: dict[str, Any]) -> bool:
@@ -199,10 +206,10 @@ def plot(rows: dict[str, dict[str, Any]], curves: dict[str, list[tuple[int, floa
 
 def write_results(folder: Path, weights: str) -> str:
     """Write results.json, results.md and results.png of what has been evaluated; returns the table."""
-    held_out = [json.loads(line) for line in (folder / "data" / "test.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line) for line in (folder / "data" / "test.jsonl").read_text().splitlines()[:TEST_SIZE]]
     kinds = [problem["kind"] for problem in held_out]
-    _, by_model = load_results(folder, "student")
-    samples = {"base": by_model["base"], "teacher": load_results(folder, "teacher")[1]["base"]}
+    by_model = load_samples(folder, "student")
+    samples = {"base": by_model["base"], "teacher": load_samples(folder, "teacher")["base"]}
     curves: dict[str, list[tuple[int, float]]] = {}
     rows = {name: summarize(own, samples["base"], kinds) for name, own in samples.items()}
     for name, method in METHODS.items():

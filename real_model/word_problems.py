@@ -20,7 +20,7 @@ THINGS = ("apples", "pens", "books", "cards", "coins", "shells", "stamps", "eggs
 NUMBERS = range(2, 10)
 HELD_OUT_ONE_IN = 4  # pairs of numbers, in each kind
 TRAIN_SIZE = 1024
-TEST_SIZE = 192
+TEST_SIZE = 128
 
 
 def more_than(a: int, b: int, one: str, other: str, things: str) -> tuple[str, str, int]:
