@@ -37,6 +37,7 @@ class Family:
     unused_ids: int = 0  # of the vocabulary beyond the tokenizer's
     loss_implementations: tuple[str, ...] = ("fused", "dense")
     attention: str = "sdpa"
+    has_float64: bool = True
     served_modules: str | tuple[str, ...] = "all-linear"  # that vLLM serves natively
 
 
@@ -54,6 +55,7 @@ FAMILIES = {
         },
         NO_SYSTEM,
         attention="eager",  # which alone, on a CPU, has the cap on the attention's logits
+        has_float64=False,  # its softmax is in float32, to which the mask of a float64 is infinite
     ),
     "Gemma3": Family(
         {
@@ -68,8 +70,12 @@ FAMILIES = {
     "Mistral": Family(
         {"head_dim": 32, "sliding_window": 16, "tie_word_embeddings": False}, PLAIN, has_padding_token=False
     ),
+    # vLLM's Phi has neither grouped heads nor another size than 4 times the hidden one
     "Phi": Family(
-        {"num_key_value_heads": 2, "tie_word_embeddings": False}, PLAIN, unused_ids=18, loss_implementations=("dense",)
+        {"num_key_value_heads": 2, "intermediate_size": 256, "tie_word_embeddings": False},
+        PLAIN,
+        unused_ids=18,
+        loss_implementations=("dense",),
     ),
     "Phi3": Family({"tie_word_embeddings": False}, PLAIN, unused_ids=18),  # Phi-4 too
     "SmolLM3": Family({"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
@@ -84,6 +90,7 @@ FAMILIES = {
         },
         unused_ids=18,
         served_modules=("q_proj", "k_proj", "v_proj", "o_proj"),
+        has_float64=False,  # the grouped product of the experts has none
     ),
 }
 TEXT_MODELS = {"Gemma3": "Gemma3Text"}  # whose configuration has another name than the model
@@ -135,15 +142,16 @@ def test_rows_losses_and_a_step(make_family, name):
     trainer = make_family(name)(max_steps=1, model_init_kwargs=attention(name), **settings)
     assert set(trainer.end_ids) == set(trainer.processing_class.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
     random_adapter(trainer)
-    trainer.model.double()  # so that rounding hides nothing; RoPE and norms round to float32 (6e-8)
-    trainer.model.get_base_model().set_experts_implementation("eager")  # the grouped product has no float64
+    if FAMILIES[name].has_float64:
+        trainer.model.double()  # so that rounding hides nothing; RoPE and norms round to float32 (6e-8)
+    precision = 1e-5 if FAMILIES[name].has_float64 else 1e-3
     (batch,) = rollout(trainer)
     assert batch.prompt_ids.shape[1] > 16  # beyond the sliding windows
     losses = {
         kind: trainer.token_losses(trainer.model, batch, kind).loss.detach().double() for kind in implementations
     }
     assert losses["dense"].mean() > 1e-3
-    assert_close(losses[implementations[0]], losses["dense"], rtol=1e-5, atol=1e-7)
+    assert_close(losses[implementations[0]], losses["dense"], rtol=precision, atol=precision / 100)
 
     with torch.no_grad():
         together = trainer.completion_logits(trainer.model, batch, "student")
@@ -153,7 +161,7 @@ def test_rows_losses_and_a_step(make_family, name):
         ):
             row = torch.cat([ids[mask], completion[kept]])[None]
             alone.append(trainer.model(input_ids=row).logits[0, -kept.sum() - 1 : -1])
-    assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert_close(together, torch.cat(alone), rtol=10 * precision, atol=precision)
 
     trainer.model.float()
     before = {key: weight.clone() for key, weight in trainer.model.named_parameters()}
