@@ -145,6 +145,8 @@ class OPSDTrainer(CompleteCheckpoints, GOLDTrainer):
         args.use_vllm = use_vllm
         del self.teacher_model
         config = self.model.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # for a loss that OPSD does not have, and that `generate` fails at
         if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
             raise ValueError(
                 "attn_implementation='sdpa' leaves out the cap on the attention's logits that this model has, so that "
