@@ -61,7 +61,8 @@ class GRPOArguments(BaselineArguments):
         default="math",
         metadata={
             "help": "1 for a right final answer, else 0. math: by value, as the evaluator grades. exact_match: the "
-            "last box has the very text of the answer, as in the release.",
+            "last box has the very text of the answer, as in the release. last_number: the last number of the "
+            "response, without a box.",
             "choices": REWARDS,
         },
     )

@@ -151,6 +151,14 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
         )
         args.use_vllm, args.packing = use_vllm, packing
         del self.teacher_model
+        config = self.model.config.get_text_config()
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # for a loss that OPSD does not have, and that `generate` fails at
+        if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+            raise ValueError(
+                "attn_implementation='sdpa' leaves out the cap on the attention's logits that this model has, so that "
+                "rollouts come from another policy; load it with 'eager' or 'flash_attention_2'"
+            )
         if self.generation_config.eos_token_id is None:
             self.generation_config.eos_token_id = processing_class.eos_token_id
         self.generation_config.min_p = args.min_p or None

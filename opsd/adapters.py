@@ -92,8 +92,11 @@ def check_vllm_lora_support(config: PeftConfig) -> None:
     """Raise `ValueError`, naming the flag, for an adapter that vLLM cannot serve as it is trained."""
     for name in unserved_settings(config):
         flag = "lora_modules_to_save" if name == "modules_to_save" else name
+        way_out = "leave it out"
+        if name in ("target_parameters", *PATTERNS):  # PEFT adds them for the experts that all-linear reaches
+            way_out = "leave it out; of a mixture of experts name the attention's --lora_target_modules"
         raise ValueError(
-            f"--{flag} {getattr(config, name)}: vLLM does not serve such an adapter natively; leave it out, or sample "
+            f"--{flag} {getattr(config, name)}: vLLM does not serve such an adapter natively; {way_out}, or sample "
             "without --use_vllm"
         )
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from opsd.grading import Answer, GradingPool, answer_text, extract_answer
 from opsd.thinking import after_thought, decode_response
 
-REWARDS = ("math", "exact_match")
+REWARDS = ("math", "exact_match", "last_number")
 GRADE_WORKERS = 4  # for each training process
 
 
@@ -19,15 +19,17 @@ class Verifier:
 
     Args:
         thinking: completions without the end of a thought were cut off before they came to an answer.
+        method: how answers are found, one of `opsd.grading.EXTRACT_METHODS`.
     """
 
-    def __init__(self, thinking: bool):
+    def __init__(self, thinking: bool, method: str = "final"):
         self.thinking = thinking
+        self.method = method
         self._pool = GradingPool(workers=GRADE_WORKERS)
 
     def __call__(self, completions: Sequence[str], answers: Sequence[Answer]) -> list[bool | None]:
         """True for each completion whose answer is right; `None` for problems without an answer."""
-        extracted = [extract_answer(completion, self.thinking) for completion in completions]
+        extracted = [extract_answer(completion, self.thinking, self.method) for completion in completions]
         golds = [answer_text(answer) for answer in answers]
         verdicts = self._pool.grade_all(zip(extracted, golds, strict=True))
         return [
@@ -42,8 +44,8 @@ def make_reward(name: str, thinking: bool, tokenizer: PreTrainedTokenizerBase) -
 
     Args:
         name: one of `REWARDS`. "math" compares values, as the evaluator does. "exact_match" wants the very text of the
-            answer in the last box, as the release does.
-        thinking: responses without the end of a thought were cut off before they came to an answer (for "math").
+            answer in the last box, as the release does. "last_number" is "math" of the last number of the response.
+        thinking: responses without the end of a thought were cut off before an answer (not for "exact_match").
         tokenizer: decodes the responses. TRL's texts lack special tokens, which the marks of a thought may be.
     """
 
@@ -53,7 +55,7 @@ def make_reward(name: str, thinking: bool, tokenizer: PreTrainedTokenizerBase) -
 
     if name == "exact_match":
         return exact_match
-    verifier = Verifier(thinking)
+    verifier = Verifier(thinking, "last_number" if name == "last_number" else "final")
 
     def math(completion_ids: Sequence[list[int]], answer: Sequence[str], **_: Any) -> list[float]:
         correct = verifier([decode_response(tokenizer, ids) for ids in completion_ids], answer)

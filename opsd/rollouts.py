@@ -192,6 +192,7 @@ class VLLMSampler(VLLMGeneration):
             options |= lora_options(self._lora_config.r, [name.rpartition(".")[2] for name in adapted])
         from vllm import LLM
 
+        calls = {type(module): type(module).__call__ for module in self.model.modules()}
         self.llm = LLM(
             self.model.name_or_path,
             tensor_parallel_size=size,
@@ -206,6 +207,11 @@ class VLLMSampler(VLLMGeneration):
             **options,
             **self.engine_arguments,
         )
+        # Of a model that it has not written itself (SmolLM3), vLLM changes the class of transformers
+        for module in self.model.modules():
+            kind = type(module)
+            if kind.__call__ is not calls[kind]:
+                module.__class__ = type(kind.__name__, (kind,), {"__call__": calls[kind]})
         self._sleep()
 
     def close(self) -> None:

@@ -558,6 +558,12 @@ def test_questions(data_file, tokenizer):
     assert student[0].prompt_ids == expected
     teacher = load_questions(find_benchmark(str(data_file)), tokenizer, thinking=True, privileged=True)
     assert "It is 1005, clearly." in tokenizer.decode(teacher[0].prompt_ids)
+    own = {"student_prompt": "{problem}?", "teacher_prompt": "{solution} So what is {problem}?"}
+    for privileged, content in ((False, "358+647?"), (True, "It is 1005, clearly. So what is 358+647?")):
+        questions = load_questions(
+            find_benchmark(str(data_file)), tokenizer, thinking=True, privileged=privileged, **own
+        )
+        assert questions[0].prompt_ids == encode_chat_prompt(tokenizer, content, thinking=True)
 
 
 RECORDS = {  # as opsd_train.py, sft_train.py and older versions of both write them

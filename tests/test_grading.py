@@ -87,6 +87,25 @@ def test_release_extraction(text, expected):
     assert extract_answer(text, thinking=True, method="release") == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Leo has 11 - 2 = 9 shells.", "9"),
+        ("9 shells, since 11-2=9, not 8", "8"),
+        ("11-2", "2"),
+        ("It falls to -2.", "-2"),
+        (r"so \boxed{46}", "46"),
+        ("1,005 of 2,000", "2,000"),
+        ("It costs 2.50.", "2.50"),
+        ("either 1,2", "2"),
+        ("many", None),
+        ("so 3</think>hm", None),
+    ],
+)
+def test_last_number(text, expected):
+    assert extract_answer(text, thinking=False, method="last_number") == expected
+
+
 def test_unknown_methods_are_refused():
     with pytest.raises(ValueError, match="'first': must be one of final, release"):
         extract_answer("", method="first")

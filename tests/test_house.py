@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = [file for pattern in ("*.py", "opsd/**/*.py", "eval/*.py", "quickstart/*.py") for file in ROOT.glob(pattern)]
+FILES = [
+    file
+    for pattern in ("*.py", "opsd/**/*.py", "eval/*.py", "quickstart/*.py", "real_model/*.py")
+    for file in ROOT.glob(pattern)
+]
 
 
 def module_name(file: Path) -> str:

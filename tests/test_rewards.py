@@ -12,6 +12,11 @@ def test_verifier():
     assert verifier(completions, ["46", "46", "46", "46", None, " "]) == [True, False, False, True, None, None]
 
 
+def test_verifier_of_last_numbers():
+    verifier = Verifier(thinking=False, method="last_number")
+    assert verifier(["so 46", "46 or 47", "1,046"], ["46", "46", "1046"]) == [True, False, True]
+
+
 @pytest.mark.parametrize(("thinking", "unfinished"), [(False, True), (True, False)])
 def test_thoughts_that_have_not_ended_have_no_answer_in_thinking_mode(thinking, unfinished):
     verifier = Verifier(thinking)

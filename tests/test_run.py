@@ -117,6 +117,7 @@ def test_attention_falls_back_and_says_so(caplog):
         assert choose_attention(None, "bfloat16", config) == "sdpa"
     assert caplog.text.count("attention: sdpa") == 2
     assert choose_attention("eager", "bfloat16", config) == "eager"
+    assert choose_attention(None, "float32", config, caps_attention=True) == "eager"
 
 
 def test_attention_where_flash_attention_is_installed(monkeypatch):

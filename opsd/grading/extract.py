@@ -7,7 +7,7 @@ import regex as re  # for balanced braces
 
 from opsd.thinking import after_thought
 
-EXTRACT_METHODS = ("final", "release")
+EXTRACT_METHODS = ("final", "release", "last_number")
 
 Answer = str | int | float | np.number | None
 
@@ -18,6 +18,7 @@ BOX = re.compile(
 )
 RELEASE_BOX = re.compile(r"\\boxed\{((?:[^{}]|\{(?1)\})*+)\}")
 BETWEEN = re.compile(r"(?:[\s$,;]|\\[()\[\],;: ]|\\q?quad|\\text\{\s*(?:and|or)\s*\}|\b(?:and|or)\b|[\w{}]+\s*=)*")
+NUMBER = re.compile(r"(?:(?<!\d)-)?\d+(?:,\d{3})*(?:\.\d+)?(?!\d)")
 TRAILING_SPACE = re.compile(r"(?:(?<!\\)\\[ ,;:!]|\s)+$")
 
 
@@ -56,7 +57,8 @@ def extract_answer(text: str, thinking: bool = False, method: str = "final") -> 
     `final`: the last complete, non-empty `\boxed{...}`, `\boxed {...}`, `\boxed 7`, `\fbox{...}` or `\framebox{...}`
     after the last thought; of nested boxes the innermost. Boxes of one line with only commas, `and`, `or` and the
     like between them form one list. `release`, as the released evaluation is understood: the last `\boxed{` of the
-    whole response, thoughts included, up to the brace that closes it; escaped braces count as braces.
+    whole response, thoughts included, up to the brace that closes it; escaped braces count as braces. `last_number`:
+    the last number after the last thought, in a box or not: for models that do not know of boxes.
 
     Args:
         text: the response, without its prompt.
@@ -76,6 +78,9 @@ def extract_answer(text: str, thinking: bool = False, method: str = "final") -> 
     if answer is None:
         return None
     text = answer
+    if method == "last_number":
+        numbers = NUMBER.findall(text)
+        return numbers[-1] if numbers else None
     boxes: list[str] = []
     limit = start_of_next = len(text)
     for match in reversed(list(BOX.finditer(text, overlapped=True))):

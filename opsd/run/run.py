@@ -61,6 +61,7 @@ class Run:
         self.method, self.args, self.training_args, self.model_args = method, args, training_args, model_args
         self.checkpoint: str | None = None  # to go on from
         self.prompt_date: str | None = None  # in prompts whose template asks for the present date
+        self.caps_attention = False  # known from the model's configuration on: see `make_skeleton`
         self.data_hashes: dict[str, str] = {}  # of what a resumed run must find again
         self.datasets: list[Dataset] = []  # that are loaded
         set_up_terminal()
@@ -314,6 +315,12 @@ class Run:
         args = self.model_args
         options = {"revision": args.model_revision, "trust_remote_code": self.training_args.trust_remote_code}
         skeleton = make_skeleton(args.model_name_or_path, **options)
+        self.caps_attention = getattr(skeleton.config.get_text_config(), "attn_logit_softcapping", None) is not None
+        if self.caps_attention and args.attn_implementation == "sdpa":
+            raise ValueError(
+                "--attn_implementation sdpa: would leave out the cap on the attention's logits that "
+                f"{args.model_name_or_path} has; leave the flag out, or say eager"
+            )
         if adapter is not None:
             adapter.check_base(args.model_name_or_path, **options)
         if not args.use_peft:
@@ -341,7 +348,9 @@ class Run:
         options = {
             "revision": args.model_revision,
             "dtype": args.dtype,
-            "attn_implementation": choose_attention(args.attn_implementation, args.dtype, training_args),
+            "attn_implementation": choose_attention(
+                args.attn_implementation, args.dtype, training_args, self.caps_attention
+            ),
             "trust_remote_code": training_args.trust_remote_code,
             "device_map": None,  # where TRL says "auto", one process would spread the model over all GPUs that it sees
         }
@@ -416,15 +425,22 @@ def text_hash(rows: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def choose_attention(requested: str | None, dtype: str | None, training_args: TrainingArguments) -> str:
-    """Choose FlashAttention 2 where it can run, else PyTorch's attention, and log it; another one only on request."""
+def choose_attention(
+    requested: str | None, dtype: str | None, training_args: TrainingArguments, caps_attention: bool = False
+) -> str:
+    """
+    Choose FlashAttention 2 where it can run, else PyTorch's attention, and log it; another one only on request.
+
+    PyTorch's has no cap on the attention's logits: a model with one (`caps_attention`, Gemma 2) gets the eager one.
+    """
     if requested not in (None, "flash_attention_2"):
         return requested
     half_precision = training_args.bf16 or training_args.fp16 or dtype in ("bfloat16", "float16")
     if is_flash_attn_2_available() and half_precision and not training_args.use_cpu:
         return "flash_attention_2"
-    logger.info("attention: sdpa; flash_attention_2 needs flash-attn, a GPU and half precision")
-    return "sdpa"
+    fallback = "eager" if caps_attention else "sdpa"
+    logger.info("attention: %s; flash_attention_2 needs flash-attn, a GPU and half precision", fallback)
+    return fallback
 
 
 class RecordSettingsCallback(TrainerCallback):

@@ -1,0 +1,91 @@
+"""
+Word problems of one step with small numbers, whose operation is what has to be found, and a fixed held-out set.
+
+    python -m real_model.word_problems --output_dir outputs/smollm2/data --seed 0
+"""
+
+import argparse
+import hashlib
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from quickstart.addition import shuffle_solutions, write_jsonl
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("Tom", "Ana", "Ben", "Mia", "Leo", "Eva", "Max", "Zoe", "Sam", "Ida")
+THINGS = ("apples", "pens", "books", "cards", "coins", "shells", "stamps", "eggs", "cups", "toys")
+NUMBERS = range(2, 10)
+HELD_OUT_ONE_IN = 4  # pairs of numbers, in each kind
+TRAIN_SIZE = 1024
+TEST_SIZE = 128
+
+
+def more_than(a: int, b: int, one: str, other: str, things: str) -> tuple[str, str, int]:
+    problem = f"{one} has {a + b} {things}. That is {a} more than {other} has. How many {things} does {other} have?"
+    return problem, f"{other} has {a + b} - {a} = {b} {things}.", b
+
+
+def fewer_than(a: int, b: int, one: str, other: str, things: str) -> tuple[str, str, int]:
+    problem = f"{one} has {b} {things}. That is {a} fewer than {other} has. How many {things} does {other} have?"
+    return problem, f"{other} has {b} + {a} = {a + b} {things}.", a + b
+
+
+def shared(a: int, b: int, one: str, other: str, things: str) -> tuple[str, str, int]:
+    problem = f"{one} shares {a * b} {things} equally among {a} friends. How many {things} does each friend get?"
+    return problem, f"Each friend gets {a * b} / {a} = {b} {things}.", b
+
+
+def found(a: int, b: int, one: str, other: str, things: str) -> tuple[str, str, int]:
+    problem = f"{one} had {a} {things} and found some more. Now {one} has {a + b} {things}. How many did {one} find?"
+    return problem, f"{one} found {a + b} - {a} = {b} {things}.", b
+
+
+# a kind makes problem, solution and answer from two numbers, two names and a thing
+KINDS: tuple[Callable[[int, int, str, str, str], tuple[str, str, int]], ...] = (more_than, fewer_than, shared, found)
+
+
+def is_held_out(kind: str, a: int, b: int) -> bool:
+    """True if a kind's problems with these numbers are kept for the test: by a hash, whatever the seed."""
+    digest = hashlib.sha256(f"{kind} {a} {b}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
+
+
+def make_problems(rng: random.Random, size: int, held_out: bool) -> list[dict[str, str]]:
+    """Make `size` distinct problems, the kinds in turn, with `problem`, `solution`, `answer` and `kind`."""
+    problems: dict[str, dict[str, str]] = {}
+    while len(problems) < size:
+        kind = KINDS[len(problems) % len(KINDS)]
+        a, b = rng.choice(NUMBERS), rng.choice(NUMBERS)
+        one, other = rng.sample(NAMES, 2)
+        if is_held_out(kind.__name__, a, b) == held_out:
+            problem, solution, answer = kind(a, b, one, other, rng.choice(THINGS))
+            problems.setdefault(
+                problem, {"problem": problem, "solution": solution, "answer": str(answer), "kind": kind.__name__}
+            )
+    return list(problems.values())
+
+
+def write_data(output_dir: Path, seed: int = 0) -> None:
+    """Write `train.jsonl`, `train_donor.jsonl` (other problems' solutions) and `test.jsonl` (held out)."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    train = make_problems(random.Random(seed), TRAIN_SIZE, held_out=False)
+    write_jsonl(output_dir / "train.jsonl", train)
+    write_jsonl(output_dir / "train_donor.jsonl", shuffle_solutions(train, seed))
+    write_jsonl(output_dir / "test.jsonl", make_problems(random.Random(0), TEST_SIZE, held_out=True))
+    logger.info("%d training and %d test problems in %s", TRAIN_SIZE, TEST_SIZE, output_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the data files of the word problems.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the jsonl files")
+    parser.add_argument("--seed", type=int, default=0, help="of the training problems; the test problems are fixed")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    write_data(arguments.output_dir, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
