@@ -107,27 +107,9 @@ def evaluate(folder: Path, name: str, adapters: Sequence[Path], *flags: Any) -> 
     prompts = yaml.safe_load((ROOT / "real_model" / "opsd.yaml").read_text())
     command = ["eval/evaluate_math.py", "--base_model", folder / "model", "--dataset", folder / "data" / "test.jsonl"]
     command += ["--student_prompt", prompts["student_prompt"], "--teacher_prompt", prompts["teacher_prompt"]]
-    command += [
-        "--enable_thinking",
-        "false",
-        "--temperature",
-        0,
-        "--val_n",
-        1,
-        "--max_new_tokens",
-        64,
-        "--extract",
-        "last_number",
-    ]
-    command += [
-        "--num_samples",
-        TEST_SIZE,
-        "--gpu_memory_utilization",
-        0.5,
-        "--output_file",
-        folder / "eval" / f"{name}.json",
-        *flags,
-    ]
+    command += ["--enable_thinking", "false", "--temperature", 0, "--val_n", 1, "--max_new_tokens", 64]
+    command += ["--extract", "last_number", "--num_samples", TEST_SIZE, "--gpu_memory_utilization", 0.5]
+    command += ["--output_file", folder / "eval" / f"{name}.json", *flags]
     run(*command, *(["--checkpoint_dir", *adapters] if adapters else []))
 
 
