@@ -34,12 +34,12 @@ stand alone: `--fixed_teacher` is `--fixed_teacher true`.
 [Your own data](own_data.md) says which eight flags to look at first. [Method](method.md) explains those of teacher and
 loss.
 """
-INHERITED = """Every flag of TRL's `GOLDConfig`, `SFTConfig`, `GRPOConfig` and `ModelConfig` works too, with the exceptions
-below. These are the ones that recipes and quickstart set. Defaults are those of `opsd_train.py`, else of the program
-that has the flag.
+INHERITED = """Every flag of TRL's `GOLDConfig`, `SFTConfig`, `GRPOConfig` and `ModelConfig` works too, with the
+exceptions below. These are the ones that recipes and quickstart set. Defaults are those of `opsd_train.py`, else of the
+program that has the flag.
 """
-REFUSED = """OPSD has these flags from TRL's GOLD trainer and from transformers. They must keep their value. Another one
-is refused with the reason.
+REFUSED = """OPSD has these flags from TRL's GOLD trainer and from transformers. They must keep their value. Another one is
+refused with the reason.
 """
 
 
@@ -137,7 +137,8 @@ def refused_rows() -> list[str]:
 
 def make_page() -> str:
     """The whole page."""
-    parts = [HEAD, "## All training programs\n", table(field_rows(own_fields(RunArguments) + own_fields(ModelArguments)))]
+    shared = own_fields(RunArguments) + own_fields(ModelArguments)
+    parts = [HEAD, "## All training programs\n", table(field_rows(shared))]
     parts += ["## `opsd_train.py`\n", "### Data and start\n", table(field_rows(own_fields(OPSDArguments)))]
     for title, settings in config_groups():
         parts += [f"### {title}\n", table(field_rows(settings))]

@@ -142,7 +142,8 @@ def sentences(text):
 
 def test_sentences_are_split():
     text = "# No\n\nOne `a b. c` two.\nThree (v1.1) four: [five](x.md)! Six.\n\n- seven\n- eight\n\n| no |\n"
-    assert list(filter(None, sentences(text))) == ["One code two.", "Three (v1.1) four: five!", "Six.", "seven", "eight"]
+    expected = ["One code two.", "Three (v1.1) four: five!", "Six.", "seven", "eight"]
+    assert list(filter(None, sentences(text))) == expected
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CONTRIBUTING.md"], ids=page_id)
@@ -192,6 +193,16 @@ def values_of_names(function):
     return values
 
 
+def calls_with_values(function):
+    """The calls of methods in a function, each with the texts of names. A branch has its own."""
+    known = {call: values_of_names(function) for call in ast.walk(function)}
+    for node in ast.walk(function):  # from the outside inwards
+        for branch in (node.body, node.orelse) if isinstance(node, ast.If) else ():
+            block = ast.Module(branch, [])
+            known |= {call: known[call] | values_of_names(block) for call in ast.walk(block) if call in known}
+    return [(c, v) for c, v in known.items() if isinstance(c, ast.Call) and isinstance(c.func, ast.Attribute)]
+
+
 def strings(node):
     return {n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
 
@@ -210,10 +221,7 @@ def logged_metrics():
                 continue
             if node.name == "metrics":
                 names |= {key.value for n in ast.walk(node) if isinstance(n, ast.Dict) for key in n.keys}
-            values = values_of_names(node)
-            for call in ast.walk(node):
-                if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)):
-                    continue
+            for call, values in calls_with_values(node):
                 if call.func.attr == "timed":
                     names |= {f"seconds/{phase}" for phase in texts_of(call.args[0], values)}
                 elif call.func.attr in ("add", "add_values", "add_extreme"):
@@ -245,10 +253,9 @@ def test_messages_of_troubleshooting_stand_in_the_code():
                 spoken.append(node.value)
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     messages = re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
-    assert len(messages) > 60
+    assert len(messages) > 50
     for message in messages:
         pattern = r".*".join(map(re.escape, message.split("...")))
-        pattern = re.sub(r"^--\.\*", "", pattern)
         assert any(re.search(pattern, known.replace("%d", "\0"), re.DOTALL) for known in spoken), message
 
 

@@ -59,7 +59,7 @@ def test_quickstart_teaches_the_model(tiny_model_dir, tmp_path):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_baselines_and_controls(tmp_path):
-    """Two steps each, to see that all of it runs and is reported; `README.md` has what comes out of a hundred."""
+    """Two steps each, to see that all of it runs and is reported; `docs/first_run.md` has what a hundred give."""
     command = [sys.executable, ROOT / "quickstart" / "run.py", "--output_dir", tmp_path, "--steps", "2"]
     subprocess.run([*command, "--baselines", "--controls", "--use_vllm", "false"], check=True, timeout=1800)
     report = json.loads((tmp_path / "report.json").read_text())
