@@ -35,11 +35,11 @@ stand alone: `--fixed_teacher` is `--fixed_teacher true`.
 loss.
 """
 INHERITED = """Every flag of TRL's `GOLDConfig`, `SFTConfig`, `GRPOConfig` and `ModelConfig` works too, with the
-exceptions below. These are the ones that recipes and quickstart set. Defaults are those of `opsd_train.py`, else of the
-program that has the flag.
+exceptions below. These are the ones that recipes and quickstart set. Defaults are those of `opsd_train.py`, else of
+the program that has the flag.
 """
-REFUSED = """OPSD has these flags from TRL's GOLD trainer and from transformers. They must keep their value. Another one is
-refused with the reason.
+REFUSED = """OPSD has these flags from TRL's GOLD trainer and from transformers. They must keep their value.
+Another one is refused with the reason.
 """
 
 
