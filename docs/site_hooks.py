@@ -36,10 +36,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Replace TeX by MathML."""
+    """Replace TeX by MathML, and mark code of one word, which is not to be broken."""
 
     def draw(match: re.Match) -> str:
-        display = "block" if match[1] == "div" else "inline"
-        return convert(html.unescape(match[2]).strip(), display=display)
+        tex = html.unescape(match[2]).strip()
+        if match[1] == "span":
+            return convert(tex)
+        return f'<div class="equation">{convert(tex, display="block")}</div>'
 
-    return EQUATION.sub(draw, content)
+    content = EQUATION.sub(draw, content)
+    return re.sub(r"<code>(?=[^<\s]{1,44}</code>)", '<code class="word">', content)
