@@ -19,7 +19,7 @@ from trl import GRPOConfig, ModelConfig, SFTConfig
 from eval.evaluate_math import build_parser
 from grpo_train import GRPOArguments
 from opsd.config import FIXED, OPSDConfig
-from opsd.run.arguments import ModelArguments, RunArguments
+from opsd.run.arguments import BaselineArguments, ModelArguments, RunArguments
 from opsd_train import OPSDArguments
 from sft_train import SFTArguments
 
@@ -142,8 +142,10 @@ def make_page() -> str:
     parts += ["## `opsd_train.py`\n", "### Data and start\n", table(field_rows(own_fields(OPSDArguments)))]
     for title, settings in config_groups():
         parts += [f"### {title}\n", table(field_rows(settings))]
-    parts += ["## `sft_train.py`\n", table(field_rows(own_fields(SFTArguments)))]
-    parts += ["## `grpo_train.py`\n", table(field_rows(own_fields(GRPOArguments)))]
+    parts += ["## The baselines\n", "### Both\n", table(field_rows(own_fields(BaselineArguments)))]
+    for program, kind in (("sft_train.py", SFTArguments), ("grpo_train.py", GRPOArguments)):
+        if own := own_fields(kind):
+            parts += [f"### `{program}`\n", table(field_rows(own))]
     parts += ["## `eval/evaluate_math.py`\n", table(parser_rows(build_parser()))]
     parts += ["## From TRL and transformers\n", INHERITED, table(inherited_rows())]
     parts += ["## Refused by OPSD\n", REFUSED, "\n".join(refused_rows()) + "\n"]

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 REVERSED = "clip_ratio/wrong_way_tokens"  # share of the tokens at which the clip reverses the lesson
 MAX_REVERSED = 0.02
-ABLATIONS = 'README, "Teachers, objectives and what lies beyond the paper"'
+ABLATIONS = "docs/experiments.md"
 NUM_SAMPLES = 100  # examples whose prompts are measured
 
 Lines = list[tuple[str, str]]  # (heading, text)
