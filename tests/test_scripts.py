@@ -203,7 +203,7 @@ def assert_equal(settings: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def test_table_is_complete():
-    published = {file.stem for file in SCRIPTS.glob("run_*.sh")} - {"run_smollm2"}  # which tests/test_real_model.py has
+    published = {file.stem for file in SCRIPTS.glob("run_*.sh")} - {"run_smollm2"}  # tests/test_real_model.py
     assert published == set(RECIPES)
 
 
