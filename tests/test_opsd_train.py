@@ -97,10 +97,12 @@ def write(file, *lines):
         (["--loss_type", "dft"], "--loss_type dft: must be"),
         (["--eos_token", "<pad>"], "--eos_token <pad>: must be None: the collator makes the prompts"),
         (["--pad_token", "<pad>"], "--pad_token <pad>: must be None"),
-        (["--pad_to_multiple_of", "8"], "--pad_to_multiple_of 8: must be auto: rollouts are neither packed nor cut"),
+        (
+            ["--pad_to_multiple_of", "8"],
+            "--pad_to_multiple_of 8: must be auto: rollouts are not cut, and packed in one way",
+        ),
         (["--train_sampling_strategy", "sequential"], "--train_sampling_strategy sequential: must be random"),
         (["--padding_free"], "--padding_free True: must be False"),
-        (["--packing"], "--packing True: must be False"),
         (["--use_liger_kernel"], "--use_liger_kernel True: must be False"),
         (["--activation_offloading"], "--activation_offloading True: must be False"),
         (["--torch_compile"], "--torch_compile True: must be False: OPSD calls parts of the model by themselves"),
@@ -477,10 +479,11 @@ def test_real_mathematics(run):
 
 
 def test_what_a_run_shows_and_leaves(run, capsys, tiny_model_dir):
-    """A line for each log and three at the end; no bar and no dictionary beside them."""
+    """After the summary a line for each log and three at the end; no bar and no dictionary beside them."""
     out = run("--disable_tqdm", "false")
     shown = capsys.readouterr()
     lines = shown.out.splitlines()
+    lines = lines[next(place for place, line in enumerate(lines) if line.startswith("step 1/2")) :]
     assert [line.split("  ")[0] for line in lines[:2]] == ["step 1/2", "step 2/2"]
     assert lines[2].startswith("step 2/2 after ") and "first log -> last log:  loss " in lines[2]
     assert lines[3] == f"adapter: {out}  (beside it metrics.jsonl, training.png, README.md)"

@@ -123,7 +123,7 @@ OURS = {"lora_dropout", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "m
 OURS |= {"save_steps", "logging_steps", "thinking"}
 FOLLOWING = {"run_name", "output_dir", "dry_run", "gradient_accumulation_steps", "generation_batch_size"}
 FOLLOWING |= {"steps_per_generation", "loss_temperature", "verify_rollouts"}
-FOLDERS = ("opsd", "eval", "quickstart", "benchmarks", "examples")
+FOLDERS = ("opsd", "eval", "quickstart", "real_model", "benchmarks", "examples")
 EVALUATIONS = [("run_eval.sh", "Qwen/Qwen3-1.7B", True), ("run_eval_nonthink.sh", "Qwen/Qwen3-8B", False)]
 READ_BY_SCRIPTS = {"MODEL", "DATASET", "OUTPUT_DIR", "CHECKPOINTS", "NUM_PROCESSES", "NUM_MACHINES", "PORT"}
 READ_BY_SCRIPTS |= {"ACCELERATE_CONFIG", "MACHINE_RANK", "SEED", "CUDA_VISIBLE_DEVICES"}
@@ -203,7 +203,8 @@ def assert_equal(settings: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def test_table_is_complete():
-    assert {file.stem for file in SCRIPTS.glob("run_*.sh")} == set(RECIPES)
+    published = {file.stem for file in SCRIPTS.glob("run_*.sh")} - {"run_smollm2"}  # tests/test_real_model.py
+    assert published == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
