@@ -67,7 +67,7 @@ part() {
     timeout -k 10 $((seconds < left ? seconds : left)) "$@" >"$output" 2>"$work/errors"
     status=$?
     [ $status = 0 ] || failed=1
-    printf '`%s`: ' "${*//"$python"/python}" >>"$report"
+    printf '`%s`: ' "${*/#$python/python}" >>"$report"
     case $status in
     0) echo "done in $((SECONDS - begin)) s" >>"$report" ;;
     124 | 137) echo "**stopped after $((SECONDS - begin)) s**" >>"$report" ;;
