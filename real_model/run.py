@@ -56,7 +56,7 @@ LABELS = {
     "teacher": "teacher: base that sees the solution",
     "opsd": "**OPSD**",
     "sampled_token": "OPSD, sampled token only",
-    "grpo": "GRPO, as many rollouts",
+    "grpo": "GRPO",
     "sft": "SFT on the solutions",
     "donor": "control: teacher sees another problem's solution",
     "no_privilege": "control: teacher sees no solution",
@@ -208,7 +208,7 @@ def write_results(folder: Path, weights: str) -> str:
     for name, method in METHODS.items():
         run_dir = folder / name
         evaluated = {step: str(path) for step, path in checkpoints(run_dir).items()} if run_dir.is_dir() else {}
-        evaluated = {step: path for step, path in evaluated.items() if path in by_model}
+        evaluated = {step: path for step, path in evaluated.items() if len(by_model.get(path, [])) == len(held_out)}
         if not evaluated:
             continue
         samples[name] = by_model[evaluated[max(evaluated)]]
