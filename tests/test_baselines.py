@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,21 +122,16 @@ def limits(max_length):
     return SFTConfig(max_length=max_length, use_cpu=True, bf16=False)
 
 
-SFT_ARGUMENTS = sft_train.SFTArguments(dataset_name="problems.jsonl")
-GRPO_ARGUMENTS = grpo_train.GRPOArguments(dataset_name="problems.jsonl", max_prompt_length=None)
-
-
 @pytest.mark.parametrize("program", [sft_train, grpo_train], ids=["sft", "grpo"])
 def test_own_prompt_is_that_of_the_evaluation(tiny_model_dir, train_file, problems, program):
     template = "{problem}\nBe brief."
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    questions = load_questions(find_benchmark(str(train_file)), tokenizer, thinking=False, student_prompt=template)
+    questions = load_questions(find_benchmark(str(train_file)), tokenizer, thinking=False, template=template)
     if program is sft_train:
-        arguments = replace(SFT_ARGUMENTS, student_prompt=template)
-        rows = sft_train.prepare(problems, tokenizer, arguments, limits(None))
+        rows = sft_train.prepare(problems, tokenizer, False, limits(None), template)
         prompts = [row["input_ids"][: row["completion_mask"].index(1)] for row in rows]
     else:
-        rows = grpo_train.prepare(problems, tokenizer, replace(GRPO_ARGUMENTS, student_prompt=template))
+        rows = grpo_train.prepare(problems, tokenizer, False, None, template)
         prompts = [encode_chat_prompt(tokenizer, row["prompt"][0]["content"], thinking=False) for row in rows]
     assert prompts == [question.prompt_ids for question in questions]
     assert tokenizer.decode(prompts[0]).count(f"{problems[0]['problem']}\nBe brief.<|im_end|>") == 1
@@ -146,7 +140,7 @@ def test_own_prompt_is_that_of_the_evaluation(tiny_model_dir, train_file, proble
 def test_sft_learns_the_solution_behind_the_prompt_of_the_evaluation(tiny_model_dir, train_file, problems):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     questions = load_questions(find_benchmark(str(train_file)), tokenizer, thinking=False)
-    encoded = sft_train.prepare(problems, tokenizer, SFT_ARGUMENTS, limits(None))
+    encoded = sft_train.prepare(problems, tokenizer, False, limits(None))
     for row, question, problem in zip(encoded, questions, problems, strict=True):
         ids, mask = row["input_ids"], row["completion_mask"]
         length = len(question.prompt_ids)
@@ -157,9 +151,9 @@ def test_sft_learns_the_solution_behind_the_prompt_of_the_evaluation(tiny_model_
 
 def test_sft_leaves_out_and_counts_what_is_too_long(tiny_model_dir, problems, caplog):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    lengths = [len(ids) for ids in sft_train.prepare(problems, tokenizer, SFT_ARGUMENTS, limits(None))["input_ids"]]
+    lengths = [len(ids) for ids in sft_train.prepare(problems, tokenizer, False, limits(None))["input_ids"]]
     limit = sorted(lengths)[len(lengths) // 2]
-    fitting = sft_train.prepare(problems, tokenizer, SFT_ARGUMENTS, limits(limit))
+    fitting = sft_train.prepare(problems, tokenizer, False, limits(limit))
     assert [len(ids) for ids in fitting["input_ids"]] == [length for length in lengths if length <= limit]
     assert f"{len(lengths) - len(fitting)} of 64 examples left out as longer than {limit} tokens" in caplog.text
 
@@ -317,7 +311,7 @@ def test_grpo_leaves_out_problems_with_control_tokens(tiny_model_dir, caplog):
     """TRL encodes the prompts, and would take them for turns."""
     texts = ["1+1", "2+2<|im_end|>", "<|im_start|>system", "<think> 3+3"]
     dataset = Dataset.from_dict({"problem": texts, "answer": texts})
-    rows = grpo_train.prepare(dataset, AutoTokenizer.from_pretrained(tiny_model_dir), GRPO_ARGUMENTS)
+    rows = grpo_train.prepare(dataset, AutoTokenizer.from_pretrained(tiny_model_dir), False, None)
     assert rows["answer"][:] == ["1+1", "<think> 3+3"]
     assert "2 of 4 examples left out, with control tokens in the prompt" in caplog.text
 

@@ -171,7 +171,7 @@ def locked(name: str, device: str) -> str:
 def test_versions_agree():
     """CUDA, driver, flash-attn and torch, wherever they are named."""
     setup, docker = (ROOT / "scripts" / "setup_env.sh").read_text(), (ROOT / "Dockerfile").read_text()
-    conda, readme = (ROOT / "environment.yml").read_text(), (ROOT / "README.md").read_text()
+    conda, readme = (ROOT / "environment.yml").read_text(), (ROOT / "docs" / "install.md").read_text()
     cuda = locked("nvidia-cuda-runtime", "gpu").rsplit(".", 1)[0]
     assert re.search(r"^FROM nvidia/cuda:([\d.]+)-devel", docker, re.MULTILINE)[1].rsplit(".", 1)[0] == cuda
     assert re.search(r"^cuda=(\d+)", setup, re.MULTILINE)[1] == cuda.split(".")[0]

@@ -558,11 +558,12 @@ def test_questions(data_file, tokenizer):
     assert student[0].prompt_ids == expected
     teacher = load_questions(find_benchmark(str(data_file)), tokenizer, thinking=True, privileged=True)
     assert "It is 1005, clearly." in tokenizer.decode(teacher[0].prompt_ids)
-    own = {"student_prompt": "{problem}?", "teacher_prompt": "{solution} So what is {problem}?"}
-    for privileged, content in ((False, "358+647?"), (True, "It is 1005, clearly. So what is 358+647?")):
-        questions = load_questions(
-            find_benchmark(str(data_file)), tokenizer, thinking=True, privileged=privileged, **own
-        )
+    for privileged, template, content in (
+        (False, "{problem}?", "358+647?"),
+        (True, "{solution} So what is {problem}?", "It is 1005, clearly. So what is 358+647?"),
+    ):
+        mode = {"thinking": True, "privileged": privileged, "template": template}
+        questions = load_questions(find_benchmark(str(data_file)), tokenizer, **mode)
         assert questions[0].prompt_ids == encode_chat_prompt(tokenizer, content, thinking=True)
 
 
@@ -708,7 +709,7 @@ def test_benchmarks_by_name_id_and_copy(tmp_path, tokenizer):
 def test_a_template_without_thinking_mode_is_refused(data_file, tiny_model_dir):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(ValueError, match="--enable_thinking: .*--enable_thinking false"):
+    with pytest.raises(ValueError, match="--enable_thinking true: .*--enable_thinking false"):
         load_questions(find_benchmark(str(data_file)), tokenizer, thinking=True)
 
 

@@ -118,11 +118,11 @@ def test_an_interrupt_outside_of_the_training_is_one_line(capsys):
     assert capsys.readouterr().err.endswith("ValueError: wrong\n")
 
 
-def test_only_the_named_messages_of_libraries_are_kept_out(caplog):
+def test_only_the_named_messages_of_libraries_are_kept_out():
     for name, message in MESSAGES.items():
-        logging.getLogger(name).warning("%s, and more", message)
-        logging.getLogger(name).warning("another %s", message)
-    assert caplog.messages == [f"another {message}" for message in MESSAGES.values()]
+        for text, is_shown in ((f"{message}, and more", False), (f"another {message}", True)):
+            record = logging.LogRecord(name, logging.WARNING, "", 0, text, (), None)
+            assert bool(logging.getLogger(name).filter(record)) == is_shown
     with warnings.catch_warnings(record=True) as shown:
         for text in ("`torch.distributed.reduce_op` is deprecated, please", "`torch.other` is deprecated"):
             warnings.warn(text, FutureWarning, stacklevel=1)

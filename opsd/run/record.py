@@ -51,8 +51,8 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        record["training"]["lr_scheduler_type"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        record["training"].keys()
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not the record of a run ({error!r}); move it away to go on without it") from error
     return record
 
@@ -87,7 +87,10 @@ def check_resumed_settings(run_dir: Path, settings: Mapping[str, Mapping[str, An
         for group in changes.values()
         for name, change in group.items()
     }
-    plateau = "reduce_lr_on_plateau" in (before["training"]["lr_scheduler_type"], now["training"]["lr_scheduler_type"])
+    plateau = "reduce_lr_on_plateau" in (
+        before["training"].get("lr_scheduler_type"),
+        now["training"]["lr_scheduler_type"],
+    )
     may_change = MAY_CHANGE - OPTIMIZER if plateau else MAY_CHANGE  # its learning rate is in the optimizer's state
     refused = [changed[n] for n in changed if n not in may_change and not n.startswith(MAY_CHANGE_PREFIXES)]
     if refused:
