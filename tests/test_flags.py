@@ -117,6 +117,7 @@ def test_table_of_groups_has_no_flag_twice():
     ("arguments", "message"),
     [
         ("--learnig_rate 1e-3", "unknown flag --learnig_rate: did you mean --learning_rate?"),
+        ("--learning_rat 1e-3", "unknown flag --learning_rat: did you mean --learning_rate"),  # no short forms
         ("--fixed-techer", "unknown flag --fixed-techer: did you mean --fixed_teacher?"),
         (
             "--jsd_token_clp=0.1 --xyzzy",

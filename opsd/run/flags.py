@@ -266,7 +266,7 @@ def check_flags(program: str, run_class: str, config_class: str, arguments: Sequ
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = read_flags(program, run_class, config_class)
-    parser = _Parser(add_help=False)
+    parser = _Parser(add_help=False, allow_abbrev=False)
     for name, flag in flags.known.items():
         parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}", *flag.aliases)), nargs="*")
     for name in ("--help", "-h", "--help_all", "--help-all"):

@@ -6,7 +6,7 @@ import warnings
 # logger -> beginning of a message
 MESSAGES = {
     "DeepSpeed": "Setting accelerator to CPU",  # said in each run without a GPU, also where nobody uses DeepSpeed
-    "vllm.triton_utils.importing": "Triton is installed, but `triton.backends` could not be imported",  # without a GPU
+    "vllm.triton_utils.importing": "Triton ",  # that it is not there, or cannot be imported: so on each CPU
 }
 # category, beginning of a message
 WARNINGS: tuple[tuple[type[Warning], str], ...] = (
