@@ -126,7 +126,7 @@ def test_table_of_groups_has_no_flag_twice():
         ("--no_save_completions", "unknown flag --no_save_completions: say --save_completions false"),
         ("--no-bf16", "unknown flag --no-bf16: say --bf16 false"),
         ("trial", "trial: stands behind no flag"),
-        ("--lora 5", "ambiguous option: --lora"),
+        ("--lora 5", "unknown flag --lora: did you mean --lora_r"),
     ],
 )
 def test_unknown_flag_names_the_one_that_is_meant(arguments, message):
