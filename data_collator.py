@@ -269,7 +269,8 @@ class MicroBatch:
     student: PackedRole  # the same sequences without padding
     teacher: PackedRole
 
-    _places_of_mask: tuple = dataclasses.field(default=(None, ()), init=False, repr=False)
+    # A mask and its places. No field, since FSDP2 makes copies of all fields
+    _places_of_mask = cast(tuple[Tensor | None, Sequence[Tensor]], (None, ()))
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return the batch on another device."""

@@ -220,6 +220,7 @@ class FrozenWeights:
 
     def __init__(self, model: nn.Module, accelerator: Accelerator):
         self.accelerator = accelerator
+        reshard(model)  # or the weights that a forward pass has gathered would be taken for those that stay
         self._weights = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
         self._sums_at_start = self._sums()
 
@@ -263,6 +264,13 @@ def is_sharded(weights: Sequence[nn.Parameter]) -> bool:
     return any(hasattr(weight, "ds_tensor") or isinstance(weight, DTensor) for weight in weights)
 
 
+def reshard(model: nn.Module) -> None:
+    """Give the modules that FSDP2 wraps their shards back, in place of the weights gathered for a forward pass."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def edit_local_shards(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
     """
@@ -270,9 +278,7 @@ def edit_local_shards(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iter
 
     The next forward pass uses what the block has written. All processes enter the block together.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # or the next forward pass would use the weights that were gathered before
+    reshard(model)  # or the next forward pass would use the weights that were gathered before
     yield [local_shard(weight) for weight in weights]
     # ZeRO-3 keeps small weights gathered, beside their shards.
     gathered = [weight for weight in weights if hasattr(weight, "ds_tensor") and weight.numel() > 0]
