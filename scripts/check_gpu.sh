@@ -85,7 +85,7 @@ if [ "$on_gpu" = 1 ]; then
     engine=()
 else
     loss=(--num_tokens 64 --dense_tokens 32 --hidden_size 64 --vocab_size 2000 --chunk_size 32 --repeats 1 --betas 0)
-    memory=(--hidden_size 64 --num_layers 1 --vocab_size 2000 --batch_size 2 --completion_length 8)
+    memory=(--hidden_size 128 --num_layers 1 --vocab_size 2000 --batch_size 2 --completion_length 8)
     step=(--hidden_size 128 --num_layers 1 --vocab_size 2000 --scale 32 --rounds 1)
     engine=(--hidden_size 64 --vocab_size 2000 --num_tokens 16)
 fi
