@@ -267,10 +267,11 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
             self._sample(rollouts)
             self.teacher_context.build(rollouts, self.num_generations if is_training else 1, self.model_wrapped)
         advantage_scale = self._count_tokens(rollouts)
-        size = len(rollouts) // num_batches
-        parts = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
         if self._is_packed:
             parts = divide_evenly(rollouts, num_batches)
+        else:
+            size = len(rollouts) // num_batches
+            parts = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
         batches = [self.collator(part).to(self.accelerator.device) for part in parts]
         for batch in batches:
             batch.advantages *= advantage_scale

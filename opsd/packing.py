@@ -34,7 +34,7 @@ def packed_sdpa(
     """
     PyTorch's attention, for rows of one sequence or, with `sequence_lengths`, for one row of several.
 
-    Each sequence of a packed row is attended to by itself: no mask over the whole row is built, and none is computed.
+    Each sequence of a packed row is attended to by itself, so that no mask over the whole row is needed.
 
     Args:
         module: attention layer.
@@ -100,8 +100,9 @@ def reason_against_packing(model: PreTrainedModel) -> str | None:
         packed = backbone(**packed_inputs(role, config), use_cache=False).last_hidden_state[0]
     except TypeError as error:
         return f"its forward does not take the lengths of sequences ({error})"
-    alone = [backbone(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in (ids[:7], ids[7:])]
-    difference = (packed - torch.cat(alone)).abs().mean() / torch.cat(alone).abs().mean()
+    parts = [backbone(input_ids=part[None], use_cache=False).last_hidden_state[0] for part in (ids[:7], ids[7:])]
+    alone = torch.cat(parts)
+    difference = (packed - alone).abs().mean() / alone.abs().mean()
     limit = 1e-4 if packed.dtype == torch.float32 and not torch.is_autocast_enabled(packed.device.type) else 0.03
     return None if difference < limit else f"its layers mix sequences: hidden states differ by {difference:.1g}"
 
@@ -122,5 +123,5 @@ def divide_evenly(rollouts: Sequence[Rollout], num_batches: int) -> list[list[Ro
     for place in sorted(range(len(rollouts)), key=lambda place: -costs[place]):
         lightest = min(range(num_batches), key=lambda batch: (totals[batch], batch))
         batches[lightest].append(place)
-        totals[lightest] += max(costs[place], 1)
+        totals[lightest] += costs[place]
     return [[rollouts[place] for place in sorted(batch)] for batch in batches]

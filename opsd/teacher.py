@@ -18,9 +18,8 @@ from opsd.config import OPSDConfig
 
 # Integer types by the size of an entry in bytes
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-NUM_SUMMED_AT_ONCE = (
-    2**22
-)  # entries: PyTorch first copies what it sums to int64, four times the size of 16-bit weights
+# Entries: PyTorch first copies what it sums to int64, which is four times the size of 16-bit weights
+NUM_SUMMED_AT_ONCE = 2**22
 
 
 class Teacher:
