@@ -1,7 +1,6 @@
 """On-policy self-distillation: one model samples as student and teaches itself as teacher (arXiv 2601.18734)."""
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,15 +35,13 @@ from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.report import append_lines, drop_later_steps
 from opsd.teacher import Teacher
 from opsd.teacher_context import TeacherContext
+from opsd.token_statistics import TokenMetrics, problem_divergences
 
 __all__ = ["OPSDConfig", "OPSDTrainer"]
 
 logger = logging.getLogger(__name__)
 
 COMPLETIONS = "completions.jsonl"  # in the output folder
-NUM_FIRST_TOKENS = (
-    4  # of a completion: their divergence is logged by itself, since thinking modes differ there in form
-)
 
 
 class _NoTeacherModel(nn.Module):
@@ -165,6 +162,8 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
 
         self.objective = args.objective
         self.metrics = Metrics(self.accelerator)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        self.token_metrics = TokenMetrics(self.metrics, args.objective, vocab_size)
         self.logged_counts += ("num_generated_tokens",) + ("num_rationale_tokens",) * args.reason_first
         self.teacher = Teacher(args, self.model, self.accelerator)
         self.sampler = self._make_sampler(use_vllm)
@@ -378,7 +377,9 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
         losses = self.token_losses(model, inputs)
         # DDP, ZeRO and FSDP average the gradients of the processes.
         loss = losses.loss.sum() * self.accelerator.num_processes / self._loss_denominator
-        self._record_tokens(inputs, losses)
+        self.token_metrics.add(inputs, losses)
+        if self.args.curriculum == "divergence" and self.model.training:
+            self._problem_scores += problem_divergences(inputs, losses)
         return self.mark_nonfinite(loss, losses.loss)
 
     def token_losses(self, model: nn.Module, batch: MicroBatch, implementation: str | None = None) -> TokenLosses:
@@ -480,45 +481,6 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
                 **self._loss_arguments(batch),
             )
 
-    def _record_tokens(self, batch: MicroBatch, losses: TokenLosses) -> None:
-        """Log the statistics of the tokens with a weight in the divergence; note it by problem for the curriculum."""
-        counts = batch.of_tokens(batch.weights) > 0.0  # (N,); tokens with only a reward are left out
-        # Not indexed with `counts`: a GPU would stop to count them
-        statistics = type(losses.statistics)(*(value.where(counts, 0.0) for value in losses.statistics))
-        num_tokens = counts.sum()
-        sums = {name: value.sum(dtype=torch.float64) for name, value in statistics._asdict().items()}
-        num_summands = self.objective.num_summands(self.model.config.get_text_config().vocab_size)
-        for name, total, count in (
-            ("divergence", sums["divergence"], num_tokens),
-            ("entropy", sums["student_entropy"], num_tokens),
-            ("entropy/teacher", sums["teacher_entropy"], num_tokens),
-            ("clip_ratio/entries", sums["clipped_entries"], num_tokens * num_summands),
-            ("clip_ratio/mass", sums["clipped_mass"], sums["positive_mass"]),
-            ("clip_ratio/wrong_way_tokens", sums["wrong_way"], num_tokens),
-        ):
-            self.metrics.add(name, total, count)
-        rows, columns = batch.token_places()
-        is_first = columns < NUM_FIRST_TOKENS
-        first_divergence = statistics.divergence.where(is_first, 0.0).sum(dtype=torch.float64)
-        self.metrics.add("divergence/first_tokens", first_divergence, (counts & is_first).sum())
-        if losses.logprobs is not None and len(losses.logprobs) > 0:
-            self._record_sampler_logprobs(losses.logprobs - batch.of_tokens(batch.sampler_logprobs))
-        if self.args.curriculum == "divergence" and self.model.training:
-            num_tokens_of_row = torch.bincount(rows, counts.double(), len(batch.rows)).tolist()
-            divergences = torch.bincount(rows, statistics.divergence.double(), len(batch.rows)).tolist()
-            scores = zip(batch.rows, divergences, num_tokens_of_row, strict=True)
-            self._problem_scores += [score for score in scores if score[2] > 0]
-
-    def _record_sampler_logprobs(self, differences: Tensor) -> None:
-        """Log, under TRL's names, how far the student's log-probabilities (N,) are from the sampler's."""
-        if self.objective.importance_sampling_correction:
-            name, values = "sampling/importance_sampling_ratio", differences.double().exp()
-            self.metrics.add_extreme(f"{name}/min", min, [values.min()])
-        else:
-            name, values = "sampling/sampling_logp_difference", differences.abs()
-        self.metrics.add(f"{name}/mean", values.sum(dtype=torch.float64), len(values))
-        self.metrics.add_extreme(f"{name}/max", max, [values.max()])
-
     # Optimizer step and log
 
     def training_step(self, model: nn.Module, inputs: list[Rollout], num_items_in_batch=None) -> Tensor:
@@ -563,13 +525,8 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
         """Tell the curriculum what the step's rollouts of each problem showed, over all processes."""
         if self.curriculum is None:
             return
-        scores: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for row, total, count in gather_object(self._problem_scores):
-            scores[row][0] += total
-            scores[row][1] += count
+        self.curriculum.add_scores(gather_object(self._problem_scores))
         self._problem_scores = []
-        counts = [count for _, count in scores.values()]
-        self.curriculum.update(list(scores), [total / count for total, count in scores.values()], counts)
 
     # Checkpoints
 

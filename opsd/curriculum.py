@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -75,6 +76,15 @@ class Curriculum:
                 value = max(value, 0.0) if self.kind == "divergence" else value
                 self._sums[row] = DECAY * self._sums[row] + count * value
                 self._counts[row] = DECAY * self._counts[row] + count
+
+    def add_scores(self, scores: Iterable[tuple[int, float, float]]) -> None:
+        """Take in the parts of a step's values: (row, sum of values, number of values), repeated rows added up."""
+        sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for row, total, count in scores:
+            sums[row][0] += total
+            sums[row][1] += count
+        counts = [count for _, count in sums.values()]
+        self.update(list(sums), [total / count for total, count in sums.values()], counts)
 
     def weights(self) -> Tensor:
         """
