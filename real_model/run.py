@@ -1,7 +1,7 @@
 """
 SmolLM2-135M-Instruct teaches itself word problems: prepare it, measure it, train it in several ways, measure again.
 
-    bash scripts/run_smollm2.sh [--only opsd sft ...] [--steps 30] [--seed 0]
+    bash scripts/run_smollm2.sh [--only opsd sft ...] [--steps 12] [--seed 0]
 
 Each phase is a program that real runs use. What is finished is not done again, and a training that was killed goes on
 from its last checkpoint, so the same command resumes. `--only` with one method may run beside another such command.
@@ -233,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to train (default: all)")
-    add("--steps", type=int, default=30, help="optimizer steps of 16 sequences (default: %(default)s)")
+    add("--steps", type=int, default=12, help="optimizer steps of 16 sequences (default: %(default)s)")
     add("--seed", type=int, default=0, help="of training problems, adapter and rollouts (default: %(default)s)")
     add("--source", choices=SOURCES, default="auto", help="of the weights (default: the Hub, else the package)")
     add("--output_dir", type=Path, default=Path("outputs/smollm2"), help="default: %(default)s")
