@@ -161,8 +161,8 @@ def multiply_adapters_at_once() -> None:
     """
     Let the engines that start from now on multiply all tokens of an adapter by it at once, on a CPU.
 
-    vLLM's CPU build copies the adapter's matrices for each token of a prompt. So prompts took several times as long with
-    an adapter as without.
+    vLLM's CPU build copies the adapter's matrices for each token of a prompt. So prompts took several times as long
+    with an adapter as without.
     """
     if torch.cuda.is_available():
         return
@@ -170,7 +170,7 @@ def multiply_adapters_at_once() -> None:
     from vllm.lora.punica_wrapper import punica_cpu
 
     def product(inputs: Tensor, weights: Tensor, dtype: torch.dtype, indices: Tensor) -> Tensor:
-        """Return (tokens, out) of inputs (tokens, in), weights (adapters, 1, out, in), and adapters (tokens,) or -1."""
+        """Return (tokens, out) of inputs (tokens, in), weights (adapters, 1, out, in), and indices (tokens,)."""
         outputs = torch.zeros(len(inputs), weights.shape[-2], dtype=dtype)
         for index in indices.unique().tolist():
             if index >= 0:

@@ -1,7 +1,7 @@
 """
 SmolLM2-135M-Instruct teaches itself word problems: prepare it, measure it, train it in several ways, measure again.
 
-    bash scripts/run_smollm2.sh [--only opsd sft ...] [--steps 12] [--seed 0]
+    bash scripts/run_smollm2.sh [--only opsd sft ...] [--steps 30] [--seed 0]
 
 Each phase is a program that real runs use. What is finished is not done again, and a training that was killed goes on
 from its last checkpoint, so the same command resumes. `--only` with one method may run beside another such command.
@@ -106,7 +106,8 @@ def evaluate(folder: Path, name: str, adapters: Sequence[Path], *flags: Any) -> 
     """Let `eval/evaluate_math.py` answer the held-out problems greedily; it goes on where it stopped."""
     prompts = yaml.safe_load((ROOT / "real_model" / "opsd.yaml").read_text())
     command = ["eval/evaluate_math.py", "--base_model", folder / "model", "--dataset", folder / "data" / "test.jsonl"]
-    command += ["--student_prompt", prompts["student_prompt"], "--teacher_prompt", prompts["teacher_prompt"]]
+    role = "teacher_prompt" if "--privileged" in flags else "student_prompt"  # the evaluator refuses the other one
+    command += [f"--{role}", prompts[role]]
     command += ["--enable_thinking", "false", "--temperature", 0, "--val_n", 1, "--max_new_tokens", 64]
     command += ["--extract", "last_number", "--num_samples", TEST_SIZE, "--gpu_memory_utilization", 0.5]
     command += ["--output_file", folder / "eval" / f"{name}.json", *flags]
@@ -233,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to train (default: all)")
-    add("--steps", type=int, default=12, help="optimizer steps of 16 sequences (default: %(default)s)")
+    add("--steps", type=int, default=30, help="optimizer steps of 16 sequences (default: %(default)s)")
     add("--seed", type=int, default=0, help="of training problems, adapter and rollouts (default: %(default)s)")
     add("--source", choices=SOURCES, default="auto", help="of the weights (default: the Hub, else the package)")
     add("--output_dir", type=Path, default=Path("outputs/smollm2"), help="default: %(default)s")
