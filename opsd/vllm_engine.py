@@ -74,6 +74,7 @@ def lora_options(rank: int, modules: Sequence[str] | None = None, max_loras: int
     """
     from vllm.config.lora import MaxLoRARanks
 
+    multiply_adapters_at_once()
     served = [size for size in get_args(MaxLoRARanks) if size >= rank]
     if not served:
         raise ValueError(f"vLLM serves LoRA adapters up to rank {max(get_args(MaxLoRARanks))}, not {rank}")
@@ -154,6 +155,48 @@ def keep_linear_weights() -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     utils.dispatch_cpu_unquantized_gemm = multiply_as_they_are
+
+
+def multiply_adapters_at_once() -> None:
+    """
+    Let the engines that start from now on multiply all tokens of an adapter by it at once, on a CPU.
+
+    vLLM's CPU build copies the adapter's matrices for each token of a prompt. So prompts took several times as long
+    with an adapter as without.
+    """
+    if torch.cuda.is_available():
+        return
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    def product(inputs: Tensor, weights: Tensor, dtype: torch.dtype, indices: Tensor) -> Tensor:
+        """Return (tokens, out) of inputs (tokens, in), weights (adapters, 1, out, in), and indices (tokens,)."""
+        outputs = torch.zeros(len(inputs), weights.shape[-2], dtype=dtype)
+        for index in indices.unique().tolist():
+            if index >= 0:
+                own = indices == index
+                matrix = weights[index].reshape(weights.shape[-2:]).to(dtype)
+                outputs[own] = torch.nn.functional.linear(inputs[own].to(dtype), matrix)
+        return outputs
+
+    def shrink(inputs: Tensor, weights: Tensor, output: Tensor, indices: Tensor, scaling: float = 1.0) -> None:
+        output[:, : weights.shape[-2]] = scaling * product(inputs, weights, output.dtype, indices)
+
+    def expand_slice(
+        inputs: Tensor,
+        weights: Tensor,
+        output: Tensor,
+        indices: Tensor,
+        slice_offset: int,
+        slice_size: int,
+        add_inputs: bool = True,
+    ) -> None:
+        part = output[:, slice_offset : slice_offset + slice_size]
+        values = product(inputs, weights, output.dtype, indices)
+        part.copy_(part + values if add_inputs else values)
+
+    for module in (lora_ops, punica_cpu):
+        module.bgmv_shrink, module.bgmv_expand_slice = shrink, expand_slice
 
 
 def stop_engine(engine: "LLM") -> None:

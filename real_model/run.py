@@ -106,7 +106,8 @@ def evaluate(folder: Path, name: str, adapters: Sequence[Path], *flags: Any) -> 
     """Let `eval/evaluate_math.py` answer the held-out problems greedily; it goes on where it stopped."""
     prompts = yaml.safe_load((ROOT / "real_model" / "opsd.yaml").read_text())
     command = ["eval/evaluate_math.py", "--base_model", folder / "model", "--dataset", folder / "data" / "test.jsonl"]
-    command += ["--student_prompt", prompts["student_prompt"], "--teacher_prompt", prompts["teacher_prompt"]]
+    role = "teacher_prompt" if "--privileged" in flags else "student_prompt"  # the evaluator refuses the other one
+    command += [f"--{role}", prompts[role]]
     command += ["--enable_thinking", "false", "--temperature", 0, "--val_n", 1, "--max_new_tokens", 64]
     command += ["--extract", "last_number", "--num_samples", TEST_SIZE, "--gpu_memory_utilization", 0.5]
     command += ["--output_file", folder / "eval" / f"{name}.json", *flags]

@@ -1,5 +1,7 @@
 """
-Word problems of one step with small numbers, whose operation is what has to be found, and a fixed held-out set.
+Word problems with two numbers, one of which is the answer as it stands there, and a fixed held-out set.
+
+The model does not lack arithmetic here: it calculates where nothing is to be calculated.
 
     python -m real_model.word_problems --output_dir outputs/smollm2/data --seed 0
 """
@@ -17,34 +19,34 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("Tom", "Ana", "Ben", "Mia", "Leo", "Eva", "Max", "Zoe", "Sam", "Ida")
 THINGS = ("apples", "pens", "books", "cards", "coins", "shells", "stamps", "eggs", "cups", "toys")
-NUMBERS = range(2, 10)
+NUMBERS = range(2, 20)
 HELD_OUT_ONE_IN = 4  # pairs of numbers, in each kind
 TRAIN_SIZE = 1024
 TEST_SIZE = 128
 
 
-def more_than(a: int, b: int, one: str, other: str, things: str) -> tuple[str, str, int]:
-    problem = f"{one} has {a + b} {things}. That is {a} more than {other} has. How many {things} does {other} have?"
-    return problem, f"{other} has {a + b} - {a} = {b} {things}.", b
+def price(a: int, b: int, one: str, things: str) -> tuple[str, str, int]:
+    problem = f"{one} buys {a} {things} for {b} dollars each. How many {things} does {one} buy?"
+    return problem, f"{one} buys {a} {things}.", a
 
 
-def fewer_than(a: int, b: int, one: str, other: str, things: str) -> tuple[str, str, int]:
-    problem = f"{one} has {b} {things}. That is {a} fewer than {other} has. How many {things} does {other} have?"
-    return problem, f"{other} has {b} + {a} = {a + b} {things}.", a + b
+def boxes(a: int, b: int, one: str, things: str) -> tuple[str, str, int]:
+    problem = f"{one} has {a} boxes with {b} {things} in each. How many {things} are in one box?"
+    return problem, f"There are {b} {things} in one box.", b
 
 
-def shared(a: int, b: int, one: str, other: str, things: str) -> tuple[str, str, int]:
-    problem = f"{one} shares {a * b} {things} equally among {a} friends. How many {things} does each friend get?"
-    return problem, f"Each friend gets {a * b} / {a} = {b} {things}.", b
+def at_first(a: int, b: int, one: str, things: str) -> tuple[str, str, int]:
+    problem = f"{one} had {a} {things} and found {b} more. How many {things} did {one} have at first?"
+    return problem, f"{one} had {a} {things} at first.", a
 
 
-def found(a: int, b: int, one: str, other: str, things: str) -> tuple[str, str, int]:
-    problem = f"{one} had {a} {things} and found some more. Now {one} has {a + b} {things}. How many did {one} find?"
-    return problem, f"{one} found {a + b} - {a} = {b} {things}.", b
+def colors(a: int, b: int, one: str, things: str) -> tuple[str, str, int]:
+    problem = f"{one} has {a} red {things} and {b} blue {things}. How many blue {things} does {one} have?"
+    return problem, f"{one} has {b} blue {things}.", b
 
 
-# a kind makes problem, solution and answer from two numbers, two names and a thing
-KINDS: tuple[Callable[[int, int, str, str, str], tuple[str, str, int]], ...] = (more_than, fewer_than, shared, found)
+# a kind makes problem, solution and answer from two numbers, a name and a thing
+KINDS: tuple[Callable[[int, int, str, str], tuple[str, str, int]], ...] = (price, boxes, at_first, colors)
 
 
 def is_held_out(kind: str, a: int, b: int) -> bool:
@@ -58,10 +60,9 @@ def make_problems(rng: random.Random, size: int, held_out: bool) -> list[dict[st
     problems: dict[str, dict[str, str]] = {}
     while len(problems) < size:
         kind = KINDS[len(problems) % len(KINDS)]
-        a, b = rng.choice(NUMBERS), rng.choice(NUMBERS)
-        one, other = rng.sample(NAMES, 2)
+        a, b = rng.sample(NUMBERS, 2)
         if is_held_out(kind.__name__, a, b) == held_out:
-            problem, solution, answer = kind(a, b, one, other, rng.choice(THINGS))
+            problem, solution, answer = kind(a, b, rng.choice(NAMES), rng.choice(THINGS))
             problems.setdefault(
                 problem, {"problem": problem, "solution": solution, "answer": str(answer), "kind": kind.__name__}
             )

@@ -60,16 +60,8 @@ def test_real_model_takes_two_steps_and_is_evaluated(real_model, tmp_path):
     run(
         *("eval/evaluate_math.py", "--base_model", real_model, "--dataset", tmp_path / "test.jsonl"),
         *("--checkpoint_dir", tmp_path / "run" / "checkpoint-2", "--num_samples", 4, "--val_n", 1, "--temperature", 0),
-        *(
-            "--enable_thinking",
-            "false",
-            "--max_new_tokens",
-            8,
-            "--extract",
-            "last_number",
-            "--output_file",
-            tmp_path / "eval.json",
-        ),
+        *("--enable_thinking", "false", "--max_new_tokens", 8, "--extract", "last_number"),
+        *("--output_file", tmp_path / "eval.json"),
         *("--student_prompt", "{problem}\nAnswer in one or two short sentences."),
     )
     results = json.loads((tmp_path / "eval.json").read_text())["results"]
@@ -93,19 +85,20 @@ def test_held_out_numbers_are_in_no_training_problem(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "problem", "calculation", "answer"),
+    ("kind", "problem", "answer"),
     [
-        ("more_than", "Ana has 8 pens. That is 3 more than Ben has. How many pens does Ben have?", "8 - 3 = 5", 5),
-        ("fewer_than", "Ana has 5 pens. That is 3 fewer than Ben has. How many pens does Ben have?", "5 + 3 = 8", 8),
-        ("shared", "Ana shares 15 pens equally among 3 friends. How many pens does each friend get?", "15 / 3 = 5", 5),
-        ("found", "Ana had 3 pens and found some more. Now Ana has 8 pens. How many did Ana find?", "8 - 3 = 5", 5),
+        ("price", "Ana buys 3 pens for 15 dollars each. How many pens does Ana buy?", 3),
+        ("boxes", "Ana has 3 boxes with 15 pens in each. How many pens are in one box?", 15),
+        ("at_first", "Ana had 3 pens and found 15 more. How many pens did Ana have at first?", 3),
+        ("colors", "Ana has 3 red pens and 15 blue pens. How many blue pens does Ana have?", 15),
     ],
 )
-def test_word_problems_by_hand(kind, problem, calculation, answer):
+def test_word_problems_by_hand(kind, problem, answer):
     (make,) = [make for make in KINDS if make.__name__ == kind]
-    own_problem, solution, own_answer = make(3, 5, "Ana", "Ben", "pens")
+    own_problem, solution, own_answer = make(3, 15, "Ana", "pens")
     assert (own_problem, own_answer) == (problem, answer)
-    assert calculation in solution and extract_answer(solution, method="last_number") == str(answer)
+    # The grader takes the last number, so that a solution must not end in another
+    assert extract_answer(solution, method="last_number") == str(answer)
 
 
 def test_summary_by_hand():
