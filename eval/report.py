@@ -40,7 +40,7 @@ def report_tables(results: Sequence[Mapping[str, Any]], differences: Sequence[Ma
     for dataset in datasets:
         for model in models:
             result = cells[model, dataset]
-            rows.append([f"{dataset}, {model}", percent(result["avg_at_k"]), _interval(result["interval"])])
+            rows.append([f"{dataset}, {model}", percent(result["avg_at_k"]), interval_text(result["interval"])])
             rows[-1] += [percent(result["pass_at_k"].get(str(size))) for size in largest]
             rows[-1] += [percent(result[name]) for name in ("majority_at_k", "greedy", "truncated")]
             rows[-1] += [percent(result["unclosed_thinking"]), f"{result['mean_tokens']:.0f}"]
@@ -52,12 +52,12 @@ def report_tables(results: Sequence[Mapping[str, Any]], differences: Sequence[Ma
         for result in differences:
             rows.append([f"{result['dataset']}, {result['model']} - {result['reference']}"])
             rows[-1] += [f"{100 * result['difference']:+.1f}", percent(result["standard_error"])]
-            rows[-1].append(_interval(result["interval"]))
+            rows[-1].append(interval_text(result["interval"]))
         sections.append(markdown(["paired difference", "points", "±", "95 % interval"], rows))
     return "\n".join(sections)
 
 
-def _interval(interval: Sequence[float] | None) -> str:
+def interval_text(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
 
 
