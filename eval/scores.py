@@ -118,6 +118,36 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+BUDGETS = (8192, 16384, 32768, 38912)  # tokens
+
+
+def budgets(max_new_tokens: int) -> list[int]:
+    """Those of `BUDGETS` up to `max_new_tokens`; below the first of them its quarter, its half and itself."""
+    known = [budget for budget in BUDGETS if budget < max_new_tokens]
+    return [*known, max_new_tokens] if known else sorted({max(1, max_new_tokens // part) for part in (4, 2, 1)})
+
+
+def accuracy_within(verdicts: Sequence[Sequence[bool]], lengths: Sequence[Sequence[int]], budget: int) -> float:
+    """
+    Mean over problems of the share of samples that are right and not longer than `budget`, in [0, 1].
+
+    It is the Avg@k of a sampling with this limit, except for samples that it would have cut off behind their answer.
+
+    Args:
+        verdicts: of each sample of each problem.
+        lengths: its tokens.
+        budget: tokens.
+    """
+    return float(
+        np.mean(
+            [
+                np.mean([right and length <= budget for right, length in zip(*problem, strict=True)])
+                for problem in zip(verdicts, lengths, strict=True)
+            ]
+        )
+    )
+
+
 def pass_sizes(n: int) -> list[int]:
     """The k of pass@k: the powers of two below `n`, and `n`."""
     return [*(2**power for power in range((n - 1).bit_length())), n]
