@@ -143,7 +143,7 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         and `interval` (see `eval.scores.estimate`), `pass_at_k` (k -> unbiased pass@k), `majority_at_k`, and `greedy`
         (also `None` without such samples). Over all samples: `truncated` (share that hit the length limit),
         `unclosed_thinking` (share without the end of a thought; `None` without thinking), `mean_tokens`, and `status`
-        (how many verdicts were reached how); as pairs of problem and sample `missed` (see `is_missed`) and `cut_off` (at
+        (how verdicts were reached, counted); as pairs problem, sample: `missed` (see `is_missed`) and `cut_off` (at
         the length limit). `val_n`, `num_problems`, `num_ungraded` (problems left out). `problems`:
         for each one `problem_id`, `problem`, `gold`, the lists `correct`, `extracted`, `num_tokens`, the `majority`
         answer with `majority_correct`.
