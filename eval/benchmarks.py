@@ -1,9 +1,12 @@
 """Benchmarks as data, and the questions with their prompts that come out of one."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedTokenizerBase
 
 from data_collator import (
@@ -29,7 +32,7 @@ class Benchmark:
     answer_column: str = "answer"
     solution_column: str = "solution"
     answer_type_column: str | None = None
-    revision: str | None = "main"  # commit, tag or branch on the Hub
+    revision: str | None = "main"  # commit, tag or branch on the Hub; none of the commits is known here
     subsets: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name -> answer types, scored separately too
 
 
@@ -48,6 +51,12 @@ BENCHMARKS = (
     Benchmark("math-500", "HuggingFaceH4/MATH-500", split="test"),
     Benchmark("minerva", "math-ai/minervamath", split="test", problem_column="question"),
     Benchmark("amc23", "math-ai/amc23", split="test", problem_column="question"),
+    # Of after the release of Qwen3 (April 2025)
+    Benchmark("beyond-aime", "ByteDance-Seed/BeyondAIME", split="test"),
+    Benchmark("hmmt25-nov", "MathArena/hmmt_nov_2025"),
+    Benchmark("aime26", "MathArena/aime_2026"),
+    Benchmark("hmmt26", "MathArena/hmmt_feb_2026"),
+    Benchmark("hmmt26-nov", "MathArena/hmmt_nov_2026"),
 )
 
 
@@ -58,7 +67,7 @@ def find_benchmark(dataset: str, data_root: Path | None = None, **columns: str) 
     Args:
         dataset: name or Hub id of one of `BENCHMARKS`, or another Hub id, or a local file or folder.
         data_root: folder with copies of `BENCHMARKS` under their names, as folder or file, in place of the Hub.
-        columns: `split`, `problem_column`, ... of a data set that is not one of `BENCHMARKS`.
+        columns: `split`, `problem_column`, `revision`, ... of a data set that is not one of `BENCHMARKS`.
 
     Raises:
         FileNotFoundError: if `data_root` lacks the benchmark, or a local path does not exist.
@@ -75,13 +84,22 @@ def find_benchmark(dataset: str, data_root: Path | None = None, **columns: str) 
                 f"ending in {', '.join(SUFFIXES)}"
             )
     if (path := find_local(dataset, "dataset")) is not None:
-        return Benchmark(path.resolve().stem, str(path), revision=None, **columns)
+        return Benchmark(path.resolve().stem, str(path), **{"revision": None, **columns})
     if "/" not in dataset:
         raise ValueError(
             f"--dataset {dataset}: neither a local file or folder, nor a Hub id, nor one of "
             + ", ".join(known.name for known in BENCHMARKS)
         )
     return Benchmark(dataset, dataset, **columns)
+
+
+def dataset_commit(benchmark: Benchmark) -> str | None:
+    """The commit that a loaded data set of the Hub has, by the local cache; `None` for local data, and if unknown."""
+    if benchmark.revision is None or re.fullmatch("[0-9a-f]{40}", benchmark.revision):
+        return benchmark.revision
+    folder = repo_folder_name(repo_id=benchmark.path, repo_type="dataset")
+    reference = Path(HF_HUB_CACHE, folder, "refs", benchmark.revision)
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 
 @dataclass(frozen=True)

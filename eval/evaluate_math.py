@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import logging
+import re
 import shlex
 import statistics
 import sys
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, check_template
-from eval.benchmarks import BENCHMARKS, Benchmark, Question, find_benchmark, load_questions
+from eval.benchmarks import BENCHMARKS, Benchmark, Question, dataset_commit, find_benchmark, load_questions
 from eval.engine import (
     GREEDY,
     Completion,
@@ -40,7 +41,7 @@ from eval.engine import (
     start_engine,
     visible_devices,
 )
-from eval.report import plot_accuracy, report_tables
+from eval.report import plot_accuracy, plot_budgets, report_tables
 from eval.run_files import (
     Sample,
     content_hash,
@@ -53,7 +54,7 @@ from eval.run_files import (
     sample_line,
     stored_settings,
 )
-from eval.scores import Estimate, elect, estimate, pass_at_k, pass_sizes, vote_classes
+from eval.scores import Estimate, accuracy_within, budgets, elect, estimate, pass_at_k, pass_sizes, vote_classes
 from opsd.adapters import Adapter, check_model_folder
 from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
 from opsd.run.flags import SWITCH
@@ -109,6 +110,17 @@ def grade(batches: Iterable[Sequence[Sample]], pool: GradingPool, *, thinking: b
     yield from verdicts(as_completed(list(waiting)))
 
 
+def is_missed(sample: Sample) -> bool:
+    """Whether a response without credit has the reference answer in a box, or as a word of its last line."""
+    if sample.correct is not False:
+        return False
+    gold = re.escape("".join(sample.gold.split()).strip("$"))
+    boxed = re.search(r"\\boxed\{" + gold + r"\}", "".join(sample.text.split()))
+    lines = re.sub(r"<\|[^|<>]*\|>", "", sample.text).rstrip().rsplit("\n", 1)
+    alone = r"(?<![\w.,\\/^-])" + re.escape(sample.gold.strip().strip("$")) + r"(?![\w/^]|[.,]\d)"
+    return bool(boxed or re.search(alone, lines[-1]))
+
+
 def majority(drawn: Sequence[Sample], pool: GradingPool) -> Sample | None:
     """Return the first sample of the largest class of equal answers (see `eval.scores`); `None` without answers."""
 
@@ -131,7 +143,8 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         and `interval` (see `eval.scores.estimate`), `pass_at_k` (k -> unbiased pass@k), `majority_at_k`, and `greedy`
         (also `None` without such samples). Over all samples: `truncated` (share that hit the length limit),
         `unclosed_thinking` (share without the end of a thought; `None` without thinking), `mean_tokens`, and `status`
-        (how many verdicts were reached how). `val_n`, `num_problems`, `num_ungraded` (problems left out). `problems`:
+        (how verdicts were reached, counted); as pairs problem, sample: `missed` (see `is_missed`) and `cut_off` (at
+        the length limit). `val_n`, `num_problems`, `num_ungraded` (problems left out). `problems`:
         for each one `problem_id`, `problem`, `gold`, the lists `correct`, `extracted`, `num_tokens`, the `majority`
         answer with `majority_correct`.
     """
@@ -176,6 +189,8 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         else None,
         "mean_tokens": statistics.fmean(sample.num_tokens for sample in drawn),
         "status": dict(Counter(sample.status for sample in drawn)),
+        "missed": [[sample.problem_id, sample.sample] for sample in drawn if is_missed(sample)],
+        "cut_off": [[sample.problem_id, sample.sample] for sample in drawn if sample.finish_reason == "length"],
         "problems": problems,
     }
 
@@ -284,10 +299,15 @@ def write_report(
     """Score the samples, write `output_file`, the tables and the plot beside it; returns the tables."""
     results = score_all(samples, pool, thinking=settings["thinking"])
     differences = paired_differences(results, reference)
-    tables = report_tables(results, differences)
     table: dict[str, dict[str, float | None]] = {}  # model -> data set -> Avg@k in [0, 1]
+    limits = budgets(settings["max_new_tokens"])
     for result in results:
+        graded = [problem for problem in result["problems"] if None not in problem["correct"]]
+        pairs = [problem["correct"] for problem in graded], [problem["num_tokens"] for problem in graded]
+        result["avg_within"] = {str(limit): accuracy_within(*pairs, limit) for limit in limits} if graded else {}
         table.setdefault(result["model"], {})[result["dataset"]] = result["avg_at_k"]
+    tables = report_tables(results, differences)
+    plot_budgets(results, output_file.with_suffix(".budgets.png"))
     write_output(output_file, settings, arguments, table=table, differences=differences, results=results)
     replace_file(output_file.with_suffix(".md"), tables.encode())
     plot_accuracy(results, output_file.with_suffix(".png"))
@@ -313,6 +333,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_root", type=Path, help="folder with copies of these benchmarks under their names, in place of the Hub")
     other = "of data sets other than these benchmarks (default: %(default)s)"
     add("--dataset_split", default="train", help=other)
+    add("--dataset_revision", help="commit, tag or branch on the Hub of other data sets (default: main)")
     add("--problem_column", default="problem", help=other)
     add("--answer_column", default="answer", help=f"text or numbers, {other}")
     add("--solution_column", default="solution", help=f"for --privileged, {other}")
@@ -378,6 +399,8 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
         raise ValueError(f"--reference {args.reference}: not among the models, which are {', '.join(models)}")
     lora_rank = max([Adapter.read(folder, "checkpoint_dir").rank for folder in args.checkpoint_dir], default=0)
     columns = {name: getattr(args, name) for name in ("problem_column", "answer_column", "solution_column")}
+    if args.dataset_revision is not None:
+        columns["revision"] = args.dataset_revision
     benchmarks = [find_benchmark(name, args.data_root, split=args.dataset_split, **columns) for name in args.dataset]
     for flag, names in (("checkpoint_dir", models), ("dataset", [benchmark.name for benchmark in benchmarks])):
         if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -568,6 +591,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    arguments["dataset_commits"] = {benchmark.name: dataset_commit(benchmark) for benchmark in benchmarks}
     models: list[str | None] = [*([] if args.skip_base else [None]), *args.checkpoint_dir]
     requests = [request for model in models for request in sampling_requests(model, chosen, sampling)]
     samples = {sample.key: sample for sample in finished}

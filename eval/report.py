@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+LISTED = 20  # samples of a warning
 STEP = re.compile(r"checkpoint-(\d+)")  # as TRL names its checkpoint folders
 
 
@@ -40,24 +41,45 @@ def report_tables(results: Sequence[Mapping[str, Any]], differences: Sequence[Ma
     for dataset in datasets:
         for model in models:
             result = cells[model, dataset]
-            rows.append([f"{dataset}, {model}", percent(result["avg_at_k"]), _interval(result["interval"])])
+            rows.append([f"{dataset}, {model}", percent(result["avg_at_k"]), interval_text(result["interval"])])
             rows[-1] += [percent(result["pass_at_k"].get(str(size))) for size in largest]
             rows[-1] += [percent(result[name]) for name in ("majority_at_k", "greedy", "truncated")]
             rows[-1] += [percent(result["unclosed_thinking"]), f"{result['mean_tokens']:.0f}"]
             rows[-1].append(f"{result['num_ungraded']} of {result['num_problems']}")
     sections.append(markdown(header, rows))
 
+    if limits := next((result["avg_within"] for result in results if result.get("avg_within")), None):
+        rows = [
+            [f"{dataset}, {model}", *(percent(cells[model, dataset]["avg_within"].get(limit)) for limit in limits)]
+            for dataset in datasets
+            for model in models
+        ]
+        sections.append(f"Avg@{k} within a budget of tokens\n\n" + markdown(["data set, model", *limits], rows))
+
+    warnings = []
+    for name, text in (("missed", "the reference answer is in a box or the last line, and was not taken"),
+                       ("cut_off", "cut off at the length limit")):  # fmt: skip
+        for (model, dataset), result in cells.items():
+            if places := result.get(name):
+                listed = ", ".join(f"{problem}/{sample}" for problem, sample in places[:LISTED])
+                rest = "" if len(places) <= LISTED else f" and {len(places) - LISTED} more, in the JSON file"
+                warnings.append(
+                    f"- {dataset}, {model}: {len(places)} samples: {text} (problem/sample): {listed}{rest}\n"
+                )
+    if warnings:
+        sections.append("Look at these samples\n\n" + "".join(warnings))
+
     if differences:
         rows = []
         for result in differences:
             rows.append([f"{result['dataset']}, {result['model']} - {result['reference']}"])
             rows[-1] += [f"{100 * result['difference']:+.1f}", percent(result["standard_error"])]
-            rows[-1].append(_interval(result["interval"]))
+            rows[-1].append(interval_text(result["interval"]))
         sections.append(markdown(["paired difference", "points", "±", "95 % interval"], rows))
     return "\n".join(sections)
 
 
-def _interval(interval: Sequence[float] | None) -> str:
+def interval_text(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
 
 
@@ -95,3 +117,24 @@ def plot_accuracy(results: Sequence[Mapping[str, Any]], file: Path) -> bool:
         axes.legend(fontsize="small")
     figure.savefig(file, dpi=150)
     return True
+
+
+def plot_budgets(results: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Plot for each data set the accuracy within budgets of tokens, and below it pass@k over k; a line per model."""
+    results = [result for result in results if result["avg_within"]]
+    datasets = list(dict.fromkeys(result["dataset"] for result in results))
+    if not datasets:
+        return
+    figure = Figure(figsize=(5 * len(datasets), 7), layout="constrained")
+    panels = figure.subplots(2, len(datasets), squeeze=False)
+    for column, dataset in enumerate(datasets):
+        for row, (name, label) in enumerate((("avg_within", "budget, tokens"), ("pass_at_k", "k of pass@k"))):
+            axes = panels[row][column]
+            for result in (result for result in results if result["dataset"] == dataset):
+                x, y = [int(key) for key in result[name]], [100 * value for value in result[name].values()]
+                axes.plot(x, y, marker="o", label=result["model"])
+            axes.set(title=dataset, xlabel=label, ylabel="%")
+            axes.set_xscale("log", base=2)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+    figure.savefig(file, dpi=150)

@@ -43,9 +43,109 @@ def estimate(values: Sequence[float], seed: int = 0) -> Estimate:
     return Estimate(float(array.mean()), float(array.std(ddof=1) / math.sqrt(size)), (float(low), float(high)))
 
 
+@dataclass(frozen=True)
+class Spread:
+    """
+    A mean over trainings and problems, or a difference of two, and how far it may be off.
+
+    Attributes:
+        deviation: standard deviation of one training's mean; `None` with one training.
+        error_of_trainings: standard error of the mean for other trainings on these problems; `None` with one training.
+        error_of_problems: standard error for other problems and these trainings; `None` with one problem.
+        error: standard error for other trainings and other problems; `None` unless there are two of both.
+        interval: `mean` plus and minus `error` times Student's t at `LEVEL`.
+    """
+
+    mean: float
+    deviation: float | None
+    error_of_trainings: float | None
+    error_of_problems: float | None
+    error: float | None
+    interval: tuple[float, float] | None
+
+
+def spread(values: Sequence[Sequence[float]], minus: Sequence[Sequence[float]] | None = None) -> Spread:
+    """
+    Mean over trainings and problems, both taken as sampled, with the errors of the crossed random-effects model.
+
+    There are T trainings on the same P problems. A is the variance of the trainings' means, B that of the problems'
+    means, and R the mean square of what neither explains. The mean's variance is A / T + B / P - R / (T P), since A
+    and B each hold R once. It is at least A / T and B / P. The interval's degrees of freedom are Satterthwaite's.
+
+    Args:
+        values: (T, P), a training's share of right samples of a problem.
+        minus: (U, P), what is subtracted: other trainings on the same problems, in the same order. One row adds no
+            error of trainings: the base model.
+    """
+    parts = [np.asarray(part, dtype=np.float64) for part in (values, minus) if part is not None]
+    size = parts[0].shape[1]
+    column_means = [part.mean(axis=0) for part in parts]
+    per_problem = column_means[0] - (column_means[1] if minus is not None else 0)  # (P,)
+    mean = float(per_problem.mean())
+    sampled = [part for part in parts if len(part) > 1]
+    known = len(parts[0]) > 1
+    deviation = float(parts[0].mean(axis=1).std(ddof=1)) if known else None
+    of_trainings = [(part.mean(axis=1).var(ddof=1) / len(part), len(part) - 1) for part in sampled]
+    a = sum(variance for variance, _ in of_trainings)
+    if size < 2:
+        return Spread(mean, deviation, math.sqrt(a) if known else None, None, None, None)
+    b = per_problem.var(ddof=1) / size
+    shared = 0.0
+    for part in sampled:
+        rest = part - part.mean(axis=0) - part.mean(axis=1, keepdims=True) + part.mean()
+        shared += (rest**2).sum() / ((len(part) - 1) * (size - 1)) / part.size
+    if not known:
+        return Spread(mean, None, None, math.sqrt(b), None, None)
+    variance = max(a + b - shared, a, b)
+    below = sum(part**2 / degrees for part, degrees in [*of_trainings, (b, size - 1)])
+    reach = student_t(variance**2 / below) * math.sqrt(variance) if variance > 0 else 0.0
+    return Spread(
+        mean, deviation, math.sqrt(a), math.sqrt(b), math.sqrt(variance), (float(mean - reach), float(mean + reach))
+    )
+
+
+def student_t(degrees: float) -> float:
+    """Quantile of Student's t distribution that leaves (1 - `LEVEL`) / 2 above, to three digits; `degrees` >= 1."""
+    x = np.linspace(0, 50, 25_001)
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    density = scale * (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
+    below = 0.5 + np.cumsum((density[1:] + density[:-1]) / 2) * (x[1] - x[0])
+    return float(x[1:][np.searchsorted(below, (1 + LEVEL) / 2)])
+
+
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that of `k` samples drawn without replacement from `n`, of which `c` are right, one is right."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+BUDGETS = (8192, 16384, 32768, 38912)  # tokens
+
+
+def budgets(max_new_tokens: int) -> list[int]:
+    """Those of `BUDGETS` up to `max_new_tokens`; below the first of them its quarter, its half and itself."""
+    known = [budget for budget in BUDGETS if budget < max_new_tokens]
+    return [*known, max_new_tokens] if known else sorted({max(1, max_new_tokens // part) for part in (4, 2, 1)})
+
+
+def accuracy_within(verdicts: Sequence[Sequence[bool]], lengths: Sequence[Sequence[int]], budget: int) -> float:
+    """
+    Mean over problems of the share of samples that are right and not longer than `budget`, in [0, 1].
+
+    It is the Avg@k of a sampling with this limit, except for samples that it would have cut off behind their answer.
+
+    Args:
+        verdicts: of each sample of each problem.
+        lengths: its tokens.
+        budget: tokens.
+    """
+    return float(
+        np.mean(
+            [
+                np.mean([right and length <= budget for right, length in zip(*problem, strict=True)])
+                for problem in zip(verdicts, lengths, strict=True)
+            ]
+        )
+    )
 
 
 def pass_sizes(n: int) -> list[int]:

@@ -8,11 +8,14 @@
 # and local data with the program's own parsers, shows what the run would do, writes all settings to dry_run.json in
 # the output folder, and exits; it loads no model.
 #
+# SEEDS="0 1 2" trains and evaluates with each of these seeds: see scripts/seeds.sh.
+#
 # Several machines: NUM_MACHINES, MAIN_PROCESS_IP and MAIN_PROCESS_PORT, with NUM_PROCESSES on all machines together.
 # Each machine runs the same command with a MACHINE_RANK of its own, from 0 on. scripts/train_multi_node.sh sets them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/activate.sh
+[ -z "${SEEDS:-}" ] || exec bash scripts/seeds.sh "$@"
 
 program=${1:?name the program: opsd_train.py, sft_train.py or grpo_train.py}
 shift

@@ -17,6 +17,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export MODEL=${MODEL:-Qwen/Qwen3-4B} NUM_PROCESSES=$(bash scripts/num_processes.sh 8)
+export EVALUATION=${EVALUATION:-eval/run_eval_nonthink.sh} # of SEEDS
 export OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_4b_nonthink}
 
 arguments=(

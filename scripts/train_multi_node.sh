@@ -13,6 +13,9 @@
 # nodes together) if not every GPU shall have one. Further arguments go to the program, the last one wins. DRY_RUN=1
 # prints the command of the first node and checks it.
 #
+# SEEDS="0 1 2" sbatch --array 0-2 ... trains each seed in a job of its own, into OUTPUT_DIR/seed_S. When all are done,
+# SEEDS="0 1 2" with the recipe itself evaluates them and makes the table: see scripts/seeds.sh.
+#
 #SBATCH --job-name=opsd
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -26,6 +29,14 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 what=${1:?name a recipe or a program: scripts/run_opsd_8b.sh, opsd_train.py}
 shift
 export OUTPUT_DIR=${OUTPUT_DIR:?name the output folder, which the next job goes on from}
+if [ -n "${SEEDS:-}" ]; then
+    seeds=($SEEDS)
+    number=${SLURM_ARRAY_TASK_ID:?SEEDS needs a job for each seed: say sbatch --array 0-$((${#seeds[@]} - 1))}
+    seed=${seeds[number]:?SEEDS has no seed for this task of the array}
+    OUTPUT_DIR=$OUTPUT_DIR/seed_$seed
+    set -- "$@" --seed "$seed"
+    unset SEEDS
+fi
 export ACCELERATE_CONFIG=${ACCELERATE_CONFIG:-scripts/accelerate/multi_node.yaml}
 export NUM_MACHINES=${SLURM_JOB_NUM_NODES:-2}
 export NUM_PROCESSES=${NUM_PROCESSES:-$((NUM_MACHINES * ${SLURM_GPUS_ON_NODE:-8}))}

@@ -24,7 +24,7 @@ CODE = [file for pattern in ("*.py", "opsd/**/*.py", "eval/*.py") for file in RO
 # Flags of other programs that the pages name
 FOREIGN_FLAGS = {
     "accelerate": {"config_file", "num_processes", "mixed_precision"},
-    "sbatch": {"nodes", "signal"},
+    "sbatch": {"nodes", "signal", "array", "gpus", "wrap"},
     "vllm": {"enable-lora", "max-lora-rank", "lora-modules", "logprobs-mode"},
     "pip": {"no-build-isolation", "no-deps"},
     "mkdocs": {"strict"},

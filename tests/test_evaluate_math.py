@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
 from eval import engine as sampling_engine
 from eval import evaluate_math
-from eval.benchmarks import Benchmark, find_benchmark, load_questions
+from eval.benchmarks import BENCHMARKS, Benchmark, dataset_commit, find_benchmark, load_questions
 from eval.engine import (
     GREEDY,
     Sampling,
@@ -31,8 +31,9 @@ from eval.engine import (
     start_engine,
 )
 from eval.evaluate_math import evaluate, main, paired_differences, request_key, score, score_all
-from eval.report import plot_accuracy, report_tables
+from eval.report import plot_accuracy, plot_budgets, report_tables
 from eval.run_files import Sample, model_version, open_samples
+from eval.scores import accuracy_within, budgets
 from opsd.adapters import Adapter
 from opsd.grading import GradingPool
 from opsd.vllm_engine import stop_engine
@@ -497,6 +498,80 @@ def test_scores(pool):
     assert (result["greedy"], result["mean_tokens"]) == (1, 14)
     assert (result["truncated"], result["unclosed_thinking"]) == (1 / 6, 1 / 6)
     assert score(samples, pool, thinking=False)["unclosed_thinking"] is None
+
+
+def test_accuracy_within_budgets_by_hand():
+    verdicts, lengths = [[True, True], [True, False]], [[5, 20], [11, 3]]
+    assert [accuracy_within(verdicts, lengths, limit) for limit in (4, 5, 11, 20)] == [0, 0.25, 0.5, 0.75]
+    assert budgets(38912) == [8192, 16384, 32768, 38912] and budgets(40000)[-2:] == [38912, 40000]
+    assert (budgets(16384), budgets(64), budgets(1)) == ([8192, 16384], [16, 32, 64], [1])
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "expected"),
+    [
+        (r"\boxed{7} and then \boxed{8}", "7", True),
+        (r"\boxed{ \frac{1}{2} } or \boxed{3}", r"\frac{1}{2}", True),
+        ("so it is 7.<|im_end|>", "7", True),
+        ("there are 7 of them\nso it is 8", "7", False),
+        ("so it is 17 or 7.5 or x7 or -7 or 7/2", "7", False),
+        ("", "7", False),
+    ],
+)
+def test_answers_that_were_not_taken(text, gold, expected):
+    assert evaluate_math.is_missed(graded(0, correct=False, text=text, gold=gold)) == expected
+    assert not evaluate_math.is_missed(graded(0, correct=True, text=text, gold=gold))
+
+
+def test_report_lists_what_to_look_at(pool, tmp_path):
+    samples = [graded(n, correct=False, text=r"\boxed{7} no, \boxed{8}") for n in range(22)]
+    samples.append(graded(22, correct=True, finish_reason="length"))
+    result = score(samples, pool, thinking=False)
+    assert len(result["missed"]) == 22 and result["cut_off"] == [[22, 0]]
+    result |= {"model": "base", "dataset": "b", "avg_within": {"8": 0.25, "16": 0.5}}
+    tables = report_tables([result], [])
+    assert "| b, base | 25.0 | 50.0 |" in tables and "| data set, model | 8 | 16 |" in tables
+    assert "- b, base: 22 samples: the reference answer" in tables and "19/0 and 2 more" in tables
+    assert "- b, base: 1 samples: cut off at the length limit (problem/sample): 22/0" in tables
+    plot_budgets([result], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_entries_of_benchmarks():
+    assert len({known.name for known in BENCHMARKS}) == len({known.path for known in BENCHMARKS}) == len(BENCHMARKS)
+    for known in BENCHMARKS:
+        assert re.fullmatch(r"[\w-]+/[\w-]+", known.path) and known.split in ("train", "test")
+        assert find_benchmark(known.path.upper()) == known
+
+
+def test_revision_of_other_data_sets(tmp_path, monkeypatch):
+    commit = "0123456789" * 4
+    assert find_benchmark("some/data", revision=commit).revision == dataset_commit(
+        find_benchmark("some/data", revision=commit)
+    )
+    reference = tmp_path / "datasets--some--data" / "refs" / "main"
+    reference.parent.mkdir(parents=True)
+    reference.write_text(commit)
+    monkeypatch.setattr("eval.benchmarks.HF_HUB_CACHE", str(tmp_path))
+    assert dataset_commit(find_benchmark("some/data")) == commit
+    assert dataset_commit(find_benchmark("other/data")) is None
+    file = tmp_path / "local.jsonl"
+    file.write_text("{}")
+    assert dataset_commit(find_benchmark(str(file))) is None
+
+
+@pytest.mark.parametrize("known", BENCHMARKS, ids=lambda known: known.name)
+def test_gold_answers_equal_themselves(known, tokenizer, pool):
+    """Of the benchmarks that BENCHMARK_DATA, a folder for --data_root, has a copy of."""
+    try:
+        benchmark = find_benchmark(known.name, Path(os.environ["BENCHMARK_DATA"]))
+    except (KeyError, FileNotFoundError):
+        pytest.skip("no copy at hand")
+    questions = load_questions(benchmark, tokenizer, thinking=False)
+    assert len(questions) >= 30
+    graded = [q for q in questions if q.answer_type != "description"]
+    verdicts = [pool.submit(question.gold, question.gold, question.answer_type).result() for question in graded]
+    assert [q.gold for q, verdict in zip(graded, verdicts, strict=True) if verdict.equal is not True] == []
 
 
 def test_ungraded_problems_are_kept_apart(pool):

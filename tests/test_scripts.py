@@ -126,7 +126,7 @@ FOLLOWING |= {"steps_per_generation", "loss_temperature", "verify_rollouts"}
 FOLDERS = ("opsd", "eval", "quickstart", "real_model", "benchmarks", "examples")
 EVALUATIONS = [("run_eval.sh", "Qwen/Qwen3-1.7B", True), ("run_eval_nonthink.sh", "Qwen/Qwen3-8B", False)]
 READ_BY_SCRIPTS = {"MODEL", "DATASET", "OUTPUT_DIR", "CHECKPOINTS", "NUM_PROCESSES", "NUM_MACHINES", "PORT"}
-READ_BY_SCRIPTS |= {"ACCELERATE_CONFIG", "MACHINE_RANK", "SEED", "CUDA_VISIBLE_DEVICES"}
+READ_BY_SCRIPTS |= {"ACCELERATE_CONFIG", "MACHINE_RANK", "SEED", "SEEDS", "EVALUATION", "CUDA_VISIBLE_DEVICES"}
 
 
 def dry_run(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -332,6 +332,122 @@ def test_program_on_several_nodes_goes_on_from_its_checkpoint(start, tmp_path):
     assert start(*command, OUTPUT_DIR=str(tmp_path)).launch.training_script_args == [
         *("--output_dir", str(tmp_path), "--resume_from_checkpoint", "true", "--max_steps", "3")
     ]
+
+
+STAND_IN = """#!/usr/bin/env python3
+# A program that trains 4 steps with a checkpoint at each second one, or evaluates; it notes what it does.
+import json, os, sys
+from pathlib import Path
+words = sys.argv[1:]
+given = {name: value for name, value in zip(words, words[1:], strict=False)}  # the last one wins
+notes = open("notes.txt", "a")
+if "eval/aggregate.py" in words:
+    print("TABLE", *[word for word in words if word.endswith("run_eval.json")])
+elif "eval/evaluate_math.py" in words:
+    assert "SEEDS" not in os.environ and given["--seed"] == "0", words
+    file = Path(given["--output_file"])
+    models = [*([] if "--skip_base" in words else ["base"]), *sorted(w for w in words if "/checkpoint-" in w)]
+    done = file.read_text() if file.exists() else ""
+    for model in models:
+        if model not in done:
+            print("sampled", model, file=notes)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"complete": True, "models": models}))
+else:
+    run = Path(given["--output_dir"])
+    steps = [int(file.parent.name[11:]) for file in run.glob("checkpoint-*/checkpoint_files.json")]
+    assert bool(steps) == (given.get("--resume_from_checkpoint") == "true"), words
+    for step in range(max(steps, default=0) + 1, 5):
+        if os.environ.get("KILL_AT") == f"{given['--seed']} {step}":
+            notes.flush()
+            os.kill(os.getpid(), 9)
+        print("trained", given["--seed"], step, file=notes)
+        folder = run / f"checkpoint-{step}"
+        if step % 2 == 0:
+            folder.mkdir(parents=True, exist_ok="--overwrite_output_dir" in words)
+            (folder / "checkpoint_files.json").touch()
+"""
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """A function that runs a recipe with stand-ins for its programs; one that gives their notes; the project."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("python", "accelerate"):
+        (folder / name).write_text(STAND_IN.replace("python3", sys.executable, 1).replace("/usr/bin/env ", ""))
+        (folder / name).chmod(0o755)
+    for name in ("scripts", "eval"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for file in (ROOT / "accelerate.yaml", *ROOT.glob("*_train.py")):
+        shutil.copy(file, tmp_path)
+
+    def run(recipe="run_opsd_1b", **environment):
+        environment = {"SEEDS": "0 1 2", "DRY_RUN": "0", "MODEL": "m", "OUTPUT_DIR": "out", "NUM_PROCESSES": "1"} | (
+            environment | {"PATH": f"{folder}:{os.environ['PATH']}"}
+        )
+        return dry_run(tmp_path / "scripts" / f"{recipe}.sh", **environment)
+
+    def notes():
+        return (tmp_path / "notes.txt").read_text().splitlines()
+
+    return run, notes, tmp_path
+
+
+CHECKPOINTS_OF_A_SEED = ("checkpoint-2", "checkpoint-4")
+
+
+def test_seeds_are_trained_and_evaluated_once_each(seeds):
+    run, notes, _ = seeds
+    killed = run(KILL_AT="1 3")
+    assert killed.returncode != 0 and "TABLE" not in killed.stdout
+    assert notes()[-1] == "trained 1 2"
+    again = run()
+    assert again.returncode == 0, again.stderr
+    expected = []
+    for seed in range(3):
+        expected += [f"trained {seed} {step}" for step in range(1, 5)]
+        expected += ["sampled base"] * (seed == 0)
+        expected += [f"sampled out/seed_{seed}/{checkpoint}" for checkpoint in CHECKPOINTS_OF_A_SEED]
+    assert notes() == expected  # in this order, and nothing twice
+    table = "TABLE " + " ".join(f"out/seed_{seed}/results/run_eval.json" for seed in range(3))
+    assert again.stdout.splitlines()[-1] == table
+    assert run().stdout.splitlines()[-1] == table and notes() == expected
+
+
+def test_seeds_as_an_array_of_jobs(seeds):
+    run, notes, project = seeds
+    last = run("run_opsd_4b_nonthink", SLURM_ARRAY_TASK_ID="2")
+    assert last.returncode == 0 and "no table yet: out/seed_0/results/run_eval_nonthink.json" in last.stdout
+    assert {line.split()[1] for line in notes() if line.startswith("trained")} == {"2"}
+    assert "sampled base" not in notes()
+    assert (project / "out" / "seed_2" / "results" / "run_eval_nonthink.json").is_file()
+    outside = run(SLURM_ARRAY_TASK_ID="3")
+    assert outside.returncode != 0 and "no seed for this task of the array" in outside.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"SEEDS": "0 a"}, "SEEDS 0 a: a is no whole number"),
+        ({"SEEDS": "0 1 0"}, "SEEDS 0 1 0: a seed comes twice"),
+        ({"EVALUATION": "eval/none.sh --val_n 1"}, "EVALUATION eval/none.sh: no such script"),
+    ],
+)
+def test_seeds_that_cannot_be_are_refused(seeds, environment, message):
+    run, _, project = seeds
+    refused = run(**environment)
+    assert refused.returncode == 1 and message in refused.stderr
+    assert not (project / "notes.txt").exists()
+
+
+def test_seeds_on_several_nodes(start):
+    command = ("train_multi_node.sh", "scripts/run_opsd_8b.sh")
+    started = start(*command, OUTPUT_DIR="mine", SEEDS="5 6", SLURM_ARRAY_TASK_ID="1")
+    given = dict(zip(started.checked, started.checked[1:], strict=False))
+    assert (given["--output_dir"], given["--seed"]) == ("mine/seed_6", "6")
+    refused = dry_run(SCRIPTS / command[0], command[1], OUTPUT_DIR="mine", SEEDS="5 6")
+    assert refused.returncode != 0 and "sbatch --array 0-1" in refused.stderr
 
 
 @pytest.mark.parametrize(("name", "model", "thinking"), EVALUATIONS)
