@@ -30,6 +30,7 @@ SETTINGS = (
     "fixed_teacher", "use_tinker_loss", "student_thinking", "teacher_thinking", "seed",
 )  # fmt: skip
 END_OF_RUN = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos", "train_loss")
+VERDICTS = {"True": "right", "False": "wrong"}
 NEWLINES = {"\n": "↵\n", "\t": "⇥\t", "\r": "␍"}
 OTHERS = "Others, which docs/metrics.md does not define"
 
@@ -115,7 +116,9 @@ def group_curves(
     curves: Mapping[str, Sequence[Any]], definitions: Mapping[str, Definition], runs: Sequence[Run]
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     """Return heading -> panels, in the order of the definitions; each panel has its numbers as a table."""
-    order = [name for name in definitions if name in curves] + sorted(name for name in curves if name not in definitions)
+    order = [name for name in definitions if name in curves] + sorted(
+        name for name in curves if name not in definitions
+    )
     groups: dict[str, list[dict[str, Any]]] = {}
     for name in order:
         rows = []
@@ -207,7 +210,9 @@ def encode_completion(completion: Completion, run: int, vocabulary: Vocabulary) 
 
 def page_data(runs: Sequence[Run], curves: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
     """Return what the script of the page draws."""
-    vocabulary, problems, completions, left_out = Vocabulary(), {}, [], 0
+    vocabulary, left_out = Vocabulary(), 0
+    problems: dict[tuple[str, int], dict[str, Any]] = {}
+    completions: list[dict[str, Any]] = []
     for index, run in enumerate(runs):
         chosen = choose_completions(run, max_tokens // len(runs))
         left_out += len(run.completions) - len(chosen)
@@ -253,7 +258,7 @@ def choose_rollouts(run: Run) -> list[dict[str, Any]]:
     for step in dict.fromkeys(row["step"] for row in run.rollouts):
         for row in [row for row in run.rollouts if row["step"] == step][:NUM_ROLLOUTS]:
             texts = {name: cut(row.get(name)) for name in ("prompt", "completion", "answer", "rationale")}
-            verdict = {True: "right", False: "wrong"}.get(row.get("correct"), "not graded")
+            verdict = VERDICTS.get(str(row.get("correct")), "not graded")
             size = row.get("num_tokens")
             chosen.append(texts | {"step": step, "verdict": verdict, "num_tokens": size, "cut": row.get("truncated")})
     return chosen

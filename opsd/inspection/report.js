@@ -21,7 +21,7 @@ function short(value) {
 
 const percent = (log) => {
   const share = 100 * Math.exp(log);
-  return share >= 99.95 ? "100 %" : share >= 0.1 ? share.toFixed(1) + " %" : share >= 1e-3 ? share.toFixed(3) + " %" : "< 0.001 %";
+  return share >= 99.95 ? "100 %" : share >= 0.1 ? share.toFixed(1) + " %" : share >= 1e-3 ? share.toFixed(3) + " %" : "≈ 0 %";
 };
 
 // Completions
@@ -129,18 +129,18 @@ function fillTip(completion, i) {
   if (completion.epistemic[i]) facts.push("epistemic");
   if (completion.clipped[i]) facts.push(`clip cuts ${short(100 * completion.clipped[i])} %`);
   if (completion.wrong[i]) facts.push("turned the wrong way");
-  const table = make("table", {}, make("thead", {}, make("tr", {}, make("th", { text: "Student" }), make("th", { text: "Teacher" }))));
+  const table = make("table", {}, make("thead", {}, make("tr", {}, make("th", { colspan: 2, text: "Student" }), make("th", { colspan: 2, text: "Teacher" }))));
   const body = make("tbody");
   const size = completion.studentTop.length / completion.tokens.length;
   for (let k = 0; k < size; k++) {
     const cell = (tops, logs) => {
       const j = i * size + k;
-      return make("td", {}, make("code", { class: "token" + (tops[j] === token ? " same" : "") }, tokenText(tops[j])), ` ${percent(logs[j])}`);
+      return [make("td", {}, make("code", { class: "token" + (tops[j] === token ? " same" : "") }, tokenText(tops[j]))), make("td", { class: "n", text: percent(logs[j]) })];
     };
-    body.append(make("tr", {}, cell(completion.studentTop, completion.studentTopLog), cell(completion.teacherTop, completion.teacherTopLog)));
+    body.append(make("tr", {}, ...cell(completion.studentTop, completion.studentTopLog), ...cell(completion.teacherTop, completion.teacherTopLog)));
   }
-  body.append(make("tr", {}, make("td", { text: `this one: ${percent(completion.student[i])}` }), make("td", { text: `this one: ${percent(completion.teacher[i])}` })));
-  body.append(make("tr", {}, make("td", { text: `entropy: ${short(completion.studentEntropy[i])}` }), make("td", { text: `entropy: ${short(completion.teacherEntropy[i])}` })));
+  body.append(make("tr", {}, make("td", { colspan: 2, text: `this one: ${percent(completion.student[i])}` }), make("td", { colspan: 2, text: `this one: ${percent(completion.teacher[i])}` })));
+  body.append(make("tr", {}, make("td", { colspan: 2, text: `entropy: ${short(completion.studentEntropy[i])}` }), make("td", { colspan: 2, text: `entropy: ${short(completion.teacherEntropy[i])}` })));
   table.append(body);
   tip.replaceChildren(make("div", {}, make("code", { class: "token same" }, tokenText(token))), make("div", { text: facts.join(" · ") }), table);
 }

@@ -222,7 +222,8 @@ def _read_file(run: Run, step: int, file: Path) -> list[Completion]:
 
 def _completion(row: dict[str, Any], step: int, seen: dict[str, int]) -> Completion:
     """Check a row. Raise `ValueError` if its lists differ in length or hold numbers that are not finite."""
-    size, columns = len(row["tokens"]), {}
+    size = len(row["tokens"])
+    columns: dict[str, Any] = {}
     shapes: list[tuple[Sequence[str], tuple[int, ...]]] = [(TOKENS, (size,)), (TOPS, (size, NUM_TOP))]
     for names, shape in shapes:
         for name in names:
@@ -232,7 +233,9 @@ def _completion(row: dict[str, Any], step: int, seen: dict[str, int]) -> Complet
                 raise ValueError(f"{name} has {found} entries in place of {math.prod(shape)}")
             if name in STRINGS:
                 texts = [str(value) for value in values]
-                columns[name] = texts if len(shape) == 1 else [texts[i : i + NUM_TOP] for i in range(0, len(texts), NUM_TOP)]
+                columns[name] = (
+                    texts if len(shape) == 1 else [texts[i : i + NUM_TOP] for i in range(0, len(texts), NUM_TOP)]
+                )
                 continue
             array = np.asarray(values, dtype=np.float64).reshape(shape)
             if name.endswith("logprob") or name.endswith("logprobs"):
@@ -248,7 +251,11 @@ def _completion(row: dict[str, Any], step: int, seen: dict[str, int]) -> Complet
 def settings_to_show(runs: Sequence[Run], is_wanted: Callable[[str], bool]) -> list[tuple[str, list[str]]]:
     """Return the settings that differ between the runs, or for a single run those that are wanted, as texts."""
     tables = [
-        {name: value for group in ("script", "model", "training") for name, value in run.settings.get(group, {}).items()}
+        {
+            name: value
+            for group in ("script", "model", "training")
+            for name, value in run.settings.get(group, {}).items()
+        }
         for run in runs
     ]
     rows = []
