@@ -4,8 +4,8 @@ Show what a run learned, or several side by side, in one self-contained page.
     python inspect_run.py outputs/mine
     python inspect_run.py outputs/mine outputs/other --output report.html
 
-The page has the curves of all metrics, and with `--save_token_statistics` the tokens with most divergence and completions
-whose tokens are coloured by it: docs/inspection.md.
+The page has the curves of all metrics, and with `--save_token_statistics` the tokens with most divergence, and
+completions whose tokens are coloured by it: docs/inspection.md.
 """
 
 import argparse

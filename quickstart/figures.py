@@ -5,9 +5,9 @@ The paper's figures from runs on the quickstart's task, each by a command, besid
     python quickstart/figures.py tokens --seed 0 1 2
     python quickstart/figures.py page
 
-A figure trains and evaluates what it needs (`quickstart/run.py`), and leaves out what OUTPUT_DIR/seed_S/report.json has
-already with the same settings; the same command goes on after a kill. Each command ends with the page of all figures,
-OUTPUT_DIR/figures.md: what has not been run is marked there. `kinds` samples without training.
+A figure trains and evaluates what it needs (`quickstart/run.py`). It leaves out what OUTPUT_DIR/seed_S/report.json has
+already with the same settings: the same command goes on after a kill. Each command ends with the page of all figures,
+OUTPUT_DIR/figures.md, where what has not been run is marked. `kinds` samples without training.
 """
 
 import argparse
@@ -64,8 +64,8 @@ FIGURES = {
     "tokens": Figure(
         "Accuracy over generated tokens (v3, Figure 3)",
         curves_of(opsd=OURS, grpo=("GRPO", BASELINES["grpo"])),
-        "v3: 8 to 12 times fewer generated tokens than GRPO for the same accuracy (v1: 4 to 8 times, Qwen3-4B). In GRPO "
-        "more than half of the batches have no reward deviation within 100 steps.",
+        "v3: 8 to 12 times fewer generated tokens than GRPO for the same accuracy (v1: 4 to 8 times, Qwen3-4B). In "
+        "GRPO more than half of the batches have no reward deviation within 100 steps.",
         x="generated_tokens",
         limits="Completions of both methods are equally long here; in the paper GRPO's are eight times as long.",
     ),

@@ -203,8 +203,8 @@ def encode_completion(completion: Completion, run: int, vocabulary: Vocabulary) 
         "teacherEntropy": rounded("teacher_entropy", 3),
         "studentTop": top_tokens("student_top_tokens"),
         "teacherTop": top_tokens("teacher_top_tokens"),
-        "studentTopLog": rounded("student_top_logprobs", 2),
-        "teacherTopLog": rounded("teacher_top_logprobs", 2),
+        "studentTopLog": rounded("student_top_logprobs", 3),
+        "teacherTopLog": rounded("teacher_top_logprobs", 3),
     }
 
 

@@ -105,8 +105,8 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"OUTPUT_DIR {folder}: there is no such folder; give the --output_dir of a training")
     if not any((folder / name).exists() for name in (METRICS, COMPLETIONS, STATISTICS)):
         raise ValueError(
-            f"OUTPUT_DIR {folder}: it has neither {METRICS} nor {COMPLETIONS} nor {STATISTICS}/; give the --output_dir "
-            "of a training that has logged at least once"
+            f"OUTPUT_DIR {folder}: it has neither {METRICS} nor {COMPLETIONS} nor {STATISTICS}/; give the "
+            "--output_dir of a training that has logged at least once"
         )
     run = Run(name=os.path.normpath(folder), folder=folder)
     try:
