@@ -173,8 +173,8 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 
 def figure_table(figure: Figure, reports: Sequence[dict[str, Any]]) -> list[str]:
-    """Avg@4 in percent at the beginning, half way and at the end, and the tokens until then."""
-    lines = ["| | seeds | start | half way | end | generated tokens |", "|---|---|--:|--:|--:|--:|"]
+    """Avg@4 in percent at the beginning, at a step between and at the end, and the tokens until then."""
+    lines = ["| | seeds | start | between | end | generated tokens |", "|---|---|--:|--:|--:|--:|"]
     for name, (label, _) in figure.methods.items():
         found = [report for report in reports if name in report.get("curves", {})]
         if not found:
@@ -185,6 +185,7 @@ def figure_table(figure: Figure, reports: Sequence[dict[str, Any]]) -> list[str]
             mean_and_error([curve[at(len(curve))]["avg_at_4"] for curve in curves])
             for at in (lambda n: 0, lambda n: n // 2, lambda n: n - 1)
         ]
+        cells[1] += f" (step {curves[0][len(curves[0]) // 2]['step']})"
         tokens = statistics.mean(curve[-1]["generated_tokens"] for curve in curves)
         seeds = ", ".join(str(report["seed"]) for report in found)
         lines.append(f"| {label} | {seeds} | {' | '.join(cells)} | {tokens:,.0f} |")

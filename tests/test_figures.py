@@ -24,8 +24,8 @@ def test_tables_by_hand():
         make_report(1, beta_0=[0.5, 0.8, 0.9]),
     ]
     assert figure_table(FIGURES["clip"], reports)[2:] == [
-        "| no clip | 0, 1 | 50.0 ± 0.0 | 70.0 ± 10.0 | 80.0 ± 10.0 | 200 |",
-        "| pointwise clip 0.05 | 0 | 50.0 | 40.0 | 30.0 | 200 |",
+        "| no clip | 0, 1 | 50.0 ± 0.0 | 70.0 ± 10.0 (step 20) | 80.0 ± 10.0 | 200 |",
+        "| pointwise clip 0.05 | 0 | 50.0 | 40.0 (step 20) | 30.0 | 200 |",
         f"| scale clip 0.05, of this project | {NOT_RUN} | | | | |",
     ]
 
