@@ -173,7 +173,7 @@ def mean_and_error(values: Sequence[float]) -> str:
 
 
 def figure_table(figure: Figure, reports: Sequence[dict[str, Any]]) -> list[str]:
-    """Avg@4 in percent at the beginning, at a step between and at the end, and the tokens until then."""
+    """Avg@4 in percent at the beginning, at a step between and at the end; and the tokens until then."""
     lines = ["| | seeds | start | between | end | generated tokens |", "|---|---|--:|--:|--:|--:|"]
     for name, (label, _) in figure.methods.items():
         found = [report for report in reports if name in report.get("curves", {})]
