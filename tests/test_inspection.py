@@ -281,7 +281,7 @@ def test_first_tokens_of_the_quickstart_are_those_of_the_carry(tiny_model_dir, t
     The completions drop each carry, as the base often does. The page then names the digits of the carry first.
 
     No sampling decides, since the completions are given. The fixed model's scores of them differ between processors by
-    their last digits. The carry's tokens, 20 % of all, had 99.7 % of the divergence. Each of the 12 first places had 0.63
+    their last digits. The carry has 20 % of the tokens and had 99.7 % of the divergence. The 12 places had 0.63
     nats or more, and no other place more than 0.009.
     """
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
