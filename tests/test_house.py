@@ -78,7 +78,7 @@ def test_only_the_preflight_imports_the_trainer():
 
 def test_sizes():
     assert len((ROOT / "opsd_trainer.py").read_text().splitlines()) < 600
-    assert len(list(ROOT.glob("*.py"))) <= 5
+    assert len(list(ROOT.glob("*.py"))) <= 6
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
