@@ -73,9 +73,14 @@ def needed_columns(
     Raises:
         ValueError: for settings that need answers, without a column of them.
     """
-    needed = {"problem_column": script_args.problem_column}
-    if training_args.needs_solutions:
-        needed["solution_column"] = script_args.solution_column
+    columns = {
+        "problem_column": script_args.problem_column,
+        "solution_column": script_args.solution_column,
+        "answer_column": script_args.answer_column or "answer",
+    }
+    texts = training_args.needed_texts
+    needed = {flag: column for flag, column in columns.items() if flag.removesuffix("_column") in texts}
+    needed |= {name: name for name in sorted(texts - {"problem", "solution", "answer"})}
     if training_args.grades_rollouts and script_args.answer_column is None:
         flags = ["verify_rollouts", "teacher_reference", "correct_weight", "incorrect_weight"]
         flags += ["policy_gradient_weight", "curriculum"]
@@ -87,8 +92,8 @@ def needed_columns(
             f"{', '.join(given)}: rollouts are graded against answers; name their column: --answer_column"
         )
     if training_args.needs_answers and script_args.answer_column is not None:
-        return needed | {"answer_column": script_args.answer_column}, {}
-    return needed, {"answer_column": script_args.answer_column}
+        needed["answer_column"] = script_args.answer_column
+    return needed, {} if "answer_column" in needed else {"answer_column": script_args.answer_column}
 
 
 def read_adapter(folder: str, model_args: ModelArguments) -> Adapter:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data_collator import REASONING_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT, check_templates
+from data_collator import REASONING_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT, check_templates, placeholders
 from opsd.curriculum import CURRICULA
 from opsd.losses import CLIP_MODES, TOP_K_SUPPORTS, Objective
 
@@ -205,10 +205,21 @@ class OPSDConfig(GOLDConfig):
 
     # Prompts
     student_prompt: str = field(
-        default=STUDENT_PROMPT, metadata={"help": "Template of the student's prompt, with {problem}."}
+        default=STUDENT_PROMPT,
+        metadata={
+            "help": "Template of the student's prompt, with {problem}, and with {name} of any other column of texts."
+        },
     )
     teacher_prompt: str = field(
-        default=TEACHER_PROMPT, metadata={"help": "Template of the teacher's prompt, with {problem} and {solution}."}
+        default=TEACHER_PROMPT,
+        metadata={
+            "help": "Template of the teacher's prompt, with {problem}, and with {solution} or {name} of any other "
+            "column of texts."
+        },
+    )
+    teacher_system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System turn of the teacher's prompt alone; by default that of the student's. Empty: none."},
     )
     student_thinking: bool = field(default=False, metadata={"help": "Thinking mode in the student's prompt."})
     teacher_thinking: bool = field(default=True, metadata={"help": "Thinking mode in the teacher's prompt."})
@@ -495,6 +506,7 @@ class OPSDConfig(GOLDConfig):
         names = (
             "student_prompt",
             "teacher_prompt",
+            "teacher_system_prompt",
             "student_thinking",
             "teacher_thinking",
             "teacher_prefill",
@@ -541,8 +553,18 @@ class OPSDConfig(GOLDConfig):
         )
 
     @property
+    def needed_texts(self) -> set[str]:
+        """Columns of which each example must have a text."""
+        templates = [self.student_prompt]
+        templates += [self.teacher_prompt] * self.teacher_sees_solution + [self.reasoning_prompt] * self.reason_first
+        return (placeholders(*templates) - {"solution"}) | ({"solution"} if self.needs_solutions else set())
+
+    @property
     def needs_solutions(self) -> bool:
         """True if the data set must have reference solutions."""
-        return self.teacher_sees_solution and (
-            self.teacher_reference == "solution" or self.reference_fallback == "solution"
+        is_shown = self.reason_first or "solution" in placeholders(self.teacher_prompt)
+        return (
+            is_shown
+            and self.teacher_sees_solution
+            and (self.teacher_reference == "solution" or self.reference_fallback == "solution")
         )

@@ -180,13 +180,15 @@ def _check_prompts(trainer: OPSDTrainer, rollouts: Sequence[Rollout]) -> Check:
     num_prompts, faults = 0, []
     for role, template, thinking, prompts, masks in roles:
         for rollout, ids, mask in zip(rollouts, prompts, masks, strict=True):
-            content = fill_template(template, problem=rollout.problem, solution=rollout.solution or "")
+            content = fill_template(template, **{"solution": "", **rollout.texts})
             prompt_ids = ids[mask.bool()].tolist()
             if role == "teacher":
                 if ELLIPSIS in collator.tokenizer.decode(prompt_ids):
                     continue  # a shortened solution
                 prompt_ids = prompt_ids[: len(prompt_ids) - len(prefill)]
-            turns = [*rollout.history, {"role": "user", "content": content}]
+            has_own = role == "teacher" and collator.teacher_sees_solution
+            history = collator.teacher_history(rollout.history) if has_own else rollout.history
+            turns = [*history, {"role": "user", "content": content}]
             fault = prompt_fault(collator.tokenizer, prompt_ids, turns, thinking)
             num_prompts += 1
             faults += [] if fault is None else [f"{role}_prompt: {fault}"]

@@ -89,7 +89,9 @@ class TeacherContext:
             if reference is not None:
                 key = place // group_size, reference
                 if key not in encoded:
-                    encoded[key] = self.collator.encode_teacher(rollout.problem, reference, rollout.history)
+                    encoded[key] = self.collator.encode_teacher(
+                        rollout.problem, reference, rollout.history, rollout.texts
+                    )
                 prompts = encoded[key]
             statuses.append(prompts["length_status"])
             if statuses[-1] == "dropped":  # no reference, or one that is too long

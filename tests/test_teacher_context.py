@@ -694,9 +694,16 @@ def test_sampling_of_rationales_that_is_refused(settings, requirement):
         configure(reasoning_generation_kwargs=settings)
 
 
-def test_template_that_is_refused():
-    with pytest.raises(ValueError, match=r"^--reasoning_prompt lacks the placeholder \{solution\}"):
-        configure(reasoning_prompt="{problem}")
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ({"reasoning_prompt": "{problem}"}, r"--reasoning_prompt lacks the placeholder \{solution\}"),
+        ({"teacher_prompt": "Be brief."}, r"--teacher_prompt lacks the placeholder \{problem\}"),
+    ],
+)
+def test_template_that_is_refused(template, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        configure(**template)
 
 
 @pytest.mark.parametrize(
@@ -712,6 +719,7 @@ def test_settings_that_go_together(settings):
     configure(**settings)
 
 
+RULES = {"rule": "rule", "unit": "unit"}
 SOLUTION, ANSWER = {"solution_column": "solution"}, {"answer_column": "key"}
 
 
@@ -720,6 +728,10 @@ SOLUTION, ANSWER = {"solution_column": "solution"}, {"answer_column": "key"}
     [
         ({}, SOLUTION, ANSWER),
         ({"teacher_sees_solution": False}, {}, ANSWER),
+        ({"teacher_prompt": "Be brief. {problem}"}, {}, ANSWER),
+        ({"teacher_prompt": "{rule} {problem}", "student_prompt": "{unit} {problem}"}, RULES, ANSWER),
+        ({"teacher_prompt": "{answer} {problem}"}, ANSWER, {}),
+        ({"teacher_prompt": "{problem}", "reason_first": True}, SOLUTION, ANSWER),
         ({"verify_rollouts": False, "correct_weight": 0.0}, SOLUTION | ANSWER, {}),
         ({"correct_weight": 0.0}, SOLUTION | ANSWER, {}),
         ({"incorrect_weight": 2.0}, SOLUTION | ANSWER, {}),
@@ -739,6 +751,8 @@ def test_columns_that_the_settings_need(settings, needed, further):
         assert needed_columns(nameless, configure(**settings))[1] == {"answer_column": None}
         with pytest.raises(ValueError, match=r"--verify_rollouts True: rollouts are graded .*--answer_column"):
             needed_columns(nameless, configure(**settings, verify_rollouts=True))
+    elif "teacher_prompt" in settings:  # which names the column itself
+        assert needed_columns(nameless, configure(**settings))[0]["answer_column"] == "answer"
     else:
         flag, value = list(settings.items())[-1] if "verify_rollouts" in settings else next(iter(settings.items()))
         with pytest.raises(ValueError, match=rf"--{flag} {value}.*: rollouts are graded .*--answer_column"):

@@ -34,8 +34,8 @@ GROUPS = {
         "lora_dropout", "lora_target_modules", "adapter_name_or_path",
     ),
     "prompts": (
-        "system_prompt", "thinking", "student_prompt", "student_thinking", "teacher_prompt", "teacher_thinking",
-        "teacher_prefill",
+        "system_prompt", "teacher_system_prompt", "thinking", "student_prompt", "student_thinking", "teacher_prompt",
+        "teacher_thinking", "teacher_prefill",
     ),
     "teacher": (
         "fixed_teacher", "use_ema_teacher", "ema_decay", "ema_update_steps", "teacher_sees_solution",
