@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,14 +23,13 @@ STUDENT_PROMPT = r"""Problem: {problem}
 
 Please reason step by step, and put your final answer within \boxed{}."""
 
-REFERENCE = r"""Problem: {problem}
-
-Here is a reference solution:
+SOLUTION = """Here is a reference solution:
 --- reference solution begins ---
 {solution}
 --- reference solution ends ---
 
 """
+REFERENCE = "Problem: {problem}\n\n" + SOLUTION
 OWN_SOLUTION = (
     "After understanding the reference solution, please try to solve this problem using your own approach below.\n"
     "Derive every step yourself; do not copy or paraphrase the reference solution.\n"
@@ -37,6 +37,7 @@ OWN_SOLUTION = (
     r"Please reason step by step, and put your final answer within \boxed{}."
 )
 TEACHER_PROMPT = REFERENCE + OWN_SOLUTION
+REFERENCE_ONLY_PROMPT = SOLUTION + OWN_SOLUTION  # with --teacher_context reference_only
 
 # With --reason_first the teacher's prompt is a conversation: a request, its rationale, and the request to solve.
 REASONING_PROMPT = REFERENCE + "Explain in your own words, step by step, why this solution is right."
@@ -44,7 +45,15 @@ TRANSITION_PROMPT = OWN_SOLUTION
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")  # \boxed{} is not one
 # Names in the rows that hold no text of the data
-RESERVED = {"history", "row", "length_status", "student_prompt_ids", "teacher_prompt_ids", "reasoning_prompt_ids"}
+RESERVED = {
+    "history",
+    "reference",
+    "row",
+    "length_status",
+    "student_prompt_ids",
+    "teacher_prompt_ids",
+    "reasoning_prompt_ids",
+}
 RESERVED |= {"problem_column", "solution_column", "answer_column", "answer_type_column"}
 ELLIPSIS = "\n[...]\n"
 MARK = "\ufdd0"  # stands for a control token in a text; Unicode keeps this one out of texts
@@ -55,7 +64,7 @@ def placeholders(*templates: str) -> set[str]:
     return {name for template in templates for name in PLACEHOLDER.findall(template)}
 
 
-def check_template(flag: str, template: str, needed: set[str], refused: set[str] = frozenset()) -> None:
+def check_template(flag: str, template: str, needed: set[str], refused: AbstractSet[str] = frozenset()) -> None:
     """Raise `ValueError`, naming `flag`, for a template without what it needs, or with what it must not show."""
     found = placeholders(template)
     if missing := needed - found:
@@ -70,10 +79,12 @@ def check_template(flag: str, template: str, needed: set[str], refused: set[str]
         )
 
 
-def check_templates(student_prompt: str, teacher_prompt: str, reasoning_prompt: str) -> None:
+def check_templates(
+    student_prompt: str, teacher_prompt: str, reasoning_prompt: str, hides_problem: bool = False
+) -> None:
     """Raise `ValueError` for a template without what it needs. Other placeholders stand for columns of their names."""
     check_template("student_prompt", student_prompt, {"problem"}, refused={"solution", "answer"})
-    check_template("teacher_prompt", teacher_prompt, {"problem"})
+    check_template("teacher_prompt", teacher_prompt, set() if hides_problem else {"problem"})
     check_template("reasoning_prompt", reasoning_prompt, {"problem", "solution"})
 
 
@@ -207,6 +218,7 @@ class Rollout:
     history: Sequence[Mapping[str, str]] = ()  # turns before the problem, with `role` and `content`
     solution: str | None = None
     answer: str | None = None
+    reference: str | None = None  # what the teacher sees as `{solution}`
     texts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of all columns, for the templates
     reasoning_prompt_ids: list[int] | None = None  # asks the teacher for a rationale
     completion_ids: list[int] = dataclasses.field(default_factory=list)  # with the end-of-sequence token, if sampled
@@ -234,6 +246,7 @@ def start_rollouts(examples: Sequence[Mapping[str, Any]]) -> list[Rollout]:
             history=example.get("history") or (),
             solution=example.get("solution"),
             answer=example.get("answer"),
+            reference=example.get("reference", example.get("solution")),
             texts=texts_of(example),
             reasoning_prompt_ids=example.get("reasoning_prompt_ids"),
         )
@@ -345,7 +358,10 @@ class SelfDistillationDataCollator:
         teacher_system_prompt: system turn of the teacher alone, in place of the one in the history; empty for none.
         student_thinking, teacher_thinking: thinking mode of the chat template, for each role.
         teacher_prefill: text after the header of the assistant's turn in the teacher's prompt.
-        teacher_sees_solution: `False` gives the teacher the student's prompt (a control that must not learn anything).
+        sees_more: `False` gives the teacher the student's prompt (a control that must not learn anything).
+        sees_problem: `False` leaves the problem and the turns before it, but not the system's, out of the teacher's
+            prompt.
+        references: makes of the rows of a data set what the teacher sees as `{solution}`; by default it is `solution`.
         max_prompt_length: in tokens, for each role; `None` for no limit.
         num_loss_tokens_to_skip: number of first tokens of each completion that are left out of the loss.
         reason_first: examples also get the prompt that asks the teacher for a rationale.
@@ -367,25 +383,27 @@ class SelfDistillationDataCollator:
         student_thinking: bool = False,
         teacher_thinking: bool = True,
         teacher_prefill: str = "",
-        teacher_sees_solution: bool = True,
+        sees_more: bool = True,
+        sees_problem: bool = True,
+        references: Callable[[Dataset], list[str]] | None = None,
         max_prompt_length: int | None = None,
         num_loss_tokens_to_skip: int = 0,
         reason_first: bool = False,
         reasoning_prompt: str = REASONING_PROMPT,
         max_reasoning_length: int = 1024,
     ):
-        check_templates(student_prompt, teacher_prompt, reasoning_prompt)
+        check_templates(student_prompt, teacher_prompt, reasoning_prompt, not sees_problem)
         check_chat_template(tokenizer)
         self.tokenizer = tokenizer
         self.student_prompt = student_prompt
         self.teacher_prompt = teacher_prompt
+        self.sees_more, self.sees_problem, self.references = sees_more, sees_problem, references
         self.teacher_system_prompt = teacher_system_prompt
         if teacher_system_prompt:
             check_history(tokenizer, Dataset.from_dict({"history": [self.teacher_history(())]}))
         self.student_thinking = student_thinking
         self.teacher_thinking = teacher_thinking
         self.teacher_prefill_ids: list[int] = tokenizer(teacher_prefill, add_special_tokens=False).input_ids
-        self.teacher_sees_solution = teacher_sees_solution
         self.max_prompt_length = max_prompt_length
         self.num_loss_tokens_to_skip = num_loss_tokens_to_skip
         self.reason_first = reason_first
@@ -435,7 +453,9 @@ class SelfDistillationDataCollator:
         return best, "dropped" if best is None else "shortened"
 
     def teacher_history(self, history: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
-        """Return the turns before the problem, with the teacher's own system turn if it has one."""
+        """Return the turns that the teacher sees before the problem, with its own system turn if it has one."""
+        if not self.sees_problem:
+            history = [turn for turn in history if turn["role"] == "system"]
         if self.teacher_system_prompt is None:
             return history
         own = [{"role": "system", "content": self.teacher_system_prompt}] if self.teacher_system_prompt else []
@@ -485,9 +505,9 @@ class SelfDistillationDataCollator:
     def encode(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """
         Encode the prompts of both roles, from the texts `problem` and `solution` of an example, and from the turns of
-        its `history`, which come before.
+        its `history`, which come before. The teacher sees a `reference`, where there is one, in place of the solution.
 
-        Without a solution, and with `teacher_sees_solution=False`, the teacher has the student's prompt.
+        Without a solution that the teacher's prompt shows, and with `sees_more=False`, it is the student's prompt.
 
         Returns:
             `student_prompt_ids` (list of int) and what `encode_teacher` returns. An example that is "dropped" has
@@ -497,11 +517,12 @@ class SelfDistillationDataCollator:
         content = fill_template(self.student_prompt, **texts)
         student_ids = encode_chat_prompt(self.tokenizer, content, self.student_thinking, history)
         fits = self.max_prompt_length is None or len(student_ids) <= self.max_prompt_length
+        reference = example.get("reference", example.get("solution"))
         shows_solution = self.reason_first or "solution" in placeholders(self.teacher_prompt)
-        if not self.teacher_sees_solution or (shows_solution and example.get("solution") is None):
+        if not self.sees_more or (shows_solution and reference is None):
             encoded = {"teacher_prompt_ids": student_ids, "length_status": "kept"}
         else:
-            encoded = self.encode_teacher(problem, example.get("solution") or "", history, texts)
+            encoded = self.encode_teacher(problem, reference or "", history, texts)
         if not fits or encoded["length_status"] == "dropped":
             return {"student_prompt_ids": []} | dict.fromkeys(encoded, []) | {"length_status": "dropped"}
         return {"student_prompt_ids": student_ids} | encoded
@@ -535,6 +556,8 @@ class SelfDistillationDataCollator:
             name: of the data set, for messages.
             num_proc: number of processes.
         """
+        if self.references is not None:
+            dataset = dataset.add_column("reference", self.references(dataset))
         with global_then_local_main_first():
             encoded = dataset.map(self.encode, num_proc=num_proc, desc=f"Encoding the prompts of the {name} dataset")
             fitting = encoded.filter(lambda status: status != "dropped", input_columns="length_status")

@@ -68,7 +68,7 @@ def test_default_thinking_modes_are_off_for_the_student_and_on_for_the_teacher(t
 
 
 def test_teacher_without_solution_has_the_students_prompt(tokenizer):
-    encoded = SelfDistillationDataCollator(tokenizer, teacher_sees_solution=False).encode(EXAMPLE)
+    encoded = SelfDistillationDataCollator(tokenizer, sees_more=False).encode(EXAMPLE)
     assert encoded["teacher_prompt_ids"] == encoded["student_prompt_ids"]
 
 

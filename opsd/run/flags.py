@@ -38,8 +38,8 @@ GROUPS = {
         "teacher_thinking", "teacher_prefill",
     ),
     "teacher": (
-        "fixed_teacher", "use_ema_teacher", "ema_decay", "ema_update_steps", "teacher_sees_solution",
-        "teacher_reference", "reference_fallback", "reason_first", "max_reasoning_length", "reasoning_prompt",
+        "fixed_teacher", "use_ema_teacher", "ema_decay", "ema_update_steps", "teacher_context",
+        "reference_fallback", "reason_first", "max_reasoning_length", "reasoning_prompt",
         "reasoning_generation_kwargs",
     ),
     "objective": (
