@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,14 +23,13 @@ STUDENT_PROMPT = r"""Problem: {problem}
 
 Please reason step by step, and put your final answer within \boxed{}."""
 
-REFERENCE = r"""Problem: {problem}
-
-Here is a reference solution:
+SOLUTION = """Here is a reference solution:
 --- reference solution begins ---
 {solution}
 --- reference solution ends ---
 
 """
+REFERENCE = "Problem: {problem}\n\n" + SOLUTION
 OWN_SOLUTION = (
     "After understanding the reference solution, please try to solve this problem using your own approach below.\n"
     "Derive every step yourself; do not copy or paraphrase the reference solution.\n"
@@ -37,41 +37,65 @@ OWN_SOLUTION = (
     r"Please reason step by step, and put your final answer within \boxed{}."
 )
 TEACHER_PROMPT = REFERENCE + OWN_SOLUTION
+REFERENCE_ONLY_PROMPT = SOLUTION + OWN_SOLUTION  # with --teacher_context reference_only
 
 # With --reason_first the teacher's prompt is a conversation: a request, its rationale, and the request to solve.
 REASONING_PROMPT = REFERENCE + "Explain in your own words, step by step, why this solution is right."
 TRANSITION_PROMPT = OWN_SOLUTION
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")  # \boxed{} is not one
+# Names in the rows that hold no text of the data
+RESERVED = {
+    "history",
+    "reference",
+    "row",
+    "length_status",
+    "student_prompt_ids",
+    "teacher_prompt_ids",
+    "reasoning_prompt_ids",
+}
+RESERVED |= {"problem_column", "solution_column", "answer_column", "answer_type_column"}
 ELLIPSIS = "\n[...]\n"
 MARK = "\ufdd0"  # stands for a control token in a text; Unicode keeps this one out of texts
 
 
-def check_template(flag: str, template: str, placeholders: set[str]) -> None:
-    """Raise `ValueError`, naming `flag`, unless `template` holds exactly the given placeholders."""
-    found = set(PLACEHOLDER.findall(template))
-    names = ", ".join("{" + name + "}" for name in sorted(placeholders))
-    if missing := placeholders - found:
+def placeholders(*templates: str) -> set[str]:
+    """Return the names in braces, each of which stands for the text of a column."""
+    return {name for template in templates for name in PLACEHOLDER.findall(template)}
+
+
+def check_template(flag: str, template: str, needed: set[str], refused: AbstractSet[str] = frozenset()) -> None:
+    """Raise `ValueError`, naming `flag`, for a template without what it needs, or with what it must not show."""
+    found = placeholders(template)
+    if missing := needed - found:
+        raise ValueError(f"--{flag} lacks the placeholder {{{min(missing)}}}. The template is: {template!r}")
+    if shown := found & refused:
         raise ValueError(
-            f"--{flag} lacks the placeholder {{{min(missing)}}}; it needs {names}. The template is: {template!r}"
+            f"--{flag} has the placeholder {{{min(shown)}}}, which it must not show. The template is: {template!r}"
         )
-    if unknown := found - placeholders:
+    if taken := found & RESERVED:
         raise ValueError(
-            f"--{flag} has the unknown placeholder {{{min(unknown)}}}; it may hold {names}, and \\boxed{{}} without "
-            f"a name inside. The template is: {template!r}"
+            f"--{flag} has the placeholder {{{min(taken)}}}, a name that this program uses itself; rename the column"
         )
 
 
-def check_templates(student_prompt: str, teacher_prompt: str, reasoning_prompt: str) -> None:
-    """Raise `ValueError` for a template with missing or unknown placeholders."""
-    check_template("student_prompt", student_prompt, {"problem"})
-    check_template("teacher_prompt", teacher_prompt, {"problem", "solution"})
+def check_templates(
+    student_prompt: str, teacher_prompt: str, reasoning_prompt: str, hides_problem: bool = False
+) -> None:
+    """Raise `ValueError` for a template without what it needs. Other placeholders stand for columns of their names."""
+    check_template("student_prompt", student_prompt, {"problem"}, refused={"solution", "answer"})
+    check_template("teacher_prompt", teacher_prompt, set() if hides_problem else {"problem"})
     check_template("reasoning_prompt", reasoning_prompt, {"problem", "solution"})
 
 
 def fill_template(template: str, **fields: str) -> str:
     """Replace all placeholders by `fields` in one pass, so that braces inside a field stay as they are."""
     return PLACEHOLDER.sub(lambda match: fields[match.group(1)], template)
+
+
+def texts_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts of a row: what a template may show."""
+    return {name: value for name, value in row.items() if isinstance(value, str)}
 
 
 def check_chat_template(tokenizer: PreTrainedTokenizerBase, flag: str = "model_name_or_path") -> None:
@@ -109,7 +133,8 @@ def check_history(tokenizer: PreTrainedTokenizerBase, dataset: Dataset) -> None:
         if found != marks:
             raise ValueError(
                 f"the chat template of {tokenizer.name_or_path} cannot hold the turns {', '.join(roles)} before the "
-                f"problem ({fault}): leave these rows out, and --system_prompt where it is that"
+                f"problem ({fault}): leave these rows out, and --system_prompt or --teacher_system_prompt where it "
+                "is that"
             )
 
 
@@ -193,6 +218,8 @@ class Rollout:
     history: Sequence[Mapping[str, str]] = ()  # turns before the problem, with `role` and `content`
     solution: str | None = None
     answer: str | None = None
+    reference: str | None = None  # what the teacher sees as `{solution}`
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of all columns, for the templates
     reasoning_prompt_ids: list[int] | None = None  # asks the teacher for a rationale
     completion_ids: list[int] = dataclasses.field(default_factory=list)  # with the end-of-sequence token, if sampled
     sampler_logprobs: list[float] | None = None  # log-probabilities that the sampler gave the completion's tokens
@@ -219,6 +246,8 @@ def start_rollouts(examples: Sequence[Mapping[str, Any]]) -> list[Rollout]:
             history=example.get("history") or (),
             solution=example.get("solution"),
             answer=example.get("answer"),
+            reference=example.get("reference", example.get("solution")),
+            texts=texts_of(example),
             reasoning_prompt_ids=example.get("reasoning_prompt_ids"),
         )
         for example in examples
@@ -324,11 +353,15 @@ class SelfDistillationDataCollator:
 
     Args:
         tokenizer: its chat template wraps both prompts; it may take `enable_thinking`.
-        student_prompt: template with `{problem}`.
-        teacher_prompt: template with `{problem}` and `{solution}`.
+        student_prompt: template with `{problem}`, and with `{name}` of any other column of texts but the solution.
+        teacher_prompt: template with `{problem}`, `{solution}` where the teacher sees it, and any other column.
+        teacher_system_prompt: system turn of the teacher alone, in place of the one in the history; empty for none.
         student_thinking, teacher_thinking: thinking mode of the chat template, for each role.
         teacher_prefill: text after the header of the assistant's turn in the teacher's prompt.
-        teacher_sees_solution: `False` gives the teacher the student's prompt (a control that must not learn anything).
+        sees_more: `False` gives the teacher the student's prompt (a control that must not learn anything).
+        sees_problem: `False` leaves the problem and the turns before it, but not the system's, out of the teacher's
+            prompt.
+        references: makes of the rows of a data set what the teacher sees as `{solution}`; by default it is `solution`.
         max_prompt_length: in tokens, for each role; `None` for no limit.
         num_loss_tokens_to_skip: number of first tokens of each completion that are left out of the loss.
         reason_first: examples also get the prompt that asks the teacher for a rationale.
@@ -336,7 +369,8 @@ class SelfDistillationDataCollator:
         max_reasoning_length: number of tokens of the teacher's prompt that are kept free for the rationale.
 
     Raises:
-        ValueError: for a template with missing or unknown placeholders, and for a tokenizer without chat template.
+        ValueError: for a template without what it needs, and for a tokenizer without chat template, or whose
+            template has no place for `teacher_system_prompt`.
     """
 
     def __init__(
@@ -345,25 +379,31 @@ class SelfDistillationDataCollator:
         *,
         student_prompt: str = STUDENT_PROMPT,
         teacher_prompt: str = TEACHER_PROMPT,
+        teacher_system_prompt: str | None = None,
         student_thinking: bool = False,
         teacher_thinking: bool = True,
         teacher_prefill: str = "",
-        teacher_sees_solution: bool = True,
+        sees_more: bool = True,
+        sees_problem: bool = True,
+        references: Callable[[Dataset], list[str]] | None = None,
         max_prompt_length: int | None = None,
         num_loss_tokens_to_skip: int = 0,
         reason_first: bool = False,
         reasoning_prompt: str = REASONING_PROMPT,
         max_reasoning_length: int = 1024,
     ):
-        check_templates(student_prompt, teacher_prompt, reasoning_prompt)
+        check_templates(student_prompt, teacher_prompt, reasoning_prompt, not sees_problem)
         check_chat_template(tokenizer)
         self.tokenizer = tokenizer
         self.student_prompt = student_prompt
         self.teacher_prompt = teacher_prompt
+        self.sees_more, self.sees_problem, self.references = sees_more, sees_problem, references
+        self.teacher_system_prompt = teacher_system_prompt
+        if teacher_system_prompt:
+            check_history(tokenizer, Dataset.from_dict({"history": [self.teacher_history(())]}))
         self.student_thinking = student_thinking
         self.teacher_thinking = teacher_thinking
         self.teacher_prefill_ids: list[int] = tokenizer(teacher_prefill, add_special_tokens=False).input_ids
-        self.teacher_sees_solution = teacher_sees_solution
         self.max_prompt_length = max_prompt_length
         self.num_loss_tokens_to_skip = num_loss_tokens_to_skip
         self.reason_first = reason_first
@@ -412,9 +452,26 @@ class SelfDistillationDataCollator:
                 high = kept - 1
         return best, "dropped" if best is None else "shortened"
 
-    def encode_teacher(self, problem: str, solution: str, history: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
+    def teacher_history(self, history: Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, str]]:
+        """Return the turns that the teacher sees before the problem, with its own system turn if it has one."""
+        if not self.sees_problem:
+            history = [turn for turn in history if turn["role"] == "system"]
+        if self.teacher_system_prompt is None:
+            return history
+        own = [{"role": "system", "content": self.teacher_system_prompt}] if self.teacher_system_prompt else []
+        return [*own, *(turn for turn in history if turn["role"] != "system")]
+
+    def encode_teacher(
+        self,
+        problem: str,
+        solution: str,
+        history: Sequence[Mapping[str, str]] = (),
+        texts: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
         """
         Encode the teacher's prompts with a reference solution, and the turns of `history` before it.
+
+        `texts` has those of other columns that the templates show.
 
         Returns:
             `teacher_prompt_ids`, with `reason_first` also `reasoning_prompt_ids` (lists of int), and `length_status`:
@@ -422,13 +479,16 @@ class SelfDistillationDataCollator:
             empty).
         """
 
+        history = self.teacher_history(history)
+        texts = dict(texts or {})
+
         def encode_solution(solution: str) -> list[int]:
-            content = fill_template(self.teacher_prompt, problem=problem, solution=solution)
+            content = fill_template(self.teacher_prompt, **texts | {"problem": problem, "solution": solution})
             prompt_ids = encode_chat_prompt(self.tokenizer, content, self.teacher_thinking, history)
             return prompt_ids + self.teacher_prefill_ids
 
         def encode_request(solution: str) -> list[int]:
-            content = fill_template(self.reasoning_prompt, problem=problem, solution=solution)
+            content = fill_template(self.reasoning_prompt, **texts | {"problem": problem, "solution": solution})
             return encode_chat_prompt(self.tokenizer, content, thinking=False, history=history)
 
         prompts, statuses = {}, []
@@ -445,25 +505,47 @@ class SelfDistillationDataCollator:
     def encode(self, example: Mapping[str, Any]) -> dict[str, Any]:
         """
         Encode the prompts of both roles, from the texts `problem` and `solution` of an example, and from the turns of
-        its `history`, which come before.
+        its `history`, which come before. The teacher sees a `reference`, where there is one, in place of the solution.
 
-        Without a solution, and with `teacher_sees_solution=False`, the teacher has the student's prompt.
+        Without a solution that the teacher's prompt shows, and with `sees_more=False`, it is the student's prompt.
 
         Returns:
             `student_prompt_ids` (list of int) and what `encode_teacher` returns. An example that is "dropped" has
             empty lists: leave it out.
         """
-        problem, history = example["problem"], example.get("history") or ()
-        content = fill_template(self.student_prompt, problem=problem)
+        problem, history, texts = example["problem"], example.get("history") or (), texts_of(example)
+        content = fill_template(self.student_prompt, **texts)
         student_ids = encode_chat_prompt(self.tokenizer, content, self.student_thinking, history)
         fits = self.max_prompt_length is None or len(student_ids) <= self.max_prompt_length
-        if not self.teacher_sees_solution or example.get("solution") is None:
+        reference = example.get("reference", example.get("solution"))
+        shows_solution = self.reason_first or "solution" in placeholders(self.teacher_prompt)
+        if not self.sees_more or (shows_solution and reference is None):
             encoded = {"teacher_prompt_ids": student_ids, "length_status": "kept"}
         else:
-            encoded = self.encode_teacher(problem, example["solution"], history)
+            encoded = self.encode_teacher(problem, reference or "", history, texts)
         if not fits or encoded["length_status"] == "dropped":
             return {"student_prompt_ids": []} | dict.fromkeys(encoded, []) | {"length_status": "dropped"}
         return {"student_prompt_ids": student_ids} | encoded
+
+    @staticmethod
+    def check_columns(dataset: Dataset, name: str, needed: Iterable[str], optional: Iterable[str] = ()) -> None:
+        """Raise `ValueError` for a column that is missing or holds no text, or where a `needed` one lacks a text."""
+        for column in (*needed, *optional):
+            if column not in dataset.column_names:
+                raise ValueError(
+                    f"the {name} dataset has no column {column!r}, which these settings need; it has "
+                    f"{', '.join(dataset.column_names)}"
+                )
+            if column in optional:
+                continue
+            kinds = {type(value) for value in dataset[column]}
+            if type(None) in kinds:
+                raise ValueError(f"the {name} dataset has rows without {column!r}: leave them out")
+            if kinds - {str}:
+                raise ValueError(
+                    f"the {name} dataset has in column {column!r} {min(kind.__name__ for kind in kinds - {str})}, and "
+                    "a prompt shows text: write it as text"
+                )
 
     def encode_dataset(self, dataset: Dataset, name: str, num_proc: int | None = None) -> Dataset:
         """
@@ -474,6 +556,8 @@ class SelfDistillationDataCollator:
             name: of the data set, for messages.
             num_proc: number of processes.
         """
+        if self.references is not None:
+            dataset = dataset.add_column("reference", self.references(dataset))
         with global_then_local_main_first():
             encoded = dataset.map(self.encode, num_proc=num_proc, desc=f"Encoding the prompts of the {name} dataset")
             fitting = encoded.filter(lambda status: status != "dropped", input_columns="length_status")

@@ -24,7 +24,14 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, get_peft_config
 
-from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
+from data_collator import (
+    STUDENT_PROMPT,
+    control_tokens,
+    encode_chat_prompt,
+    fill_template,
+    placeholders,
+    texts_of,
+)
 from opsd.config import check_unused
 from opsd.rewards import REWARDS, make_reward
 from opsd.run.arguments import BaselineArguments, parse_arguments
@@ -78,11 +85,11 @@ def prepare(
     """Make rows of `prompt`, the turns up to the problem, and `answer`; drop long prompts and control tokens."""
 
     def converse(row: dict[str, Any]) -> dict[str, Any]:
-        content, history = fill_template(student_prompt, problem=row["problem"]), row.get("history") or []
+        content, history = fill_template(student_prompt, **texts_of(row)), row.get("history") or []
         num_tokens = len(encode_chat_prompt(tokenizer, content, thinking, history))
         return {"prompt": [*history, {"role": "user", "content": content}], "num_tokens": num_tokens}
 
-    used = [name for name in ("problem", "history") if name in dataset.column_names]
+    used = [name for name in ("history", *placeholders(student_prompt)) if name in dataset.column_names]
     rows = dataset.map(converse, remove_columns=used, desc="Making prompts")
     rows = drop_long_rows(rows, max_prompt_length, "max_prompt_length")
     controls = re.compile(control_tokens(tokenizer))  # TRL, which encodes the prompts, would take them for its own
@@ -122,6 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         run.check(num_tokens=training_args.max_completion_length)
         check_settings(training_args)
         columns = {"problem_column": script_args.problem_column, "answer_column": script_args.answer_column}
+        columns |= script_args.template_columns
         prepare_rows = partial(
             prepare,
             thinking=script_args.thinking,

@@ -26,6 +26,7 @@ from trl.trainer.utils import create_model_from_path
 from data_collator import SelfDistillationDataCollator
 from opsd.adapters import Adapter, check_vllm_lora_support
 from opsd.config import OPSDConfig
+from opsd.contexts import CONTEXTS
 from opsd.losses import read_head_settings
 from opsd.run.arguments import ModelArguments, RunArguments, parse_arguments
 from opsd.run.run import Run
@@ -64,6 +65,11 @@ class OPSDArguments(RunArguments):
     )
 
 
+HARMLESS = ("--verify_rollouts False", "--curriculum divergence") + tuple(
+    f"--teacher_context {name}" for name, context in CONTEXTS.items() if context.of_group is None
+)
+
+
 def needed_columns(
     script_args: OPSDArguments, training_args: OPSDConfig
 ) -> tuple[dict[str, str], dict[str, str | None]]:
@@ -73,22 +79,27 @@ def needed_columns(
     Raises:
         ValueError: for settings that need answers, without a column of them.
     """
-    needed = {"problem_column": script_args.problem_column}
-    if training_args.needs_solutions:
-        needed["solution_column"] = script_args.solution_column
+    columns = {
+        "problem_column": script_args.problem_column,
+        "solution_column": script_args.solution_column,
+        "answer_column": script_args.answer_column or "answer",
+    }
+    texts = training_args.needed_texts
+    needed = {flag: column for flag, column in columns.items() if flag.removesuffix("_column") in texts}
+    needed |= {name: name for name in sorted(texts - {"problem", "solution", "answer"})}
     if training_args.grades_rollouts and script_args.answer_column is None:
-        flags = ["verify_rollouts", "teacher_reference", "correct_weight", "incorrect_weight"]
+        flags = ["verify_rollouts", "teacher_context", "correct_weight", "incorrect_weight"]
         flags += ["policy_gradient_weight", "curriculum"]
         given = [
             f"--{f} {getattr(training_args, f)}" for f in flags if getattr(training_args, f) != getattr(OPSDConfig, f)
         ]
-        given = [text for text in given if text not in ("--verify_rollouts False", "--curriculum divergence")]
+        given = [text for text in given if text not in HARMLESS]
         raise ValueError(
             f"{', '.join(given)}: rollouts are graded against answers; name their column: --answer_column"
         )
     if training_args.needs_answers and script_args.answer_column is not None:
-        return needed | {"answer_column": script_args.answer_column}, {}
-    return needed, {"answer_column": script_args.answer_column}
+        needed["answer_column"] = script_args.answer_column
+    return needed, {} if "answer_column" in needed else {"answer_column": script_args.answer_column}
 
 
 def read_adapter(folder: str, model_args: ModelArguments) -> Adapter:
@@ -145,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
         if training_args.verify_rollouts is None:
             training_args.verify_rollouts = script_args.answer_column is not None
         prompts = {"student_prompt_ids": "student sees"}  # column -> heading
-        if training_args.teacher_reference == "solution":  # else it is a rollout, which is not there yet
+        if training_args.context.of_group is None:  # else it is a rollout, which is not there yet
             prompts["teacher_prompt_ids"] = "teacher sees"
         if script_args.dry_run is not None:
             run.dry_run(columns, partial(encode_prompts, training_args), prompts)

@@ -212,15 +212,8 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
     # Data
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing, formatting_func, dataset_name: str):
-        needed = {"problem": True, "solution": args.needs_solutions, "answer": args.grades_rollouts}
-        for column in (column for column, is_needed in needed.items() if is_needed):
-            if column not in dataset.column_names:
-                raise ValueError(
-                    f"the {dataset_name} dataset has no column {column!r}, which these settings need; it has "
-                    f"{', '.join(dataset.column_names)}"
-                )
-            if column != "answer" and None in dataset[column]:
-                raise ValueError(f"the {dataset_name} dataset has rows without {column!r}: leave them out")
+        optional = {"answer"} - args.needed_texts if args.grades_rollouts else ()
+        self.collator.check_columns(dataset, dataset_name, sorted(args.needed_texts), optional)
         dataset = self.collator.encode_dataset(dataset, dataset_name, args.dataset_num_proc)
         if dataset_name == "train":
             self.check_size(len(dataset), args)

@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, get_peft_config
 
-from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template
+from data_collator import STUDENT_PROMPT, control_tokens, encode_chat_prompt, fill_template, texts_of
 from opsd.config import check_unused
 from opsd.run.arguments import BaselineArguments, parse_arguments
 from opsd.run.problem_data import drop_long_rows
@@ -65,7 +65,7 @@ def encode(
     TRL would render the whole conversation with the chat template, which in many models differs from the prompt that
     they are asked with: the empty think block of the non-thinking mode is in one and not in the other.
     """
-    content = fill_template(student_prompt, problem=row["problem"])
+    content = fill_template(student_prompt, **texts_of(row))
     prompt_ids = encode_chat_prompt(tokenizer, content, thinking, row.get("history") or ())
     # One end of turn, where the solution brings one too; control tokens inside it are text
     solution = re.sub(rf"(?:\s*(?:{control_tokens(tokenizer)}))+\s*$", "", row["solution"])
@@ -104,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         run = Run("sft", script_args, training_args, model_args)
         run.check(num_tokens=training_args.max_length)
         columns = {"problem_column": script_args.problem_column, "solution_column": script_args.solution_column}
+        columns |= script_args.template_columns
         prepare_rows = partial(
             prepare, thinking=script_args.thinking, args=training_args, student_prompt=script_args.student_prompt
         )

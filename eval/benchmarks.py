@@ -16,6 +16,8 @@ from data_collator import (
     check_history,
     encode_chat_prompt,
     fill_template,
+    placeholders,
+    texts_of,
 )
 from opsd.run.problem_data import SUFFIXES, find_local, load_problems
 from opsd.thinking import check_thinking_mode
@@ -140,17 +142,19 @@ def load_questions(
     check_chat_template(tokenizer, "base_model")
     check_thinking_mode(tokenizer, thinking, "enable_thinking true", "enable_thinking false")
     columns = {"problem_column": benchmark.problem_column, "answer_column": benchmark.answer_column}
-    if privileged:
+    template = template or (TEACHER_PROMPT if privileged else STUDENT_PROMPT)
+    shown = placeholders(template)
+    if "solution" in shown:
         columns["solution_column"] = benchmark.solution_column
+    columns |= {name: name for name in sorted(shown - {"problem", "solution", "answer"})}
     if benchmark.answer_type_column:
         columns["answer_type_column"] = benchmark.answer_type_column
     questions = []
     source = {"revision": benchmark.revision, "system_prompt": system_prompt}
     rows = load_problems(benchmark.path, benchmark.split, columns, **source)
     check_history(tokenizer, rows)
-    template = template or (TEACHER_PROMPT if privileged else STUDENT_PROMPT)
     for index, row in enumerate(rows):
-        content = fill_template(template, problem=row["problem"], solution=row.get("solution", ""))
+        content = fill_template(template, **texts_of(row))
         prompt_ids = encode_chat_prompt(tokenizer, content, thinking, row.get("history") or ())
         answer = row["answer"].strip()
         questions.append(Question(benchmark.name, index, row["problem"], answer, row.get("answer_type"), prompt_ids))

@@ -339,8 +339,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--solution_column", default="solution", help=f"for --privileged, {other}")
     add("--privileged", **SWITCH, help="the teacher's prompt, with the solution: the teacher's ceiling")
     run = "default: that of the runs of --checkpoint_dir, by their run_config.json, for all models"
-    add("--student_prompt", help=f"template with {{problem}} ({run})")
-    add("--teacher_prompt", help=f"for --privileged, template with {{problem}} and {{solution}} ({run})")
+    add("--student_prompt", help=f"template with {{problem}} and other columns ({run})")
+    add("--teacher_prompt", help=f"for --privileged, template with {{problem}} and other columns ({run})")
     add("--system_prompt", help=f"system turn before the problem ({run})")
     add("--num_samples", type=int, help="only the first so many problems of each data set (default: all)")
     for knob in fields(Sampling):
@@ -432,16 +432,16 @@ def settle_prompts(args: argparse.Namespace) -> None:
     role, unused = ("teacher_prompt", "student_prompt") if args.privileged else ("student_prompt", "teacher_prompt")
     if getattr(args, unused) is not None:
         raise ValueError(f"--{unused}: not used {'with' if args.privileged else 'without'} --privileged; leave it out")
-    prompt, placeholders = STUDENT_PROMPT, {"problem"}
-    if args.privileged:
-        prompt, placeholders = TEACHER_PROMPT, {"problem", "solution"}
+    prompt, refused = (TEACHER_PROMPT, set()) if args.privileged else (STUDENT_PROMPT, {"solution", "answer"})
     for flag, default in ((role, prompt), ("system_prompt", None)):
         if getattr(args, flag) is not None:
             continue
         recorded = {}
         for folder in args.checkpoint_dir or [args.base_model]:
             if (record := find_record(Path(folder))) is not None:
-                recorded[folder] = record["script"].get(flag, record["training"].get(flag)) or default
+                value = record["script"].get(flag, record["training"].get(flag))
+                own = record["training"].get(f"teacher_{flag}")  # the teacher may have a system turn of its own
+                recorded[folder] = (own if args.privileged and own is not None else value) or default
         if len(set(recorded.values())) > 1:
             raise ValueError(
                 "\n  ".join(
@@ -454,7 +454,7 @@ def settle_prompts(args: argparse.Namespace) -> None:
         if (value := getattr(args, flag)) != default:
             logger.warning("--%s: as in the training, %r", flag, value)
     if (template := getattr(args, role)) is not None:
-        check_template(role, template, placeholders)
+        check_template(role, template, {"problem"}, refused)
         setattr(args, role, None if template == prompt else template)
 
 

@@ -4,12 +4,21 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from data_collator import REASONING_PROMPT, STUDENT_PROMPT, TEACHER_PROMPT, check_templates
+from data_collator import (
+    REASONING_PROMPT,
+    REFERENCE_ONLY_PROMPT,
+    STUDENT_PROMPT,
+    TEACHER_PROMPT,
+    check_templates,
+    placeholders,
+)
+from opsd.contexts import CONTEXTS, FALLBACKS, TEACHER_CONTEXTS, Context
 from opsd.curriculum import CURRICULA
 from opsd.losses import CLIP_MODES, TOP_K_SUPPORTS, Objective
 
@@ -31,8 +40,6 @@ with _bare_package("trl.experimental.gold"):
     from trl.experimental.gold.gold_config import GOLDConfig
 
 LOSS_IMPLEMENTATIONS = ("fused", "dense")
-TEACHER_REFERENCES = ("solution", "rollout")
-REFERENCE_FALLBACKS = ("skip", "solution", "answer")
 REASONING_GENERATION = {"temperature": 0.7, "top_p": 0.8, "top_k": 20}  # Qwen3's own, without thinking mode
 
 # flag -> its only value, and the reason
@@ -205,10 +212,21 @@ class OPSDConfig(GOLDConfig):
 
     # Prompts
     student_prompt: str = field(
-        default=STUDENT_PROMPT, metadata={"help": "Template of the student's prompt, with {problem}."}
+        default=STUDENT_PROMPT,
+        metadata={
+            "help": "Template of the student's prompt, with {problem}, and with {name} of any other column of texts."
+        },
     )
     teacher_prompt: str = field(
-        default=TEACHER_PROMPT, metadata={"help": "Template of the teacher's prompt, with {problem} and {solution}."}
+        default=TEACHER_PROMPT,
+        metadata={
+            "help": "Template of the teacher's prompt, with {problem}, and with {solution} or {name} of any other "
+            "column of texts."
+        },
+    )
+    teacher_system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System turn of the teacher's prompt alone; by default that of the student's. Empty: none."},
     )
     student_thinking: bool = field(default=False, metadata={"help": "Thinking mode in the student's prompt."})
     teacher_thinking: bool = field(default=True, metadata={"help": "Thinking mode in the teacher's prompt."})
@@ -219,9 +237,16 @@ class OPSDConfig(GOLDConfig):
             "thinking teacher reads the completion as its thoughts."
         },
     )
-    teacher_sees_solution: bool = field(
-        default=True,
-        metadata={"help": "False gives the teacher the student's prompt: a control that must not learn anything."},
+    teacher_context: str = field(
+        default="solution",
+        metadata={
+            "help": "What the teacher sees as {solution}. solution: that of the data set. answer: the final answer "
+            "alone. rollout, shortest_rollout: another rollout of the same problem and step (--num_generations) that "
+            "is right; the data set then needs answers only. Controls: wrong_hint, another rollout that is wrong; "
+            "donor, another problem's solution; reference_only, the solution without the problem; none, the "
+            "student's prompt.",
+            "choices": TEACHER_CONTEXTS,
+        },
     )
     reason_first: bool = field(
         default=False,
@@ -253,21 +278,12 @@ class OPSDConfig(GOLDConfig):
             "ones. By default where --answer_column is given; settings that need grades switch it on."
         },
     )
-    teacher_reference: str = field(
-        default="solution",
-        metadata={
-            "help": "Reference in the teacher's prompt. solution: that of the data set. rollout: another rollout of "
-            "the same problem and step (--num_generations) whose answer is right; the data set then needs answers "
-            "only.",
-            "choices": TEACHER_REFERENCES,
-        },
-    )
     reference_fallback: str = field(
         default="skip",
         metadata={
-            "help": "With --teacher_reference rollout, where no other rollout is right. skip: leave the rollout out "
-            "of the loss. solution: that of the data set. answer: the right answer alone.",
-            "choices": REFERENCE_FALLBACKS,
+            "help": "With --teacher_context rollout or shortest_rollout, where no other rollout is right. skip: leave "
+            "the rollout out of the loss. solution: that of the data set. answer: the right answer alone.",
+            "choices": FALLBACKS,
         },
     )
     correct_weight: float = field(
@@ -392,8 +408,12 @@ class OPSDConfig(GOLDConfig):
             choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"--{setting.name} {value}: must be one of {', '.join(map(str, choices))}")
+        if self.teacher_context == "reference_only" and self.teacher_prompt == TEACHER_PROMPT:
+            self.teacher_prompt = REFERENCE_ONLY_PROMPT
         self._check_combinations()
-        check_templates(self.student_prompt, self.teacher_prompt, self.reasoning_prompt)
+        self._check_context()
+        hides_problem = self.teacher_context == "reference_only"
+        check_templates(self.student_prompt, self.teacher_prompt, self.reasoning_prompt, hides_problem)
         if self.loss_temperature is None:
             self.loss_temperature = self.temperature
         super().__post_init__()
@@ -422,28 +442,10 @@ class OPSDConfig(GOLDConfig):
             self._refuse("num_generations", f"divide {product}: a problem's rollouts stay together")
         if self.use_ema_teacher and self.fixed_teacher:
             self._refuse("use_ema_teacher", "be left out with --fixed_teacher: choose one teacher")
-        if self.reason_first and not self.teacher_sees_solution:
-            self._refuse("reason_first", "be left out with --teacher_sees_solution false: there is no reference")
         if self.top_k_loss_add_tail and not self.top_k_loss:
             self._refuse("top_k_loss_add_tail", "go with --top_k_loss")
 
         needs_group = "go with --num_generations of at least 2"
-        if self.teacher_reference == "rollout":
-            if self.num_generations < 2:
-                self._refuse("teacher_reference", f"{needs_group}: the teacher sees another rollout of the problem")
-            if not self.teacher_sees_solution:
-                self._refuse("teacher_reference", "be left out with --teacher_sees_solution false")
-            if self.max_length is None:
-                self._refuse("teacher_reference", "go with --max_length, which bounds the teacher's prompt")
-            if self.eval_on_start or getattr(self.eval_strategy, "value", self.eval_strategy) != "no":
-                self._refuse(
-                    "eval_strategy",
-                    "be no, and --eval_on_start off, with --teacher_reference rollout: in an evaluation each problem "
-                    "has one rollout. Evaluate the checkpoints with eval/evaluate_math.py",
-                )
-        elif self.reference_fallback != "skip":
-            self._refuse("reference_fallback", "go with --teacher_reference rollout")
-
         has_reward = self.policy_gradient_weight > 0.0
         if has_reward and self.num_generations < 2:
             self._refuse("policy_gradient_weight", f"{needs_group}, whose mean is the baseline")
@@ -462,6 +464,36 @@ class OPSDConfig(GOLDConfig):
                     "go with --vllm_mode colocate: a server may report probabilities before or after its truncation, "
                     "and does not say which",
                 )
+
+    def _check_context(self) -> None:
+        """Raise `ValueError` for what does not go with the teacher's context."""
+        name = self.teacher_context
+        if self.context.of_group is not None:
+            if self.num_generations < 2:
+                self._refuse(
+                    "teacher_context", "go with --num_generations of at least 2: the teacher sees another one"
+                )
+            if self.max_length is None:
+                self._refuse("teacher_context", "go with --max_length, which bounds the teacher's prompt")
+            if self.eval_on_start or getattr(self.eval_strategy, "value", self.eval_strategy) != "no":
+                self._refuse(
+                    "eval_strategy",
+                    f"be no, and --eval_on_start off, with --teacher_context {name}: in an evaluation each problem "
+                    "has one rollout. Evaluate the checkpoints with eval/evaluate_math.py",
+                )
+        if self.reference_fallback != "skip" and name not in ("rollout", "shortest_rollout"):
+            self._refuse("reference_fallback", "go with --teacher_context rollout or shortest_rollout")
+        if self.reason_first and name in ("none", "reference_only"):
+            self._refuse("reason_first", f"be left out with --teacher_context {name}: it shows problem and reference")
+        if name == "none":
+            for flag, default in (("teacher_prompt", TEACHER_PROMPT), ("teacher_system_prompt", None)):
+                if getattr(self, flag) != default:
+                    self._refuse(flag, "be left out with --teacher_context none: the teacher has the student's prompt")
+        shown = placeholders(self.teacher_prompt)
+        if name == "reference_only" and "problem" in shown:
+            self._refuse("teacher_prompt", "leave out {problem} with --teacher_context reference_only")
+        if name not in ("solution", "none") and "solution" not in shown:
+            self._refuse("teacher_prompt", f"hold {{solution}}, where --teacher_context {name} puts the reference")
 
     def _check_rationale_sampling(self) -> None:
         """Raise `ValueError` for what is no dictionary, for an unknown setting, and for one out of range."""
@@ -495,17 +527,27 @@ class OPSDConfig(GOLDConfig):
         names = (
             "student_prompt",
             "teacher_prompt",
+            "teacher_system_prompt",
             "student_thinking",
             "teacher_thinking",
             "teacher_prefill",
-            "teacher_sees_solution",
             "max_prompt_length",
             "num_loss_tokens_to_skip",
             "reason_first",
             "reasoning_prompt",
             "max_reasoning_length",
         )
-        return {name: getattr(self, name) for name in names}
+        of_data, name = self.context.of_data, self.teacher_context
+        return {setting: getattr(self, setting) for setting in names} | {
+            "sees_more": name != "none",
+            "sees_problem": name != "reference_only",
+            "references": None if of_data is None else partial(of_data, self.seed),
+        }
+
+    @property
+    def context(self) -> Context:
+        """Where the reference in the teacher's prompt comes from."""
+        return CONTEXTS[self.teacher_context]
 
     @property
     def objective(self) -> Objective:
@@ -533,7 +575,7 @@ class OPSDConfig(GOLDConfig):
     def needs_answers(self) -> bool:
         """True if the loss depends on the grades of rollouts: each problem must have an answer."""
         return (
-            self.teacher_reference == "rollout"
+            self.context.of_group is not None
             or self.correct_weight != 1.0
             or self.incorrect_weight != 1.0
             or self.policy_gradient_weight > 0.0
@@ -541,8 +583,11 @@ class OPSDConfig(GOLDConfig):
         )
 
     @property
-    def needs_solutions(self) -> bool:
-        """True if the data set must have reference solutions."""
-        return self.teacher_sees_solution and (
-            self.teacher_reference == "solution" or self.reference_fallback == "solution"
-        )
+    def needed_texts(self) -> set[str]:
+        """Columns of which each example must have a text."""
+        templates = [self.student_prompt]
+        if self.teacher_context != "none":
+            templates += [self.teacher_prompt] + [self.reasoning_prompt] * self.reason_first
+        shown = placeholders(*templates)
+        needed = shown - {"solution"} | (set(self.context.columns) if "solution" in shown else set())
+        return needed | ({"solution"} if self.reference_fallback == "solution" else set())

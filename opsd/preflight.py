@@ -157,7 +157,7 @@ def pick_rollouts(trainer: OPSDTrainer) -> list[Rollout]:
     dataset, collator = trainer.train_dataset, trainer.collator
     candidates = list(dataset.select(range(min(len(dataset), NUM_CANDIDATES))))
     if "solution" not in dataset.column_names:  # any text will do
-        candidates = [row | {"solution": row["problem"]} for row in candidates]
+        candidates = [{"reference": row["problem"], "solution": row["problem"]} | row for row in candidates]
         candidates = [row | collator.encode(row) for row in candidates]
     examples = sorted(candidates, key=lambda row: (row["length_status"] != "kept", len(row["teacher_prompt_ids"])))
     half = {name: examples[0][name][: len(examples[0][name]) // 2] for name in ("problem", "solution")}
@@ -173,20 +173,22 @@ def _check_prompts(trainer: OPSDTrainer, rollouts: Sequence[Rollout]) -> Check:
     collator, batch = trainer.collator, trainer.collator(rollouts)
     roles = [("student", collator.student_prompt, collator.student_thinking, batch.prompt_ids, batch.prompt_mask)]
     template, thinking, prefill = collator.student_prompt, collator.student_thinking, []
-    if collator.teacher_sees_solution:
+    if collator.sees_more:
         template, thinking = collator.teacher_prompt, collator.teacher_thinking
         prefill = collator.teacher_prefill_ids
     roles.append(("teacher", template, thinking, batch.teacher_prompt_ids, batch.teacher_prompt_mask))
     num_prompts, faults = 0, []
     for role, template, thinking, prompts, masks in roles:
         for rollout, ids, mask in zip(rollouts, prompts, masks, strict=True):
-            content = fill_template(template, problem=rollout.problem, solution=rollout.solution or "")
+            content = fill_template(template, **{**rollout.texts, "solution": rollout.reference or ""})
             prompt_ids = ids[mask.bool()].tolist()
             if role == "teacher":
                 if ELLIPSIS in collator.tokenizer.decode(prompt_ids):
                     continue  # a shortened solution
                 prompt_ids = prompt_ids[: len(prompt_ids) - len(prefill)]
-            turns = [*rollout.history, {"role": "user", "content": content}]
+            has_own = role == "teacher" and collator.sees_more
+            history = collator.teacher_history(rollout.history) if has_own else rollout.history
+            turns = [*history, {"role": "user", "content": content}]
             fault = prompt_fault(collator.tokenizer, prompt_ids, turns, thinking)
             num_prompts += 1
             faults += [] if fault is None else [f"{role}_prompt: {fault}"]
@@ -329,7 +331,7 @@ def _check_loss(trainer: OPSDTrainer, batch: MicroBatch, tolerance: Tolerance) -
     divergence = statistics.divergence.mean().item()
     # A teacher that is the student, also in its prompt, has nothing to teach. The noise makes the student another
     # policy than a teacher with weights of its own.
-    has_lesson = trainer.teacher.kind != "student" or trainer.args.teacher_sees_solution
+    has_lesson = trainer.teacher.kind != "student" or trainer.args.teacher_context != "none"
     is_sound = bool(dense.isfinite().all()) and (divergence > 0.0 if has_lesson else divergence == 0.0)
     checks = [
         Check("loss", "divergence of the micro-batch", f"{divergence:.1e}", "> 0" if has_lesson else "0", is_sound)

@@ -1,4 +1,4 @@
-"""Grading of rollouts, and what follows from it: GRPO's reward, advantages within a group, correct peers."""
+"""Grading of rollouts, and what follows from it: GRPO's reward, advantages within a group."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -84,21 +84,6 @@ def group_advantages(correct: Sequence[bool | None], group_size: int) -> list[fl
         mean, deviation = statistics.fmean(rewards), statistics.stdev(rewards)
         advantages += [0.0 if value is None else (float(value) - mean) / (deviation + 1e-4) for value in group]
     return advantages
-
-
-def pick_correct_peers(usable: Sequence[bool], group_size: int) -> list[int | None]:
-    """
-    Return for each rollout the index of the next usable one of its group, in a circle; `None` if no other is usable.
-
-    Args:
-        usable: of rollouts, of which each `group_size` in a row belong to one problem.
-    """
-    peers: list[int | None] = []
-    for i in range(len(usable)):
-        start, place = i - i % group_size, i % group_size
-        circle = [start + (place + distance) % group_size for distance in range(1, group_size)]
-        peers.append(next((j for j in circle if usable[j]), None))
-    return peers
 
 
 def as_reference(completion: str) -> str:

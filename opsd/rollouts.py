@@ -428,7 +428,7 @@ def _longest_sequence(args: OPSDConfig, datasets: Sequence[Dataset]) -> int:
     """Count the tokens of the longest prompt together with what is sampled after it."""
     longest = max(len(ids) for dataset in datasets for ids in dataset["student_prompt_ids"])
     longest += args.max_completion_length
-    if args.reason_first and args.teacher_reference == "rollout":
+    if args.reason_first and args.context.of_group is not None:
         longest = max(longest, args.max_prompt_length or 0)
     elif args.reason_first:
         requests = (ids for dataset in datasets for ids in dataset["reasoning_prompt_ids"])

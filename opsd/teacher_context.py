@@ -7,8 +7,9 @@ from torch import nn
 
 from data_collator import Rollout, SelfDistillationDataCollator
 from opsd.config import OPSDConfig
+from opsd.contexts import Peer, boxed
 from opsd.metrics import Metrics
-from opsd.rewards import Verifier, as_reference, group_advantages, pick_correct_peers
+from opsd.rewards import Verifier, as_reference, group_advantages
 from opsd.rollouts import Sampler
 from opsd.teacher import Teacher
 from opsd.thinking import decode_response
@@ -55,8 +56,9 @@ class TeacherContext:
         if self.verifier is not None:
             texts = [decode_response(self.collator.tokenizer, rollout.completion_ids) for rollout in rollouts]
             self._grade(rollouts, self.verifier(texts, [rollout.answer for rollout in rollouts]), group_size)
-            if self.args.teacher_reference == "rollout":
-                self._refer_to_correct_peers(rollouts, texts, group_size)
+            if (find_peers := self.args.context.of_group) is not None:
+                seen = [Peer(r.is_correct, not r.is_truncated, len(r.completion_ids)) for r in rollouts]
+                self._refer_to_peers(rollouts, find_peers(seen, group_size), texts, group_size)
         if self.args.reason_first:
             self._add_rationales(rollouts, model)
 
@@ -77,10 +79,10 @@ class TeacherContext:
         groups = [group - {None} for group in groups]
         self.metrics.add_values("frac_reward_zero_std", [len(group) == 1 for group in groups if group])
 
-    def _refer_to_correct_peers(self, rollouts: Sequence[Rollout], texts: Sequence[str], group_size: int) -> None:
-        """Show the teacher another rollout that is right and complete, or else what `reference_fallback` says."""
-        usable = [bool(rollout.is_correct) and not rollout.is_truncated for rollout in rollouts]
-        peers = pick_correct_peers(usable, group_size)
+    def _refer_to_peers(
+        self, rollouts: Sequence[Rollout], peers: Sequence[int | None], texts: Sequence[str], group_size: int
+    ) -> None:
+        """Show the teacher of each rollout its peer, or else what `reference_fallback` says."""
         encoded: dict[tuple[int, str], dict[str, Any]] = {}  # (group, reference) -> prompts
         statuses = []
         for place, (rollout, peer) in enumerate(zip(rollouts, peers, strict=True)):
@@ -89,15 +91,18 @@ class TeacherContext:
             if reference is not None:
                 key = place // group_size, reference
                 if key not in encoded:
-                    encoded[key] = self.collator.encode_teacher(rollout.problem, reference, rollout.history)
+                    encoded[key] = self.collator.encode_teacher(
+                        rollout.problem, reference, rollout.history, rollout.texts
+                    )
                 prompts = encoded[key]
+            rollout.reference = reference
             statuses.append(prompts["length_status"])
             if statuses[-1] == "dropped":  # no reference, or one that is too long
                 rollout.weight = 0.0
                 prompts = {"teacher_prompt_ids": rollout.prompt_ids}  # any prompt will do: it does not count
             rollout.teacher_prompt_ids = prompts["teacher_prompt_ids"]
             rollout.reasoning_prompt_ids = prompts.get("reasoning_prompt_ids")
-        self.metrics.add_values("references/correct_peer_ratio", [peer is not None for peer in peers])
+        self.metrics.add_values("references/peer_ratio", [peer is not None for peer in peers])
         self.metrics.add_values("references/none_ratio", [status == "dropped" for status in statuses])
         self.metrics.add_values("references/shortened_ratio", [status == "shortened" for status in statuses])
 
@@ -106,7 +111,7 @@ class TeacherContext:
         if self.args.reference_fallback == "solution":
             return rollout.solution
         if self.args.reference_fallback == "answer" and rollout.answer is not None:
-            return rf"\boxed{{{rollout.answer}}}"
+            return boxed(rollout.answer)
         return None
 
     def _add_rationales(self, rollouts: Sequence[Rollout], model: nn.Module) -> None:

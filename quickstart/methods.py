@@ -31,7 +31,7 @@ def without_solutions(flags: str, **fields) -> Method:
     Group size and learning rate are the best of six settings on seed 0.
     """
     return opsd(
-        f"--teacher_reference rollout --num_generations 2 --learning_rate 1e-3 {flags}",
+        f"--teacher_context rollout --num_generations 2 --learning_rate 1e-3 {flags}",
         training_file="train_answers.jsonl",
         **fields,
     )
@@ -39,7 +39,7 @@ def without_solutions(flags: str, **fields) -> Method:
 
 OPSD = {"opsd": Method(has_curve=True)}
 CONTROLS = {
-    "no_privilege": opsd("--teacher_sees_solution false"),
+    "no_privilege": opsd("--teacher_context none"),
     "shuffled_solutions": Method(training_file="train_shuffled.jsonl"),
 }
 BASELINES = {

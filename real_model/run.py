@@ -49,7 +49,7 @@ METHODS = {
     "sft": RealMethod("sft_train.py"),
     "grpo": RealMethod("grpo_train.py", has_curve=True),
     "sampled_token": RealMethod(flags=("--use_tinker_loss",)),
-    "no_privilege": RealMethod(flags=("--teacher_sees_solution", "false")),
+    "no_privilege": RealMethod(flags=("--teacher_context", "none")),
 }
 LABELS = {
     "base": "base",

@@ -17,7 +17,7 @@ export OUTPUT_DIR=${OUTPUT_DIR:-outputs/opsd_answers}
 
 arguments=(
     --answer_column Answer          # as GRPO in the release; no solutions are read
-    --teacher_reference rollout     # ours
+    --teacher_context rollout       # ours
     --reference_fallback skip       # ours; "answer" shows the teacher the right answer there
     --num_generations 4             # ours: 8 problems a step; more rollouts find a right one more often
     --run_name opsd_answers

@@ -34,7 +34,7 @@ ADAPTER = helpers.ADAPTER | {"fixed_teacher": True}
 # Together they have all teachers and objectives that the other runs lack.
 VARIANTS = {
     "group": {
-        "teacher_reference": "rollout",
+        "teacher_context": "rollout",
         "num_generations": 4,
         "reference_fallback": "answer",
         "policy_gradient_weight": 0.1,

@@ -68,7 +68,7 @@ def test_default_thinking_modes_are_off_for_the_student_and_on_for_the_teacher(t
 
 
 def test_teacher_without_solution_has_the_students_prompt(tokenizer):
-    encoded = SelfDistillationDataCollator(tokenizer, teacher_sees_solution=False).encode(EXAMPLE)
+    encoded = SelfDistillationDataCollator(tokenizer, sees_more=False).encode(EXAMPLE)
     assert encoded["teacher_prompt_ids"] == encoded["student_prompt_ids"]
 
 
@@ -153,6 +153,66 @@ def test_own_templates(tokenizer):
     )
 
 
+def test_templates_show_any_column(tokenizer):
+    """The teacher's with and without the solution; other rows of the data set have other texts."""
+    row = EXAMPLE | {"unit": "apples", "rules": "Use {unit}."}
+    collator = SelfDistillationDataCollator(
+        tokenizer,
+        student_prompt="{problem} In {unit}.",
+        teacher_prompt="{rules} {problem} In {unit}.",
+        teacher_thinking=False,
+    )
+    student = "<|im_start|>user\nWhat is 12+34? In apples.<|im_end|>\n<|im_start|>assistant\n" + NO_THINKING
+    for given in (row, {name: text for name, text in row.items() if name != "solution"}):
+        encoded = collator.encode(given)
+        assert tokenizer.decode(encoded["student_prompt_ids"]) == student
+        assert tokenizer.decode(encoded["teacher_prompt_ids"]) == student.replace("user\n", "user\nUse {unit}. ")
+    (rollout,) = start_rollouts([row | encoded])
+    assert {name: rollout.texts[name] for name in row} == row
+    own = collator.encode_teacher("1+1", "2", texts=row)["teacher_prompt_ids"]
+    assert "Use {unit}. 1+1 In apples." in tokenizer.decode(own)
+
+
+def test_teacher_has_a_system_turn_of_its_own(tokenizer):
+    """In place of the student's, for all of its prompts; an empty one takes the student's away."""
+    prompts = {}
+    for own in (None, "Be brief.", ""):
+        collator = SelfDistillationDataCollator(tokenizer, teacher_system_prompt=own, reason_first=True)
+        encoded = collator.encode(EXAMPLE | {"history": HISTORY})
+        prompts[own] = {name: tokenizer.decode(ids) for name, ids in encoded.items() if name.endswith("_ids")}
+        assert prompts[own]["student_prompt_ids"] == HISTORY_TEXT + STUDENT_TEXT + NO_THINKING
+    system = "<|im_start|>system\nYou teach.<|im_end|>\n"
+    for name in ("teacher_prompt_ids", "reasoning_prompt_ids"):
+        assert prompts[None][name].startswith(HISTORY_TEXT)
+        assert prompts["Be brief."][name] == prompts[None][name].replace("You teach.", "Be brief.")
+        assert prompts[""][name] == prompts[None][name].removeprefix(system)
+    plain = SelfDistillationDataCollator(tokenizer, teacher_system_prompt="Be brief.").encode(EXAMPLE)
+    assert tokenizer.decode(plain["teacher_prompt_ids"]) == system.replace("You teach", "Be brief") + TEACHER_TEXT
+
+
+def test_template_without_system_turns_is_refused_for_the_teacher(tiny_model_dir):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.chat_template = "{% for turn in messages if turn.role != 'system' %}{{ turn.content }}{% endfor %}"
+    SelfDistillationDataCollator(tokenizer, teacher_system_prompt="")
+    with pytest.raises(ValueError, match="cannot hold the turns system before .*--teacher_system_prompt"):
+        SelfDistillationDataCollator(tokenizer, teacher_system_prompt="Be brief.")
+
+
+def test_columns_that_are_no_text_are_refused():
+    rows = Dataset.from_dict({"problem": ["1+1"], "hint": [3], "note": [None], "answer": [None]})
+    check = SelfDistillationDataCollator.check_columns
+    check(rows, "train", ["problem"], ["answer"])
+    for columns, message in (
+        (["rules"], "the train dataset has no column 'rules', .* it has problem, hint, note, answer"),
+        (["hint"], "the train dataset has in column 'hint' int, and a prompt shows text"),
+        (["note"], "the train dataset has rows without 'note': leave them out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(rows, "train", columns)
+    with pytest.raises(ValueError, match="no column 'key'"):
+        check(rows, "train", ["problem"], ["key"])
+
+
 def test_braces_inside_the_texts_stay_as_they_are():
     text = fill_template(TEACHER_PROMPT, problem="Let {solution} = {x}", solution="{problem} \\boxed{\\frac{1}{2}}")
     assert "Problem: Let {solution} = {x}\n" in text
@@ -163,9 +223,13 @@ def test_braces_inside_the_texts_stay_as_they_are():
     ("templates", "message"),
     [
         ({"student_prompt": "no placeholder"}, r"--student_prompt lacks the placeholder \{problem\}"),
-        ({"teacher_prompt": "{problem}"}, r"--teacher_prompt lacks the placeholder \{solution\}"),
-        ({"student_prompt": "{problem} {solution}"}, r"--student_prompt has the unknown placeholder \{solution\}"),
-        ({"teacher_prompt": "{problem} {solution} {hint}"}, r"--teacher_prompt has the unknown placeholder \{hint\}"),
+        ({"teacher_prompt": "{solution}"}, r"--teacher_prompt lacks the placeholder \{problem\}"),
+        (
+            {"student_prompt": "{problem} {solution}"},
+            r"--student_prompt has the placeholder \{solution\}, which it must",
+        ),
+        ({"student_prompt": "{problem} {answer}"}, r"--student_prompt has the placeholder \{answer\}, which it must"),
+        ({"teacher_prompt": "{problem} {history}"}, r"--teacher_prompt has the placeholder \{history\}, a name that"),
     ],
 )
 def test_template_errors(tokenizer, templates, message):

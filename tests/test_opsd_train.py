@@ -70,7 +70,7 @@ def write(file, *lines):
         (["--temperature", "0"], "--temperature 0.0: must lie in"),
         (["--lmbda", "0.5"], "--lmbda 0.5: must be 1"),
         (["--max_completion_length", "1024"], "--max_completion_length 1024: must be below"),
-        (["--teacher_prompt", "{problem}"], "--teacher_prompt lacks the placeholder {solution}"),
+        (["--teacher_prompt", "{solution}"], "--teacher_prompt lacks the placeholder {problem}"),
         (["--dataset_name", "missing/train.jsonl"], "--dataset_name missing/train.jsonl: no such file"),
         (["--solution_column", "proof"], "--solution_column proof: the data set has no such column; it has problem"),
         (["--answer_column", "key"], "--answer_column key: the data set has no such column"),

@@ -114,7 +114,7 @@ def test_padding_changes_nothing(make_trainer, problems, batch_size):
 
 def test_equal_prompts_give_no_loss_and_no_update(make_trainer):
     recorder = Recorder()
-    trainer = make_trainer(teacher_sees_solution=False, callbacks=[recorder], max_steps=2)
+    trainer = make_trainer(teacher_context="none", callbacks=[recorder], max_steps=2)
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
     assert recorder.values("loss") == [0.0, 0.0]

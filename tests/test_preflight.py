@@ -107,7 +107,7 @@ def test_a_sound_run_passes_and_is_left_as_it_was(trained):
     "settings",
     [
         {},
-        {"fixed_teacher": False, "loss_implementation": "dense", "teacher_sees_solution": False},
+        {"fixed_teacher": False, "loss_implementation": "dense", "teacher_context": "none"},
         {"lora": False, "use_tinker_loss": True},
         {"fixed_teacher": False, "use_ema_teacher": True, "teacher_prefill": "<think>\n"},
         {"lora": False, "fixed_teacher": True},

@@ -63,6 +63,22 @@ def prompt_of(row):
     return {"prompt": template(row["problem"])}
 
 
+def test_columns_that_templates_name(tmp_path):
+    """They come under their own names; a missing one, and one that holds no text, are named with the template."""
+    rows = [row | {"unit": 7, "tags": ["a"]} for row in ROWS]
+    file = write_jsonl(tmp_path / "data.jsonl", rows)
+    named = {"problem_column": "problem", "unit": "unit"}
+    assert load(file, columns=named) == [{"problem": row["problem"], "unit": "7"} for row in ROWS]
+    with pytest.raises(
+        ValueError, match=r"\{hint\} in a prompt's template: the data set has no such column; it has pr"
+    ):
+        load(file, columns=named | {"hint": "hint"})
+    with pytest.raises(
+        ValueError, match=r"\{tags\} in a prompt's template: .*line 1: neither text nor number but list"
+    ):
+        load(file, columns=named | {"tags": "tags"})
+
+
 # Files of a folder
 
 

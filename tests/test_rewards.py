@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from opsd.rewards import Verifier, as_reference, group_advantages, pick_correct_peers
+from opsd.contexts import Peer, right_peers, wrong_peers
+from opsd.rewards import Verifier, as_reference, group_advantages
 
 
 def test_verifier():
@@ -37,7 +38,10 @@ def test_thoughts_that_have_not_ended_have_no_answer_in_thinking_mode(thinking, 
     ],
 )
 def test_correct_peers(usable, group_size, expected):
-    assert pick_correct_peers(usable, group_size) == expected
+    rollouts = [Peer(is_correct=is_usable, is_complete=True, length=1) for is_usable in usable]
+    assert right_peers(rollouts, group_size) == expected
+    assert wrong_peers([peer._replace(is_correct=not peer.is_correct) for peer in rollouts], group_size) == expected
+    assert right_peers([peer._replace(is_complete=False) for peer in rollouts], group_size) == [None] * len(usable)
 
 
 def test_advantages_against_numpy():

@@ -105,7 +105,7 @@ RECIPES = {
         "opsd_train",
         4,
         2,
-        RELEASE_1B | {"teacher_reference": "rollout", "num_generations": 4, "answer_column": "Answer"},
+        RELEASE_1B | {"teacher_context": "rollout", "num_generations": 4, "answer_column": "Answer"},
     ),
     "run_opsd_ema": Recipe(
         "opsd_train", 4, 2, RELEASE_1B | {"fixed_teacher": False, "use_ema_teacher": True, "ema_decay": 0.999}

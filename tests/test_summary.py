@@ -61,10 +61,12 @@ def train_file(tmp_path, problems):
             "the initial policy (a copy of the weights at the start): it stays",
         ),
         ({"use_ema_teacher": True, "ema_decay": 0.9}, "an average of the student's weights, decay 0.9 each 1 step:"),
-        ({"teacher_sees_solution": False}, "it sees no solution (a control)"),
+        ({"teacher_context": "none"}, "it sees what the student sees (a control)"),
+        ({"teacher_context": "donor"}, "it sees another problem's solution (a control)"),
+        ({"teacher_prompt": "Be brief. {problem}"}, "it sees its own template without a solution"),
         ({"reason_first": True}, "it sees the solution and writes a rationale for it first"),
         (
-            {"teacher_reference": "rollout", "num_generations": 2},
+            {"teacher_context": "rollout", "num_generations": 2},
             "it sees another rollout that is right (without one: left out of the loss)",
         ),
     ],
@@ -159,7 +161,7 @@ def test_prompts_are_shortened(tiny_model_dir):
     ("program", "flags", "headings"),
     [
         (opsd_train, "--fixed_teacher", [*OPSD_LINES, "teacher sees"]),
-        (opsd_train, "--teacher_reference rollout --num_generations 2 --answer_column answer",
+        (opsd_train, "--teacher_context rollout --num_generations 2 --answer_column answer",
          OPSD_LINES),
         (sft_train, "--max_length 500", ["objective", "output", "model learns"]),
         (grpo_train, "--max_completion_length 40", ["objective", "rollouts", "output", "model sees"]),

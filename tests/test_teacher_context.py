@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from helpers import (
     CPU,
     EMA,
@@ -23,6 +24,7 @@ from helpers import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_collator import ELLIPSIS, SelfDistillationDataCollator, start_rollouts
+from opsd.contexts import CONTEXTS, TEACHER_CONTEXTS, donated_solutions
 from opsd.metrics import Metrics
 from opsd.rewards import group_advantages
 from opsd.rollouts import Completion
@@ -193,7 +195,7 @@ def test_nothing_is_graded_without_need(build):
 def test_teacher_sees_a_correct_peer(build, tokenizer):
     """The text of another right rollout that has ended, without its thoughts and special tokens; never its own."""
     texts = [box(46, "one "), box(46, "<think>\nhm\n</think>\n\ntwo "), "cut \\boxed{46}", box(45, "wrong ")]
-    rollouts, context, sums = build([FIRST] * 4, texts, teacher_reference="rollout")
+    rollouts, context, sums = build([FIRST] * 4, texts, teacher_context="rollout")
     references = ["two \\boxed{46}", "one \\boxed{46}", "one \\boxed{46}", "one \\boxed{46}"]
     encode = context.collator.encode_teacher
     expected = [encode(FIRST["problem"], text)["teacher_prompt_ids"] for text in references]
@@ -201,13 +203,81 @@ def test_teacher_sees_a_correct_peer(build, tokenizer):
     assert weights(rollouts) == [1.0] * 4
     prompt = tokenizer.decode(rollouts[0].teacher_prompt_ids)
     assert "begins ---\ntwo \\boxed{46}\n---" in prompt and "hm" not in prompt and FIRST["solution"] not in prompt
-    assert sums["references/correct_peer_ratio"] == [4, 4] and sums["references/none_ratio"] == [0, 4]
+    assert sums["references/peer_ratio"] == [4, 4] and sums["references/none_ratio"] == [0, 4]
     assert sums["rewards/accuracy/mean"] == [3, 4]
+
+
+def test_shortest_and_wrong_peers(build, tokenizer):
+    """The shortest right one, never its own; a wrong one under the same template, and where there is none nothing."""
+    texts = [box(46, "a long way to "), box(46), box(45), "cut \\boxed{44}"]
+    rollouts, _, _ = build([FIRST] * 4, texts, teacher_context="shortest_rollout")
+    assert [rollout.reference for rollout in rollouts] == [r"\boxed{46}", r"a long way to \boxed{46}"] + [
+        r"\boxed{46}"
+    ] * 2
+    rollouts, context, sums = build([FIRST] * 4, texts, teacher_context="wrong_hint")
+    assert [rollout.reference for rollout in rollouts] == [r"\boxed{45}", r"\boxed{45}", None, r"\boxed{45}"]
+    assert weights(rollouts) == [1.0, 1.0, 0.0, 1.0] and sums["references/none_ratio"] == [1, 4]
+    expected = context.collator.encode(FIRST | {"solution": r"\boxed{45}"})["teacher_prompt_ids"]
+    assert rollouts[0].teacher_prompt_ids == expected
+
+
+SHOWN = (
+    "Problem: {problem}\n\n"
+    "Here is a reference solution:\n"
+    "--- reference solution begins ---\n"
+    "{reference}\n"
+    "--- reference solution ends ---\n\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "reference"),
+    [
+        ("solution", SHOWN, FIRST["solution"]),
+        ("answer", SHOWN, "\\boxed{46}"),
+        ("donor", SHOWN, SECOND["solution"]),
+        ("reference_only", SHOWN.partition("\n\n")[2], FIRST["solution"]),
+    ],
+)
+def test_what_the_teacher_sees_of_the_data(tokenizer, name, begin, reference):
+    """The user's turn of its prompt, word by word; the same problem twice, which is no donor for itself."""
+    tutor = {"role": "system", "content": "You add."}
+    history = [tutor, {"role": "user", "content": "Ready?"}, {"role": "assistant", "content": "Yes."}]
+    rows = Dataset.from_list([row | {"history": history} for row in (FIRST, FIRST, SECOND)])
+    collator = SelfDistillationDataCollator(tokenizer, **configure(teacher_context=name).collator_settings)
+    encoded = collator.encode_dataset(rows, "train")
+    prompt = tokenizer.decode(encoded[0]["teacher_prompt_ids"])
+    *turns, last = prompt.removesuffix("<|im_end|>\n<|im_start|>assistant\n" + NO_THINKING).split("<|im_start|>user\n")
+    content = begin.replace("{problem}", "12+34").replace("{reference}", reference)
+    assert last == content + TRANSITION_TEXT.split("user\n")[1].split("<|im_end|>")[0]
+    assert turns[0] == "<|im_start|>system\nYou add.<|im_end|>\n"
+    assert len(turns) == (1 if name == "reference_only" else 2)  # of the problem's conversation it sees nothing
+    (started,) = start_rollouts([encoded[0]])
+    assert started.reference == reference and "reference" not in tokenizer.decode(encoded[0]["student_prompt_ids"])
+
+
+def test_teacher_that_sees_no_more_has_the_students_prompt(tokenizer):
+    collator = SelfDistillationDataCollator(tokenizer, **configure(teacher_context="none").collator_settings)
+    (row,) = collator.encode_dataset(Dataset.from_list([{"problem": "1+1"}]), "train")
+    assert row["teacher_prompt_ids"] == row["student_prompt_ids"]
+
+
+def test_each_choice_is_in_the_registry():
+    assert tuple(CONTEXTS) == TEACHER_CONTEXTS
+
+
+def test_donors_are_seeded_and_others():
+    rows = Dataset.from_list([{"problem": str(i // 2), "solution": f"s{i // 2}"} for i in range(20)])
+    first = donated_solutions(1, rows)
+    assert first == donated_solutions(1, rows) != donated_solutions(2, rows)
+    assert all(donated != own for donated, own in zip(first, rows["solution"], strict=True))
+    with pytest.raises(ValueError, match="--teacher_context donor: no other row has another problem"):
+        donated_solutions(1, rows.select([0, 1]))
 
 
 def test_groups_do_not_mix(build, tokenizer):
     texts = [box(1), box(46, "first "), box(50, "second "), box(1)]
-    rollouts, _, _ = build([FIRST] * 2 + [SECOND] * 2, texts, group_size=2, teacher_reference="rollout")
+    rollouts, _, _ = build([FIRST] * 2 + [SECOND] * 2, texts, group_size=2, teacher_context="rollout")
     first, own, other_own, second = map(tokenizer.decode, teacher_prompts(rollouts))
     assert "Problem: 12+34\n" in first and "first \\boxed{46}" in first
     assert "Problem: 20+30\n" in second and "second \\boxed{50}" in second
@@ -220,7 +290,7 @@ def test_turns_before_a_problem_stay_before_each_reference(build, tokenizer):
     histories = [[{"role": "system", "content": f"You are {name}."}] for name in ("Ann", "Bob")]
     rows = [FIRST | {"history": history} for history in histories for _ in range(2)]
     texts = [box(46, "one "), box(46, "two ")] * 2
-    rollouts, context, _ = build(rows, texts, group_size=2, teacher_reference="rollout")
+    rollouts, context, _ = build(rows, texts, group_size=2, teacher_context="rollout")
     for place, prompt in enumerate(map(tokenizer.decode, teacher_prompts(rollouts))):
         assert prompt.startswith(f"<|im_start|>system\nYou are {('Ann', 'Bob')[place // 2]}.<|im_end|>\n")
         assert (("two", "one")[place % 2] + " \\boxed{46}\n---") in prompt
@@ -240,7 +310,7 @@ def test_without_a_correct_peer(build, fallback, answer, reference):
     rollouts, context, sums = build(
         [FIRST | {"answer": answer}] * 2,
         ["cut \\boxed{46}", box(7)],
-        teacher_reference="rollout",
+        teacher_context="rollout",
         reference_fallback=fallback,
         incorrect_weight=3.0,
     )
@@ -254,7 +324,7 @@ def test_without_a_correct_peer(build, fallback, answer, reference):
 
 def test_without_solutions_in_the_data(build):
     row = {name: FIRST[name] for name in ("problem", "answer")}
-    rollouts, context, _ = build([row] * 2, [box(46), box(1)], teacher_reference="rollout")
+    rollouts, context, _ = build([row] * 2, [box(46), box(1)], teacher_context="rollout")
     expected = context.collator.encode_teacher("12+34", "\\boxed{46}")["teacher_prompt_ids"]
     assert rollouts[1].teacher_prompt_ids == expected and weights(rollouts) == [0.0, 1.0]
 
@@ -262,7 +332,7 @@ def test_without_solutions_in_the_data(build):
 def test_long_references_are_cut_or_skipped(build, tokenizer):
     """The same budget as for solutions: the middle goes, and with less than a quarter left all of it."""
     texts = [box(46, "begin " + "12+34=46. " * 100), box(1)]
-    settings = {"teacher_reference": "rollout", "max_completion_length": 40}
+    settings = {"teacher_context": "rollout", "max_completion_length": 40}
     rollouts, _, sums = build([FIRST] * 2, texts, max_length=800, **settings)
     prompt_ids = rollouts[1].teacher_prompt_ids
     text = tokenizer.decode(prompt_ids)
@@ -287,7 +357,7 @@ def test_own_rollouts_as_references_need_no_solutions(make_trainer, problems, tm
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 4}
     trainer = make_trainer(
         problems.remove_columns("solution"),
-        teacher_reference="rollout",
+        teacher_context="rollout",
         packing=False,  # groups stay together in a micro-batch
         callbacks=[recorder := Recorder()],
         **settings,
@@ -329,9 +399,9 @@ def test_own_rollouts_as_references_need_no_solutions(make_trainer, problems, tm
                     assert reference == texts[peer].removesuffix(END)
     assert num_with_reference == 3 + 4 + 3 + 4
     assert sum(recorder.values("rewards/accuracy/mean")) * 8 == num_right
-    assert sum(recorder.values("references/correct_peer_ratio")) * 8 == pytest.approx(num_with_reference)
+    assert sum(recorder.values("references/peer_ratio")) * 8 == pytest.approx(num_with_reference)
     for of_peers, none in zip(
-        recorder.values("references/correct_peer_ratio"), recorder.values("references/none_ratio"), strict=True
+        recorder.values("references/peer_ratio"), recorder.values("references/none_ratio"), strict=True
     ):
         assert of_peers + none == pytest.approx(1.0)
     assert max(recorder.values("loss")) > 0.0
@@ -414,7 +484,7 @@ def test_conversation(build, tokenizer, teacher_thinking, teacher_prefill):
 def test_rationales_are_about_the_peers_and_only_where_there_is_a_reference(build, tokenizer):
     writer = Writer(tokenizer, f"because{END}")
     texts = [box(46, "one "), box(1), box(2)]
-    rollouts, context, sums = build([FIRST] * 3, texts, writer=writer, reason_first=True, teacher_reference="rollout")
+    rollouts, context, sums = build([FIRST] * 3, texts, writer=writer, reason_first=True, teacher_context="rollout")
     ((prompt,),) = writer.calls
     assert "begins ---\none \\boxed{46}\n---" in tokenizer.decode(prompt)
     assert [rollout.rationale_ids for rollout in rollouts] == [None, writer.ids[:-1], writer.ids[:-1]]
@@ -435,7 +505,7 @@ def test_sampler_is_called_without_prompts_too(build, tokenizer):
     """All processes call it together, and others may have prompts."""
     writer = Writer(tokenizer, f"because{END}")
     rollouts, context, sums = build(
-        [FIRST] * 2, [box(1)] * 2, writer=writer, reason_first=True, teacher_reference="rollout"
+        [FIRST] * 2, [box(1)] * 2, writer=writer, reason_first=True, teacher_context="rollout"
     )
     assert writer.calls == [[]] and context.num_rationale_tokens == 0
     assert weights(rollouts) == [0.0, 0.0] and sums["rationales/mean_length"] == [0, 0]
@@ -638,15 +708,21 @@ GROUP = {"num_generations": 4}
     ("settings", "flag"),
     [
         ({"max_reasoning_length": 0}, "max_reasoning_length"),
-        ({"reason_first": True, "teacher_sees_solution": False}, "reason_first"),
-        ({"teacher_reference": "answer"} | GROUP, "teacher_reference"),
-        ({"teacher_reference": "rollout"}, "teacher_reference"),
-        ({"teacher_reference": "rollout", "teacher_sees_solution": False} | GROUP, "teacher_reference"),
-        ({"teacher_reference": "rollout", "max_length": None} | GROUP, "teacher_reference"),
-        ({"teacher_reference": "rollout", "eval_strategy": "steps"} | GROUP, "eval_strategy"),
-        ({"teacher_reference": "rollout", "eval_on_start": True} | GROUP, "eval_strategy"),
+        ({"reason_first": True, "teacher_context": "none"}, "reason_first"),
+        ({"reason_first": True, "teacher_context": "reference_only"}, "reason_first"),
+        ({"teacher_context": "hint"} | GROUP, "teacher_context"),
+        ({"teacher_context": "wrong_hint"}, "teacher_context"),
+        ({"teacher_context": "none", "teacher_prompt": "{problem}"}, "teacher_prompt"),
+        ({"teacher_context": "none", "teacher_system_prompt": "Add."}, "teacher_system_prompt"),
+        ({"teacher_context": "donor", "teacher_prompt": "{problem}"}, "teacher_prompt"),
+        ({"teacher_context": "reference_only", "teacher_prompt": "{problem}{solution}"}, "teacher_prompt"),
+        ({"teacher_context": "rollout"}, "teacher_context"),
+        ({"teacher_context": "rollout", "max_length": None} | GROUP, "teacher_context"),
+        ({"teacher_context": "rollout", "eval_strategy": "steps"} | GROUP, "eval_strategy"),
+        ({"teacher_context": "rollout", "eval_on_start": True} | GROUP, "eval_strategy"),
         ({"reference_fallback": "fail"}, "reference_fallback"),
         ({"reference_fallback": "solution"}, "reference_fallback"),
+        ({"reference_fallback": "solution", "teacher_context": "wrong_hint"} | GROUP, "reference_fallback"),
         ({"incorrect_weight": -1.0}, "incorrect_weight"),
         ({"correct_weight": -1.0}, "correct_weight"),
         ({"correct_weight": float("inf")}, "correct_weight"),
@@ -694,16 +770,23 @@ def test_sampling_of_rationales_that_is_refused(settings, requirement):
         configure(reasoning_generation_kwargs=settings)
 
 
-def test_template_that_is_refused():
-    with pytest.raises(ValueError, match=r"^--reasoning_prompt lacks the placeholder \{solution\}"):
-        configure(reasoning_prompt="{problem}")
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ({"reasoning_prompt": "{problem}"}, r"--reasoning_prompt lacks the placeholder \{solution\}"),
+        ({"teacher_prompt": "Be brief."}, r"--teacher_prompt lacks the placeholder \{problem\}"),
+    ],
+)
+def test_template_that_is_refused(template, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        configure(**template)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"correct_weight": 0.0, "incorrect_weight": 0.0, "policy_gradient_weight": 1.0} | GROUP,  # the reward alone
-        {"reason_first": True, "teacher_reference": "rollout"} | GROUP,
+        {"reason_first": True, "teacher_context": "rollout"} | GROUP,
         {"vllm_importance_sampling_correction": True, "use_vllm": True, "policy_gradient_weight": 1.0} | GROUP,
         {"num_generations": 8, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
     ],
@@ -712,6 +795,7 @@ def test_settings_that_go_together(settings):
     configure(**settings)
 
 
+RULES = {"rule": "rule", "unit": "unit"}
 SOLUTION, ANSWER = {"solution_column": "solution"}, {"answer_column": "key"}
 
 
@@ -719,16 +803,24 @@ SOLUTION, ANSWER = {"solution_column": "solution"}, {"answer_column": "key"}
     ("settings", "needed", "further"),
     [
         ({}, SOLUTION, ANSWER),
-        ({"teacher_sees_solution": False}, {}, ANSWER),
+        ({"teacher_context": "none"}, {}, ANSWER),
+        ({"teacher_context": "answer"}, ANSWER, {}),
+        ({"teacher_context": "donor"}, SOLUTION, ANSWER),
+        ({"teacher_context": "reference_only"}, SOLUTION, ANSWER),
+        ({"teacher_context": "wrong_hint"} | GROUP, ANSWER, {}),
+        ({"teacher_prompt": "Be brief. {problem}"}, {}, ANSWER),
+        ({"teacher_prompt": "{rule} {problem}", "student_prompt": "{unit} {problem}"}, RULES, ANSWER),
+        ({"teacher_prompt": "{answer} {problem}"}, ANSWER, {}),
+        ({"teacher_prompt": "{problem}", "reason_first": True}, SOLUTION, ANSWER),
         ({"verify_rollouts": False, "correct_weight": 0.0}, SOLUTION | ANSWER, {}),
         ({"correct_weight": 0.0}, SOLUTION | ANSWER, {}),
         ({"incorrect_weight": 2.0}, SOLUTION | ANSWER, {}),
         ({"policy_gradient_weight": 1.0} | GROUP, SOLUTION | ANSWER, {}),
         ({"curriculum": "pass_rate"}, SOLUTION | ANSWER, {}),
         ({"curriculum": "divergence"}, SOLUTION, ANSWER),
-        ({"teacher_reference": "rollout"} | GROUP, ANSWER, {}),
-        ({"teacher_reference": "rollout", "reference_fallback": "answer"} | GROUP, ANSWER, {}),
-        ({"teacher_reference": "rollout", "reference_fallback": "solution"} | GROUP, SOLUTION | ANSWER, {}),
+        ({"teacher_context": "rollout"} | GROUP, ANSWER, {}),
+        ({"teacher_context": "rollout", "reference_fallback": "answer"} | GROUP, ANSWER, {}),
+        ({"teacher_context": "rollout", "reference_fallback": "solution"} | GROUP, SOLUTION | ANSWER, {}),
     ],
 )
 def test_columns_that_the_settings_need(settings, needed, further):
@@ -739,6 +831,8 @@ def test_columns_that_the_settings_need(settings, needed, further):
         assert needed_columns(nameless, configure(**settings))[1] == {"answer_column": None}
         with pytest.raises(ValueError, match=r"--verify_rollouts True: rollouts are graded .*--answer_column"):
             needed_columns(nameless, configure(**settings, verify_rollouts=True))
+    elif "teacher_prompt" in settings or settings.get("teacher_context") == "answer":  # which need the text itself
+        assert needed_columns(nameless, configure(**settings))[0]["answer_column"] == "answer"
     else:
         flag, value = list(settings.items())[-1] if "verify_rollouts" in settings else next(iter(settings.items()))
         with pytest.raises(ValueError, match=rf"--{flag} {value}.*: rollouts are graded .*--answer_column"):

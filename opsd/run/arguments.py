@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 from trl.scripts._hf_argparser import string_to_bool
 
-from data_collator import STUDENT_PROMPT, check_template
+from data_collator import STUDENT_PROMPT, check_template, placeholders
 from opsd.run.flags import check_flags
 
 OUTPUT_DIR = "outputs"
@@ -54,7 +54,10 @@ class RunArguments:
     answer_column: str | None = field(default=None, metadata={"help": "Column of the final answer: text or number."})
     system_prompt: str | None = field(
         default=None,
-        metadata={"help": "System turn of all prompts; by default that of the conversations, or none."},
+        metadata={
+            "help": "System turn of all prompts; by default that of the conversations, or none.",
+            "aliases": ["--student_system_prompt"],
+        },
     )
     effective_batch_size: int | None = field(
         default=None,
@@ -99,13 +102,22 @@ class BaselineArguments(RunArguments):
     """The prompt of the baselines: that of the evaluation."""
 
     student_prompt: str = field(
-        default=STUDENT_PROMPT, metadata={"help": "Template of the prompt, with {problem}; as in the evaluation."}
+        default=STUDENT_PROMPT,
+        metadata={
+            "help": "Template of the prompt, with {problem}, and with {name} of any other column of texts; as in the "
+            "evaluation."
+        },
     )
     thinking: bool = field(default=False, metadata={"help": "Thinking mode of the prompt; as in the evaluation."})
 
     def __post_init__(self):
         super().__post_init__()
-        check_template("student_prompt", self.student_prompt, {"problem"})
+        check_template("student_prompt", self.student_prompt, {"problem"}, refused={"solution", "answer"})
+
+    @property
+    def template_columns(self) -> dict[str, str]:
+        """Columns that the prompt shows beside the problem, each under its own name."""
+        return {name: name for name in sorted(placeholders(self.student_prompt) - {"problem"})}
 
 
 @dataclass

@@ -34,12 +34,12 @@ GROUPS = {
         "lora_dropout", "lora_target_modules", "adapter_name_or_path",
     ),
     "prompts": (
-        "system_prompt", "thinking", "student_prompt", "student_thinking", "teacher_prompt", "teacher_thinking",
-        "teacher_prefill",
+        "system_prompt", "teacher_system_prompt", "thinking", "student_prompt", "student_thinking", "teacher_prompt",
+        "teacher_thinking", "teacher_prefill",
     ),
     "teacher": (
-        "fixed_teacher", "use_ema_teacher", "ema_decay", "ema_update_steps", "teacher_sees_solution",
-        "teacher_reference", "reference_fallback", "reason_first", "max_reasoning_length", "reasoning_prompt",
+        "fixed_teacher", "use_ema_teacher", "ema_decay", "ema_update_steps", "teacher_context",
+        "reference_fallback", "reason_first", "max_reasoning_length", "reasoning_prompt",
         "reasoning_generation_kwargs",
     ),
     "objective": (

@@ -39,7 +39,18 @@ NEEDED_TURNS = {  # flags whose columns may hold conversations
     "problem_column": "user turn, of which the last is the problem",
     "solution_column": "assistant turn after the last user turn, the solution",
 }
+FLAGS = ("problem_column", "solution_column", "answer_column", "answer_type_column")
 HISTORY = List({"role": Value("string"), "content": Value("large_string")})
+
+
+def row_name(flag: str) -> str:
+    """Return the name in the rows of the column that a flag names, or of one that a template names itself."""
+    return flag.removesuffix("_column") if flag in FLAGS else flag
+
+
+def _call(flag: str, column: str) -> str:
+    """Return what asked for a column, for messages."""
+    return f"--{flag} {column}" if flag in FLAGS else f"{{{flag}}} in a prompt's template"
 
 
 def is_path(name: str) -> bool:
@@ -80,7 +91,8 @@ def load_problems(
         split: name of the split. A single file is taken whole.
         columns: flag -> column that needs a text in each row: of `{"problem_column": "Question"}` comes `problem`.
             Numbers become texts. The columns of problem and solution may hold conversations, see `split_conversation`;
-            if that of the problem does, and there is no column `solution`, the solution comes from there, too.
+            if that of the problem does, and there is no column `solution`, the solution comes from there, too. A
+            column that is no flag's but stands in a template comes as `{name: name}`.
         optional_columns: likewise, of columns that have to exist but may be empty in a row.
         config: configuration of a folder or of a Hub data set.
         revision: commit, tag or branch of a Hub data set.
@@ -126,7 +138,7 @@ def load_problems(
         raise ValueError(
             f"no usable row among {num_rows}: "
             + (f"the column {blank[0]!r} is empty in all of them" if blank else "each lacks one of the needed texts")
-            + f"; choose other columns with {' and '.join('--' + flag for flag in columns)}"
+            + f"; choose other columns with {' and '.join('--' + flag for flag in columns if flag in FLAGS)}"
         )
     if dropped := num_rows - len(histories):
         empty = " or ".join(dict.fromkeys(every[flag] for flag in columns))
@@ -141,7 +153,7 @@ def load_problems(
         if "system" in names and system_prompt is None:
             logger.warning("the column system is not read; --system_prompt puts a system turn into all prompts")
     histories = [with_system_prompt(history, system_prompt) for history in histories]
-    data: dict[str, list] = {flag.removesuffix("_column"): texts for flag, texts in kept.items()}
+    data: dict[str, list] = {row_name(flag): texts for flag, texts in kept.items()}
     features: dict[str, Any] = dict.fromkeys(data, Value("large_string"))
     if any(histories):  # else without, so that the rows are those that a run of an earlier version has recorded
         data["history"], features["history"] = histories, HISTORY
@@ -194,7 +206,7 @@ def _read_texts(
                 value = found
             texts[flag] = _as_text(value, flag)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"--{flag} {column}: {place}: {error}") from error
+            raise ValueError(f"{_call(flag, column)}: {place}: {error}") from error
     return texts, history
 
 
@@ -274,7 +286,7 @@ def _as_text(value: Any, flag: str) -> str | None:
 def _check_columns(names: list[str], columns: Mapping[str, str]) -> None:
     for flag, column in columns.items():
         if column not in names:
-            message = f"--{flag} {column}: the data set has no such column; it has {', '.join(names)}"
+            message = f"{_call(flag, column)}: the data set has no such column; it has {', '.join(names)}"
             if flag == "problem_column" and (chats := [name for name in CONVERSATIONS if name in names]):
                 message += f". For conversations: --problem_column {chats[0]}"
             raise ValueError(message)

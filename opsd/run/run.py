@@ -35,7 +35,7 @@ from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.card import render_card
 from opsd.run.checkpoints import find_checkpoint
 from opsd.run.conversations import Turn, has_system_turn
-from opsd.run.problem_data import find_local, is_path, load_problems
+from opsd.run.problem_data import find_local, is_path, load_problems, row_name
 from opsd.run.record import check_resumed_settings, find_finished_step, mark_finished, read_record, write_record
 from opsd.run.report import CURVES, METRICS, ReportCallback, describe_learning, evaluation_command, plot_curves
 from opsd.run.summary import NUM_SAMPLES, Lines, describe_prompts, describe_run, find_risks, render
@@ -243,7 +243,7 @@ class Run:
         train_dataset, eval_dataset = load(args.dataset_name, args.dataset_split), None
         if args.eval_dataset_name is not None:
             eval_dataset = load(args.eval_dataset_name, args.eval_dataset_split)
-        needed = {*(flag.removesuffix("_column") for flag in columns), "history"}
+        needed = {*map(row_name, columns), "history"}
         compared = [name for name in train_dataset.column_names if name in needed]
         self.data_hashes["train_dataset"] = text_hash(train_dataset.select_columns(compared))
         self.datasets = [dataset for dataset in (train_dataset, eval_dataset) if dataset is not None]

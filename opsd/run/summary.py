@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from trl import GRPOConfig
 
+from data_collator import placeholders
 from opsd.config import OPSDConfig
 from opsd.run.arguments import ModelArguments, RunArguments
 
@@ -148,12 +149,13 @@ def _teacher(args: OPSDConfig, starts_fresh: bool) -> str:
         text += "it follows the student slowly"
     else:
         text = "the current policy: it moves with the student, and nothing holds the two"
-    if not args.teacher_sees_solution:
-        return f"{text}; it sees no solution (a control)"
-    if args.teacher_reference == "rollout":
+    shown = placeholders(args.teacher_prompt)
+    sees_reference = args.reason_first or args.teacher_context == "none" or "solution" in shown
+    seen = args.context.meaning if sees_reference else "its own template without a solution"
+    if args.context.of_group is not None:
         fallback = "left out of the loss" if args.reference_fallback == "skip" else f"the {args.reference_fallback}"
-        return f"{text}; it sees another rollout that is right (without one: {fallback})"
-    return f"{text}; it sees the solution" + (" and writes a rationale for it first" if args.reason_first else "")
+        seen += f" (without one: {fallback})"
+    return f"{text}; it sees {seen}" + (" and writes a rationale for it first" if args.reason_first else "")
 
 
 def _objective(args: OPSDConfig) -> str:
