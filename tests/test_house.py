@@ -50,6 +50,7 @@ def test_there_is_no_circle_of_imports():
         (("opsd.run.conversations",), ()),
         (("opsd.config",), ("data_collator", "opsd.curriculum", "opsd.losses")),
         (("opsd.packing",), ("data_collator",)),
+        (("opsd.throughput",), ("data_collator", "opsd.metrics")),
         (("opsd.rewards",), ("opsd.grading", "opsd.thinking")),
         (("opsd.run.problem_data",), ("opsd.grading", "opsd.run.conversations", "opsd.thinking")),
         (("opsd.teacher",), ("opsd.config",)),
