@@ -109,7 +109,7 @@ class Metrics:
         """
         Return the seconds of each phase, and of all together (`STEP`), in the optimizer steps since the last call.
 
-        A GPU's clock is read here alone, so that a step does not wait for it.
+        Their means for a step are logged. A GPU's clock is read here alone, so that a step does not wait for it.
 
         Returns:
             Phase -> seconds on this process, and the number of steps.
@@ -126,4 +126,6 @@ class Metrics:
                 seconds[around] -= duration
         num_steps = sum(phase == STEP for phase, *_ in self._spans)
         self._spans = []
+        for phase, value in seconds.items():
+            self.add(f"seconds/{phase}", value, num_steps)
         return dict(seconds), num_steps

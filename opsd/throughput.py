@@ -128,8 +128,6 @@ class Throughput(TrainerCallback):
         counts, self._counts = self._counts, Counter()
         if num_steps == 0:
             return
-        for phase, value in seconds.items():
-            metrics.add(f"seconds/{phase}", value, num_steps)
         step, training = seconds[STEP], seconds["teacher"] + seconds["student"]
         sampling = sum(seconds.get(phase, 0.0) for phase in SAMPLING)
         metrics.add("step_share/sampling", sampling, step)
