@@ -427,10 +427,8 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
 
     def _in_forward(self, model: nn.Module, method: Callable, *args: Any) -> Any:
         """Call a method inside the wrapped model's forward, where DDP, ZeRO and FSDP have their hooks."""
-        policy, results = self.accelerator.unwrap_model(model), []
-        # Neither as arguments nor as outputs of the forward, whose floats FSDP2 would round to bfloat16
-        output = self._forward_redirection(model, policy, lambda: results.append(method(policy, *args)) or results[0])
-        return results[0] if self.accelerator.is_fsdp2 else output
+        policy = self.accelerator.unwrap_model(model)
+        return self._forward_redirection(model, policy, method, policy, *args)
 
     def _check_head(self, policy: nn.Module) -> None:
         """Raise `ValueError` if the model's logits for a token are not those that the fused losses compute."""
