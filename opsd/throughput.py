@@ -1,7 +1,7 @@
 """What optimizer steps compute, against their time and memory: tokens per second, MFU, shares of the phases."""
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +77,7 @@ class Throughput(TrainerCallback):
 
     def __init__(self, metrics: Metrics, model: PreTrainedModel):
         self.metrics = metrics
-        self._counts: Counter[str] = Counter()  # since the last log
+        self._counts: dict[str, float] = defaultdict(float)  # since the last log
         self._operations, self._peak_flops = None, None
         if metrics.accelerator.device.type == "cuda":
             config = model.config.get_text_config()
@@ -114,7 +114,8 @@ class Throughput(TrainerCallback):
                 b.prompt_ids.numel() + b.teacher_prompt_ids.numel() + 2 * b.completion_ids.numel() for b in batches
             )
         self.metrics.add("padding_ratio", num_computed - num_real, num_computed)
-        self._counts.update(generated=num_generated, trained=num_real)
+        self._counts["generated"] += num_generated
+        self._counts["trained"] += num_real
         if self._operations is not None:
             for role, of_role in lengths.items():
                 self._counts["flops"] += self._operations.count(of_role, num_generated, role == "student")
@@ -125,7 +126,7 @@ class Throughput(TrainerCallback):
         if metrics.mode != "train":
             return
         seconds, num_steps = metrics.pop_seconds()
-        counts, self._counts = self._counts, Counter()
+        counts, self._counts = self._counts, defaultdict(float)
         if num_steps == 0:
             return
         step, training = seconds[STEP], seconds["teacher"] + seconds["student"]
