@@ -29,13 +29,14 @@ from opsd.losses import (
     read_head_settings,
 )
 from opsd.metrics import Metrics
-from opsd.packing import divide_evenly, packed_inputs, reason_against_packing
+from opsd.packing import divide, packed_inputs, reason_against_packing, say_padded, sum_losses
 from opsd.rollouts import Sampler, TransformersSampler, make_vllm_sampler
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.report import append_lines, drop_later_steps
 from opsd.teacher import Teacher
 from opsd.teacher_context import TeacherContext
 from opsd.token_statistics import TokenMetrics, problem_divergences
+from opsd.throughput import Throughput
 
 __all__ = ["OPSDConfig", "OPSDTrainer"]
 
@@ -164,6 +165,7 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
         self.metrics = Metrics(self.accelerator)
         vocab_size = self.model.config.get_text_config().vocab_size
         self.token_metrics = TokenMetrics(self.metrics, args.objective, vocab_size)
+        self.throughput = Throughput(self.metrics, self.model)
         self.logged_counts += ("num_generated_tokens",) + ("num_rationale_tokens",) * args.reason_first
         self.teacher = Teacher(args, self.model, self.accelerator)
         self.sampler = self._make_sampler(use_vllm)
@@ -180,6 +182,7 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
         self.curriculum: Curriculum | None = None
         self._problem_scores: list[tuple[int, float, float]] = []  # of the running step: (row, sum, count)
         self.add_callback(StepCallback(self))
+        self.add_callback(self.throughput)
         # Different noise in each process, or all of them would draw their rollouts with the same random numbers.
         set_seed(args.seed, device_specific=True)
 
@@ -231,14 +234,15 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
 
     # Step
 
-    def _prepare_inputs(self, rollouts: list[Rollout]) -> MicroBatch:
+    def _prepare_inputs(self, rollouts: list[Rollout]) -> list[MicroBatch]:
         if self.model.training:
             return super()._prepare_inputs(rollouts)  # the next micro-batch; at the first one calls `_fill_buffer`
-        (batch,) = self.prepare_step(rollouts, 1)
-        return batch
+        return self.prepare_step(rollouts, 1)
 
     def _fill_buffer(self, rollouts: list[Rollout], buffer_steps: int) -> None:
-        self._buffered_inputs = self.prepare_step(rollouts, buffer_steps)
+        with self.metrics.timed("preparation"):
+            batches = self.prepare_step(rollouts, buffer_steps)
+        self._buffered_inputs = [batches[start::buffer_steps] for start in range(buffer_steps)]  # see `compute_loss`
         self._buffered_on_policy = [True] * buffer_steps
 
     def prepare_step(self, rollouts: list[Rollout], num_batches: int) -> list[MicroBatch]:
@@ -249,7 +253,7 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
 
         Args:
             rollouts: with prompts only.
-            num_batches: number of micro-batches; it divides the number of rollouts.
+            num_batches: number of micro-batches, at least; it divides the number of rollouts.
         """
         is_training = self.model.training
         self.metrics.mode = "train" if is_training else "eval"
@@ -257,17 +261,15 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
             rollouts = self._draw_problems(self.curriculum)
         with self.metrics.timed("rollout"):
             self._sample(rollouts)
+        with self.metrics.timed("context"):
             self.teacher_context.build(rollouts, self.num_generations if is_training else 1, self.model_wrapped)
         advantage_scale = self._count_tokens(rollouts)
-        if self._is_packed:
-            parts = divide_evenly(rollouts, num_batches)
-        else:
-            size = len(rollouts) // num_batches
-            parts = [rollouts[start : start + size] for start in range(0, len(rollouts), size)]
+        parts = divide(rollouts, num_batches, self._is_packed, self.args.max_tokens_per_micro_batch)
         batches = [self.collator(part).to(self.accelerator.device) for part in parts]
         for batch in batches:
             batch.advantages *= advantage_scale
         self._record_rollouts(rollouts, num_batches)
+        self.throughput.count(rollouts, batches, self._is_packed)
         return batches
 
     def _draw_problems(self, curriculum: Curriculum) -> list[Rollout]:
@@ -364,9 +366,13 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
     # Loss
 
     def compute_loss(
-        self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch=None
+        self, model: nn.Module, inputs: list[MicroBatch], return_outputs: bool = False, num_items_in_batch=None
     ) -> Tensor:
-        """Return the micro-batch's share of the loss: its sum over the denominator of the optimizer step."""
+        """Return the micro-batches' share of the loss, and take the gradients of all but the last on the way."""
+        return sum_losses(self.accelerator, model, inputs, self._share_of_loss)
+
+    def _share_of_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
+        """Return the sum of a micro-batch's losses over the denominator of the optimizer step."""
         losses = self.token_losses(model, inputs)
         # DDP, ZeRO and FSDP average the gradients of the processes.
         loss = losses.loss.sum() * self.accelerator.num_processes / self._loss_denominator
@@ -436,8 +442,7 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
                 self.model_wrapped, lambda policy: reason_against_packing(self._causal_lm(policy))
             )
         self._is_packed = reason is None
-        if reason is not None:
-            logger.warning("micro-batches are padded, since the model cannot pack them: %s", reason)
+        say_padded(reason, self.args.max_tokens_per_micro_batch)
 
     def _hidden_states(self, policy: nn.Module, batch: MicroBatch, role: str) -> Tensor:
         """Compute the hidden states (N, H) that the head turns into `completion_logits`."""
@@ -478,15 +483,12 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
 
     def training_step(self, model: nn.Module, inputs: list[Rollout], num_items_in_batch=None) -> Tensor:
         with self.metrics.timed("student"):  # without the phases timed inside it: forward pass, loss and backward pass
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.accelerator.sync_gradients:
-            self.metrics.add_seconds()
-        return loss
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def _batch_to_keep(self) -> Any:
         return [
             {name: value for name, value in vars(batch).items() if not isinstance(value, PackedRole | tuple)}
-            for batch in self._buffered_inputs
+            for batch in sum(self._buffered_inputs, [])
         ]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -494,6 +496,7 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
         mode = "train" if self.model.training else "eval"
         self._on_policy_step_equiv = 0.0  # GOLD would repeat the loss under a second name
         self.metrics.mode = mode
+        self.throughput.record()
         values = self.metrics.pop()
         if self.curriculum is not None and mode == "train" and values:
             values |= self.curriculum.metrics()

@@ -131,7 +131,8 @@ def step(trainer: OPSDTrainer, batches: list[MicroBatch], form: str) -> tuple[di
     trainer._loss_denominator = torch.tensor(float(sum(batch.loss_mask.sum() for batch in batches)), device=device)
     trainer.model.zero_grad(set_to_none=True)
     trainer.model.train()
-    trainer.metrics.pop()
+    trainer.metrics.pop_seconds()
+    trainer.metrics.start_step()
     seconds, loss = defaultdict(float), 0.0
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -143,12 +144,11 @@ def step(trainer: OPSDTrainer, batches: list[MicroBatch], form: str) -> tuple[di
         with trainer.metrics.timed("backward"):
             part.backward()
         loss += part.item()
-    trainer.metrics.add_seconds()
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds["whole"] = time.perf_counter() - start
-    values = trainer.metrics.pop()
-    seconds |= {phase: values[f"seconds/{phase}"] for phase in ("teacher", "student", "backward")}
+    values, _ = trainer.metrics.pop_seconds()
+    seconds |= {phase: values[phase] for phase in ("teacher", "student", "backward")}
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
     return seconds, loss, gradient
 

@@ -101,6 +101,7 @@ INTERVALS = {
     "top_k_loss": ("[0, inf)", "; 0 takes the full vocabulary"),
     "num_loss_tokens_to_skip": ("[0, inf)", ""),
     "loss_chunk_size": ("[1, inf)", ""),
+    "max_tokens_per_micro_batch": ("[1, inf)", ""),
 }
 
 
@@ -388,6 +389,14 @@ class OPSDConfig(GOLDConfig):
             "attention keep them apart. The micro-batches of a step then have about equal numbers of tokens."
         },
     )
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "With --packing: maximum number of tokens of both roles in a forward and backward pass. Where it "
+            "would be more, the micro-batch is divided, which changes memory and not the loss. A longer rollout goes "
+            "alone. Default: no limit."
+        },
+    )
     loss_chunk_size: int | None = field(
         default=None,
         metadata={
@@ -446,6 +455,8 @@ class OPSDConfig(GOLDConfig):
             self._refuse("top_k_loss_add_tail", "go with --top_k_loss")
 
         needs_group = "go with --num_generations of at least 2"
+        if self.max_tokens_per_micro_batch is not None and not self.packing:
+            self._refuse("max_tokens_per_micro_batch", "be left out with --packing false: it counts packed tokens")
         has_reward = self.policy_gradient_weight > 0.0
         if has_reward and self.num_generations < 2:
             self._refuse("policy_gradient_weight", f"{needs_group}, whose mean is the baseline")

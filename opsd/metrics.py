@@ -9,6 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.profiler import record_function
+
+STEP = "step"  # name of the time of a whole optimizer step, beside those of its phases
 
 
 class Metrics:
@@ -27,7 +30,8 @@ class Metrics:
         self._means: dict[str, dict[str, list[Tensor | float]]] = {"train": {}, "eval": {}}  # name -> [sum, count]
         self._extremes: dict[str, dict[tuple[str, Callable], list]] = {"train": {}, "eval": {}}
         self._open_phases: list[str] = []
-        self._spans: list[tuple] = []  # (phase, the phase around it or None, start, end) of the running step
+        self._spans: list[tuple] = []  # (phase, the phase around it or None, start, end) since the last log
+        self._step_start: float | torch.cuda.Event | None = None
 
     def add(self, name: str, total: Tensor | float, count: Tensor | float) -> None:
         """Add to a mean: a sum of values, and the number (or the weight) of these values."""
@@ -83,14 +87,33 @@ class Metrics:
         self._open_phases.append(phase)
         start = self._now()
         try:
-            yield
+            with record_function(f"opsd/{phase}"):  # for --profile_steps
+                yield
         finally:
             self._open_phases.pop()
             if self.mode == "train":
                 self._spans.append((phase, around, start, self._now()))
 
-    def add_seconds(self) -> None:
-        """Turn the timed phases of the finished optimizer step into `seconds/PHASE`."""
+    def start_step(self) -> None:
+        """Let the next optimizer step's time begin."""
+        self._step_start = self._now()
+
+    def end_step(self) -> None:
+        """Let the time of an optimizer step end and that of the next one begin."""
+        end = self._now()
+        if self._step_start is not None:
+            self._spans.append((STEP, None, self._step_start, end))
+        self._step_start = end
+
+    def pop_seconds(self) -> tuple[dict[str, float], int]:
+        """
+        Return the seconds of each phase, and of all together (`STEP`), in the optimizer steps since the last call.
+
+        Their means for a step are logged. A GPU's clock is read here alone, so that a step does not wait for it.
+
+        Returns:
+            Phase -> seconds on this process, and the number of steps.
+        """
         seconds: dict[str, float] = defaultdict(float)
         for phase, around, start, end in self._spans:
             if isinstance(start, float):
@@ -101,6 +124,8 @@ class Metrics:
             seconds[phase] += duration
             if around is not None:
                 seconds[around] -= duration
+        num_steps = sum(phase == STEP for phase, *_ in self._spans)
         self._spans = []
         for phase, value in seconds.items():
-            self.add(f"seconds/{phase}", value, 1.0)
+            self.add(f"seconds/{phase}", value, num_steps)
+        return dict(seconds), num_steps

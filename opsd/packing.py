@@ -1,14 +1,20 @@
 """Sequences laid end to end in one row, without padding: the attention that keeps them apart, and its check."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from data_collator import PackedRole, Rollout
+from data_collator import MicroBatch, PackedRole, Rollout
+
+logger = logging.getLogger(__name__)
 
 FLASH_ATTENTION = ("flash_attention_2", "flash_attention_3")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -107,6 +113,28 @@ def reason_against_packing(model: PreTrainedModel) -> str | None:
     return None if difference < limit else f"its layers mix sequences: hidden states differ by {difference:.1g}"
 
 
+def say_padded(reason: str | None, max_tokens: int | None) -> None:
+    """
+    Say why micro-batches are padded; `None` if they are packed.
+
+    Raises:
+        ValueError: with a limit on the tokens of a micro-batch, which counts those of packed ones.
+    """
+    if reason is None:
+        return
+    if max_tokens is not None:
+        raise ValueError(
+            f"--max_tokens_per_micro_batch {max_tokens}: the model cannot pack sequences ({reason}); leave the flag "
+            "out, and lower --per_device_train_batch_size"
+        )
+    logger.warning("micro-batches are padded, since the model cannot pack them: %s", reason)
+
+
+def cost(rollout: Rollout) -> int:
+    """Count the tokens of a rollout in both roles."""
+    return len(rollout.prompt_ids) + len(rollout.teacher_prompt_ids) + 2 * len(rollout.completion_ids)
+
+
 def divide_evenly(rollouts: Sequence[Rollout], num_batches: int) -> list[list[Rollout]]:
     """
     Divide rollouts over micro-batches of about equal numbers of tokens, both roles together.
@@ -117,7 +145,7 @@ def divide_evenly(rollouts: Sequence[Rollout], num_batches: int) -> list[list[Ro
         rollouts: at least as many as micro-batches.
         num_batches: number of micro-batches.
     """
-    costs = [len(r.prompt_ids) + len(r.teacher_prompt_ids) + 2 * len(r.completion_ids) for r in rollouts]
+    costs = list(map(cost, rollouts))
     batches: list[list[int]] = [[] for _ in range(num_batches)]
     totals = [0] * num_batches
     for place in sorted(range(len(rollouts)), key=lambda place: -costs[place]):
@@ -125,3 +153,80 @@ def divide_evenly(rollouts: Sequence[Rollout], num_batches: int) -> list[list[Ro
         batches[lightest].append(place)
         totals[lightest] += costs[place]
     return [[rollouts[place] for place in sorted(batch)] for batch in batches]
+
+
+def divide(
+    rollouts: Sequence[Rollout], num_batches: int, is_packed: bool, max_tokens: int | None = None
+) -> list[list[Rollout]]:
+    """
+    Divide the rollouts of a step over micro-batches. With `max_tokens` all processes call it together.
+
+    Args:
+        rollouts: of this process, as many as on the others.
+        num_batches: number of micro-batches; it divides the number of rollouts.
+        is_packed: whether they are packed, and divided by their numbers of tokens, or stay in their order.
+        max_tokens: of both roles in a packed micro-batch. Where it would be more, there are more micro-batches, as
+            many on all processes. A rollout above it is alone in its micro-batch.
+    """
+    if not is_packed:
+        size = len(rollouts) // num_batches
+        return [list(rollouts[start : start + size]) for start in range(0, len(rollouts), size)]
+    if max_tokens is not None:
+
+        def fits(number: int) -> bool:
+            parts = divide_evenly(rollouts, number)
+            return all(len(part) == 1 or sum(map(cost, part)) <= max_tokens for part in parts)
+
+        # With more micro-batches the fullest never gets fuller, so that what fits here fits with any larger number
+        num_batches = max(gather_object([next(filter(fits, range(num_batches, len(rollouts) + 1)))]))
+    return divide_evenly(rollouts, num_batches)
+
+
+@contextmanager
+def _without_exchange(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
+    """Keep the processes from exchanging gradients in a backward pass that is not the last of the optimizer step."""
+    if not accelerator.sync_gradients:  # the training loop sees to it
+        yield
+        return
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    accelerator.gradient_state._set_sync_gradients(False)  # from which `backward` tells DeepSpeed that more will come
+    try:
+        with nullcontext() if is_deepspeed else accelerator.no_sync(model):
+            yield
+    finally:
+        accelerator.gradient_state._set_sync_gradients(True)
+
+
+def sum_losses(
+    accelerator: Accelerator,
+    model: nn.Module,
+    parts: MicroBatch | Sequence[MicroBatch],
+    compute: Callable[[nn.Module, MicroBatch], Tensor],
+) -> Tensor:
+    """
+    Compute the loss of a micro-batch of the training loop, which may lie in several parts.
+
+    The gradients of all parts but the last are taken on the way, so that the activations of one part are held at a
+    time. The caller takes those of the last.
+
+    Args:
+        accelerator: the trainer's accelerator.
+        model: the student, as its launcher has wrapped it.
+        parts: as many on all processes.
+        compute: the loss of a part, ().
+
+    Returns:
+        Sum over the parts, (). Its gradient is that of the last part.
+    """
+    *earlier, last = [parts] if isinstance(parts, MicroBatch) else parts
+    options = {"scale_wrt_gas": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+    losses = []
+    for part in earlier:
+        if not torch.is_grad_enabled():  # an evaluation
+            losses.append(compute(model, part))
+            continue
+        with _without_exchange(accelerator, model):
+            loss = compute(model, part)
+            accelerator.backward(loss, **options)
+        losses.append(loss.detach())
+    return sum(losses, start=compute(model, last))

@@ -165,7 +165,7 @@ def test_scores_are_those_of_the_steps_rollouts(make_trainer, kind):
     trainer.model.train()
     row_of_prompt = {tuple(ids): row for row, ids in enumerate(trainer.train_dataset["student_prompt_ids"])}
     sums, counts = torch.zeros(2, 64, dtype=torch.float64)
-    for inputs in trainer._buffered_inputs:
+    for (inputs,) in trainer._buffered_inputs:
         student = trainer.completion_logits(trainer.model, inputs, "student").detach()
         divergences = generalized_jsd(student, teacher_logits(trainer, inputs), beta=0.5)
         rows_of_tokens = inputs.completion_mask.nonzero()[:, 0]

@@ -17,6 +17,7 @@ from transformers import (
 
 from data_collator import PackedRole, Rollout, start_rollouts
 from opsd.packing import divide_evenly, packed_inputs, reason_against_packing
+from opsd_trainer import OPSDTrainer
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -135,3 +136,26 @@ def test_a_step_does_not_depend_on_the_micro_batches(make_trainer):
     for accumulation, packing in ((1, False), (2, True), (4, True), (4, False)):
         other = gradient_of_one_step(make_trainer, accumulation, packing=packing)
         assert_close(other, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_limit_of_tokens_divides_micro_batches_and_changes_nothing(make_trainer):
+    whole = gradient_of_one_step(make_trainer, 2)
+    sizes = []
+    compute = OPSDTrainer._share_of_loss
+
+    def note(self, model, batch):
+        sizes.append((len(batch.rows), sum(batch.student.lengths) + sum(batch.teacher.lengths)))
+        return compute(self, model, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OPSDTrainer, "_share_of_loss", note)
+        gradient_of_one_step(make_trainer, 2)
+        assert [rows for rows, _ in sizes] == [4, 4]
+        limit = max(tokens for _, tokens in sizes) // 2
+        for max_tokens in (limit, 1):
+            sizes.clear()
+            limited = gradient_of_one_step(make_trainer, 2, max_tokens_per_micro_batch=max_tokens)
+            assert all(tokens <= max_tokens or rows == 1 for rows, tokens in sizes) and len(sizes) > 2
+            assert sum(rows for rows, _ in sizes) == 8
+            assert_close(limited, whole, rtol=1e-5, atol=1e-6)
+    assert len(sizes) == 8

@@ -180,7 +180,7 @@ def test_importance_weights_by_hand(make_trainer, monkeypatch):
     trainer.train()
     trainer.sampler.close()
     trainer.model.train()
-    micro_batches = trainer._buffered_inputs
+    micro_batches = sum(trainer._buffered_inputs, [])
     losses, ratios, num_tokens = [], [], sum(inputs.loss_mask.sum() for inputs in micro_batches)
     for place, inputs in enumerate(micro_batches):
         mask = inputs.completion_mask

@@ -58,7 +58,7 @@ GROUPS = {
     "optimization": (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "effective_batch_size",
         "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "bf16",
-        "packing", "gradient_checkpointing", "use_cpu", "seed", "max_nonfinite_steps",
+        "packing", "max_tokens_per_micro_batch", "gradient_checkpointing", "use_cpu", "seed", "max_nonfinite_steps",
     ),
     "run": (
         "config", "output_dir", "run_config", "run_name", "overwrite_output_dir", "resume_from_checkpoint",

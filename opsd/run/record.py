@@ -26,6 +26,7 @@ MAY_CHANGE = OPTIMIZER | {
     *("vllm_group_port", "vllm_max_model_length", "vllm_model_impl", "vllm_server_base_url", "vllm_server_host"),
     *("vllm_server_port", "vllm_server_timeout", "vllm_tensor_parallel_size", "attn_implementation"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "loss_implementation", "loss_chunk_size", "use_cpu"),
+    "max_tokens_per_micro_batch",
     *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "tf32", "torch_empty_cache_steps", "local_rank"),
     *(
         "output_dir",
