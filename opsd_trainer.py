@@ -35,8 +35,8 @@ from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.report import append_lines, drop_later_steps
 from opsd.teacher import Teacher
 from opsd.teacher_context import TeacherContext
-from opsd.token_statistics import TokenMetrics, problem_divergences
 from opsd.throughput import Throughput
+from opsd.token_statistics import TokenMetrics, problem_divergences
 
 __all__ = ["OPSDConfig", "OPSDTrainer"]
 
