@@ -465,7 +465,7 @@ def test_clip_is_applied_and_reported(make_trainer):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"use_tinker_loss": True},
+        {"use_tinker_loss": True, "per_device_train_batch_size": 32, "learning_rate": 2e-3},
         {"top_k_loss": 5, "jsd_clip_mode": "token", "jsd_token_clip": 0.5},
         {"num_generations": 2},
         {"gradient_checkpointing": True},
@@ -475,10 +475,11 @@ def test_clip_is_applied_and_reported(make_trainer):
 )
 def test_variants_learn(make_trainer, settings):
     """
-    The divergence falls, on the tokens that the student sampled at the beginning: with `top_k_loss` that of the k
-    entries up to the cap, since the others and what is above the cap are not trained. The share that is left, in ten
-    runs over three models and as many seeds of the rollouts: 0.31 to 0.63 with the sampled-token loss, 0.31 to 0.72
-    with top-k, 0.12 to 0.61 with the others. Without learning it is 1.
+    The divergence of a moved student falls, on the tokens that it sampled at the beginning: with `top_k_loss` that of
+    the k entries up to the cap, since the others and what is above the cap are not trained. A moved student has
+    something to learn whatever the model knows. The share that is left, over three models and two or three seeds:
+    0.10 to 0.25 with the sampled-token loss, whose gradient is noisier and so gets more rollouts and a lower rate;
+    0.23 to 0.33 with top-k, 0.05 to 0.25 with the others. Without learning it is 1.
     """
     settings = {"per_device_train_batch_size": 16, "max_steps": 30, "learning_rate": 5e-3} | settings
     trainer = make_trainer(**settings)
@@ -496,9 +497,10 @@ def test_variants_learn(make_trainer, settings):
             top_k=settings.get("top_k_loss"),
         ).mean()
 
+    perturb_student(trainer)
     before = divergence()
     trainer.train()
-    assert divergence() < 0.85 * before
+    assert divergence() < 0.6 * before
 
 
 def test_evaluation_is_on_policy_and_leaves_the_training_alone(make_trainer, problems, tmp_path):
