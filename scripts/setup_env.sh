@@ -18,6 +18,7 @@ cpu) venv=.venv ;;
 gpu) venv=.venv-gpu ;;
 *) echo "usage: bash scripts/setup_env.sh [cpu|gpu], got '$device'" >&2 && exit 2 ;;
 esac
+exec 9<. && flock 9 # one at a time in a folder: two scripts may set up at once
 lock=requirements/$device.txt
 stamp="$device $(cat "$lock" scripts/setup_env.sh | sha256sum | cut -d' ' -f1) $(pwd -P)"
 [ "$(cat $venv/complete 2>/dev/null)" != "$stamp" ] || exit 0
