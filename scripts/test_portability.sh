@@ -6,8 +6,8 @@
 #
 #   default   the tests that compute something, without vLLM and without processes of their own: each arithmetic with
 #             one and with two threads, the models in turn
-#   --quick   only one arithmetic, which is not the machine's own, with one thread on the tests' own model, without the
-#             tests of learning and resuming, which take longest (for CI)
+#   --quick   only one arithmetic, which is not the machine's own, with one thread on the tests' own model: losses,
+#             trainer and teacher, without the tests of learning and resuming, which take longest (for CI)
 #   --all     all tests but the slow ones
 #   --cross   each arithmetic and number of threads on each of the three models
 #
@@ -37,7 +37,8 @@ all_threads=(1 2)
 models=("$PWD/tests/tiny_model")
 if [ -n "$quick" ]; then
     arithmetics=("ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE") all_threads=(1) cross=yes
-    selection+=(-k "not learn and not resum")
+    selection=(-m "not slow and not vllm and not multiprocess" -k "not learn and not resum and not triton"
+        tests/test_{losses_*,opsd_trainer,packing,teacher*,variants,model_families}.py)
 else
     for seed in 1 2; do
         log=$(OMP_NUM_THREADS=1 python quickstart/base_model.py --output_dir outputs/quickstart/base --seed $seed 2>&1)
