@@ -20,6 +20,7 @@ from data_collator import (
 )
 from opsd.contexts import CONTEXTS, FALLBACKS, TEACHER_CONTEXTS, Context
 from opsd.curriculum import CURRICULA
+from opsd.grading import EXTRACT_METHODS
 from opsd.losses import CLIP_MODES, TOP_K_SUPPORTS, Objective
 
 
@@ -277,6 +278,14 @@ class OPSDConfig(GOLDConfig):
         metadata={
             "help": "Grade the rollouts against their answers, as the evaluator does, and log the share of right "
             "ones. By default where --answer_column is given; settings that need grades switch it on."
+        },
+    )
+    extract: str = field(
+        default="final",
+        metadata={
+            "help": "How the answers of rollouts are found, as by the evaluator: final, the last box; release, the "
+            "last box as the release reads it; last_number, the last number, without a box.",
+            "choices": EXTRACT_METHODS,
         },
     )
     reference_fallback: str = field(

@@ -40,7 +40,7 @@ class TeacherContext:
         self.args, self.collator, self.sampler, self.teacher = args, collator, sampler, teacher
         self.metrics, self.end_ids = metrics, set(end_ids)
         self.num_rationale_tokens = 0  # sampled for the last step
-        self.verifier = Verifier(args.student_thinking) if args.grades_rollouts else None
+        self.verifier = Verifier(args.student_thinking, args.extract) if args.grades_rollouts else None
 
     def build(self, rollouts: Sequence[Rollout], group_size: int, model: nn.Module) -> None:
         """

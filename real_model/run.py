@@ -1,7 +1,7 @@
 """
 SmolLM2-135M-Instruct teaches itself word problems: prepare it, measure it, train it in several ways, measure again.
 
-    bash scripts/run_smollm2.sh [--only opsd sft ...] [--steps 30] [--seed 0]
+    bash scripts/run_smollm2.sh [--only opsd sft ...] [--steps 36] [--seed 0]
 
 Each phase is a program that real runs use. What is finished is not done again, and a training that was killed goes on
 from its last checkpoint, so the same command resumes. `--only` with one method may run beside another such command.
@@ -63,7 +63,7 @@ LABELS = {
 }
 CURVES = ("opsd", "grpo")
 COST = {"opsd_train.py": 10, "grpo_train.py": 8, "sft_train.py": 4, "eval": 3}  # of phases, relative
-SHOWN = 4  # problems whose completions stand in results.md
+SHOWN = 8  # problems whose completions stand in results.md
 
 
 class Progress:
@@ -132,7 +132,7 @@ def is_well_formed(sample: dict[str, Any]) -> bool:
 def results_table(rows: dict[str, dict[str, Any]]) -> str:
     """The table of the accuracies, in percent, with standard errors over the problems."""
     kinds = list(next(iter(rows.values()))["kinds"])
-    header = ["", "right", "±", "less base", "±", "well-formed", *(kind.replace("_", " ") for kind in kinds)]
+    header = ["", "right", "±", "less base", "±", "the other number", "well-formed", *kinds]
     header += ["tokens of a response", "generated tokens", "seconds of training"]
     lines = []
     for name, label in LABELS.items():
@@ -140,17 +140,26 @@ def results_table(rows: dict[str, dict[str, Any]]) -> str:
             continue
         cells = [label, percent(row["accuracy"]), percent(row["standard_error"])]
         cells += [f"{100 * row['difference']:+.1f}", percent(row["difference_error"])] if name != "base" else ["", ""]
-        cells += [percent(row["well_formed"]), *(percent(row["kinds"][kind]) for kind in kinds)]
+        cells += [percent(row["other_number"]), percent(row["well_formed"])]
+        cells += [percent(row["kinds"][kind]) for kind in kinds]
         cells += [f"{row['mean_tokens']:.0f}"]
         cells += ["" if row.get(key) is None else f"{row[key]:,.0f}" for key in ("generated_tokens", "seconds")]
         lines.append(cells)
     return markdown(header, lines)
 
 
-def summarize(samples: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], kinds: Sequence[str]) -> dict:
+def gives_other_number(sample: dict[str, Any], problem: dict[str, str]) -> bool:
+    """True for a response whose answer is a number of the problem, but not the one that is asked for."""
+    return not sample["correct"] and sample["extracted"] in re.findall(r"\d+", problem["problem"])
+
+
+def summarize(
+    samples: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], problems: Sequence[dict[str, str]]
+) -> dict:
     """Accuracy, its paired difference from the base model's and form, over the same problems; shares in [0, 1]."""
     correct = torch.tensor([float(sample["correct"]) for sample in samples])
     difference = correct - torch.tensor([float(sample["correct"]) for sample in base])
+    kinds = [problem["kind"] for problem in problems]
     of_kind = {
         kind: correct[[i for i, own in enumerate(kinds) if own == kind]].mean().item() for kind in dict.fromkeys(kinds)
     }
@@ -160,6 +169,7 @@ def summarize(samples: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]],
         "standard_error": correct.std().item() * error,
         "difference": difference.mean().item(),
         "difference_error": difference.std().item() * error,
+        "other_number": sum(map(gives_other_number, samples, problems)) / len(samples),
         "well_formed": sum(map(is_well_formed, samples)) / len(samples),
         "mean_tokens": sum(sample["num_tokens"] for sample in samples) / len(samples),
         "kinds": of_kind,
@@ -201,11 +211,10 @@ def plot(rows: dict[str, dict[str, Any]], curves: dict[str, list[tuple[int, floa
 def write_results(folder: Path, weights: str) -> str:
     """Write results.json, results.md and results.png of what has been evaluated; returns the table."""
     held_out = [json.loads(line) for line in (folder / "data" / "test.jsonl").read_text().splitlines()[:TEST_SIZE]]
-    kinds = [problem["kind"] for problem in held_out]
     by_model = load_samples(folder, "student")
     samples = {"base": by_model["base"], "teacher": load_samples(folder, "teacher")["base"]}
     curves: dict[str, list[tuple[int, float]]] = {}
-    rows = {name: summarize(own, samples["base"], kinds) for name, own in samples.items()}
+    rows = {name: summarize(own, samples["base"], held_out) for name, own in samples.items()}
     for name, method in METHODS.items():
         run_dir = folder / name
         evaluated = {step: str(path) for step, path in checkpoints(run_dir).items()} if run_dir.is_dir() else {}
@@ -213,12 +222,12 @@ def write_results(folder: Path, weights: str) -> str:
         if not evaluated:
             continue
         samples[name] = by_model[evaluated[max(evaluated)]]
-        rows[name] = summarize(samples[name], samples["base"], kinds) | {"steps": max(evaluated)}
+        rows[name] = summarize(samples[name], samples["base"], held_out) | {"steps": max(evaluated)}
         rows[name] |= training_results(Path(evaluated[max(evaluated)]))
         if (time_file := run_dir / "seconds.json").is_file():
             rows[name]["seconds"] = json.loads(time_file.read_text())
         if method.has_curve:
-            steps = [(step, summarize(by_model[path], samples["base"], kinds)) for step, path in evaluated.items()]
+            steps = [(step, summarize(by_model[path], samples["base"], held_out)) for step, path in evaluated.items()]
             curves[name] = [(step, row["accuracy"]) for step, row in steps]
     table = results_table(rows)
     shown = [name for name in ("base", "opsd", "donor") if name in samples]
@@ -234,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", choices=METHODS, default=list(METHODS), help="methods to train (default: all)")
-    add("--steps", type=int, default=30, help="optimizer steps of 16 sequences (default: %(default)s)")
+    add("--steps", type=int, default=36, help="optimizer steps of 16 sequences (default: %(default)s)")
     add("--seed", type=int, default=0, help="of training problems, adapter and rollouts (default: %(default)s)")
     add("--source", choices=SOURCES, default="auto", help="of the weights (default: the Hub, else the package)")
     add("--output_dir", type=Path, default=Path("outputs/smollm2"), help="default: %(default)s")

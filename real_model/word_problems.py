@@ -21,51 +21,66 @@ NAMES = ("Tom", "Ana", "Ben", "Mia", "Leo", "Eva", "Max", "Zoe", "Sam", "Ida")
 THINGS = ("apples", "pens", "books", "cards", "coins", "shells", "stamps", "eggs", "cups", "toys")
 NUMBERS = range(2, 20)
 HELD_OUT_ONE_IN = 4  # pairs of numbers, in each kind
+SALT = "final"  # of their hash; new after the settings had been chosen, since those trials used others
 TRAIN_SIZE = 1024
 TEST_SIZE = 128
 
 
-def price(a: int, b: int, one: str, things: str) -> tuple[str, str, int]:
-    problem = f"{one} buys {a} {things} for {b} dollars each. How many {things} does {one} buy?"
-    return problem, f"{one} buys {a} {things}.", a
+# A kind makes a text and, of each of its two numbers, a question and its solution. The texts do not say which is asked
+# for, so that the question has to be read and another problem's solution does not tell the place.
+Question = tuple[str, str]
+Kind = Callable[[int, int, str, str], tuple[str, Question, Question]]
 
 
-def boxes(a: int, b: int, one: str, things: str) -> tuple[str, str, int]:
-    problem = f"{one} has {a} boxes with {b} {things} in each. How many {things} are in one box?"
-    return problem, f"There are {b} {things} in one box.", b
+def price(a: int, b: int, one: str, things: str) -> tuple[str, Question, Question]:
+    bought = f"How many {things} does {one} buy?", f"{one} buys {a} {things}."
+    cost = f"How many dollars does {one} pay for each?", f"{one} pays {b} dollars for each."
+    return f"{one} buys {a} {things} for {b} dollars each.", bought, cost
 
 
-def at_first(a: int, b: int, one: str, things: str) -> tuple[str, str, int]:
-    problem = f"{one} had {a} {things} and found {b} more. How many {things} did {one} have at first?"
-    return problem, f"{one} had {a} {things} at first.", a
+def boxes(a: int, b: int, one: str, things: str) -> tuple[str, Question, Question]:
+    boxes = f"How many boxes does {one} have?", f"{one} has {a} boxes."
+    inside = f"How many {things} are in one box?", f"There are {b} {things} in one box."
+    return f"{one} has {a} boxes with {b} {things} in each.", boxes, inside
 
 
-def colors(a: int, b: int, one: str, things: str) -> tuple[str, str, int]:
-    problem = f"{one} has {a} red {things} and {b} blue {things}. How many blue {things} does {one} have?"
-    return problem, f"{one} has {b} blue {things}.", b
+def found(a: int, b: int, one: str, things: str) -> tuple[str, Question, Question]:
+    before = f"How many {things} did {one} have at first?", f"{one} had {a} {things} at first."
+    added = f"How many {things} did {one} find?", f"{one} found {b} {things}."
+    return f"{one} had {a} {things} and found {b} more.", before, added
 
 
-# a kind makes problem, solution and answer from two numbers, a name and a thing
-KINDS: tuple[Callable[[int, int, str, str], tuple[str, str, int]], ...] = (price, boxes, at_first, colors)
+def colors(a: int, b: int, one: str, things: str) -> tuple[str, Question, Question]:
+    red = f"How many red {things} does {one} have?", f"{one} has {a} red {things}."
+    blue = f"How many blue {things} does {one} have?", f"{one} has {b} blue {things}."
+    return f"{one} has {a} red {things} and {b} blue {things}.", red, blue
+
+
+KINDS: tuple[Kind, ...] = (price, boxes, found, colors)
 
 
 def is_held_out(kind: str, a: int, b: int) -> bool:
     """True if a kind's problems with these numbers are kept for the test: by a hash, whatever the seed."""
-    digest = hashlib.sha256(f"{kind} {a} {b}".encode()).digest()
+    digest = hashlib.sha256(f"{SALT} {kind} {a} {b}".encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
 
 
 def make_problems(rng: random.Random, size: int, held_out: bool) -> list[dict[str, str]]:
-    """Make `size` distinct problems, the kinds in turn, with `problem`, `solution`, `answer` and `kind`."""
+    """
+    Make `size` distinct problems, with `problem`, `solution`, `answer` and `kind`.
+
+    The kinds come in turn, and each asks for its first and for its second number by turns.
+    """
     problems: dict[str, dict[str, str]] = {}
     while len(problems) < size:
-        kind = KINDS[len(problems) % len(KINDS)]
-        a, b = rng.sample(NUMBERS, 2)
-        if is_held_out(kind.__name__, a, b) == held_out:
-            problem, solution, answer = kind(a, b, rng.choice(NAMES), rng.choice(THINGS))
-            problems.setdefault(
-                problem, {"problem": problem, "solution": solution, "answer": str(answer), "kind": kind.__name__}
-            )
+        asked, index = divmod(len(problems), len(KINDS))
+        kind = KINDS[index]
+        numbers = rng.sample(NUMBERS, 2)
+        if is_held_out(kind.__name__, *numbers) == held_out:
+            text, *questions = kind(*numbers, rng.choice(NAMES), rng.choice(THINGS))
+            question, solution = questions[asked % 2]
+            problem = {"problem": f"{text} {question}", "solution": solution, "answer": str(numbers[asked % 2])}
+            problems.setdefault(problem["problem"], problem | {"kind": kind.__name__})
     return list(problems.values())
 
 

@@ -7,8 +7,10 @@ SmolLM2-135M-Instruct itself, where it has been fetched, and what its recipe mak
 
 import json
 import random
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from helpers import ROOT
@@ -85,31 +87,56 @@ def test_held_out_numbers_are_in_no_training_problem(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "problem", "answer"),
+    ("kind", "text", "first", "second"),
     [
-        ("price", "Ana buys 3 pens for 15 dollars each. How many pens does Ana buy?", 3),
-        ("boxes", "Ana has 3 boxes with 15 pens in each. How many pens are in one box?", 15),
-        ("at_first", "Ana had 3 pens and found 15 more. How many pens did Ana have at first?", 3),
-        ("colors", "Ana has 3 red pens and 15 blue pens. How many blue pens does Ana have?", 15),
+        (
+            *("price", "Ana buys 3 pens for 15 dollars each."),
+            *("How many pens does Ana buy?", "How many dollars does Ana pay for each?"),
+        ),
+        (
+            *("boxes", "Ana has 3 boxes with 15 pens in each."),
+            *("How many boxes does Ana have?", "How many pens are in one box?"),
+        ),
+        (
+            *("found", "Ana had 3 pens and found 15 more."),
+            *("How many pens did Ana have at first?", "How many pens did Ana find?"),
+        ),
+        (
+            *("colors", "Ana has 3 red pens and 15 blue pens."),
+            *("How many red pens does Ana have?", "How many blue pens does Ana have?"),
+        ),
     ],
 )
-def test_word_problems_by_hand(kind, problem, answer):
+def test_word_problems_by_hand(kind, text, first, second):
     (make,) = [make for make in KINDS if make.__name__ == kind]
-    own_problem, solution, own_answer = make(3, 15, "Ana", "pens")
-    assert (own_problem, own_answer) == (problem, answer)
+    own_text, *questions = make(3, 15, "Ana", "pens")
+    assert (own_text, *(question for question, _ in questions)) == (text, first, second)
     # The grader takes the last number, so that a solution must not end in another
-    assert extract_answer(solution, method="last_number") == str(answer)
+    assert [extract_answer(solution, method="last_number") for _, solution in questions] == ["3", "15"]
+
+
+def test_each_kind_asks_for_either_number_as_often():
+    asked = Counter()
+    for problem in make_problems(random.Random(1), 64, held_out=False):
+        numbers = re.findall(r"\d+", problem["problem"])
+        asked[problem["kind"], numbers.index(problem["answer"])] += 1
+    assert asked == {(kind.__name__, place): 8 for kind in KINDS for place in (0, 1)}
 
 
 def test_summary_by_hand():
-    def sample(correct, text="It is 4.", finish_reason="stop"):
-        return {"correct": correct, "text": text, "finish_reason": finish_reason, "num_tokens": 6}
+    def sample(extracted, text="It is 4.", finish_reason="stop"):
+        correct = extracted == "4"
+        sampled = {"text": text, "finish_reason": finish_reason, "num_tokens": 6}
+        return {"correct": correct, "extracted": extracted} | sampled
 
-    base = [sample(False, "Many."), sample(False), sample(True), sample(False, finish_reason="length")]
-    after = [sample(True), sample(True), sample(True), sample(False)]
+    kinds = ("more", "more", "found", "found")
+    problems = [{"problem": "4 red, 7 blue. How many red?", "kind": kind} for kind in kinds]
+    base = [sample(None, "Many."), sample("11"), sample("4"), sample("28", finish_reason="length")]
+    after = [sample("4"), sample("4"), sample("4"), sample("7")]
     assert [is_well_formed(own) for own in base] == [False, True, True, False]
-    row = summarize(after, base, ["more", "more", "shared", "shared"])
+    assert summarize(base, base, problems)["other_number"] == 0.0
+    row = summarize(after, base, problems)
     assert row["accuracy"] == 0.75 and row["difference"] == 0.5 and row["well_formed"] == 1.0
-    assert row["kinds"] == {"more": 1.0, "shared": 0.5}
+    assert row["kinds"] == {"more": 1.0, "found": 0.5} and row["other_number"] == 0.25
     assert row["standard_error"] == pytest.approx(0.25)  # deviation 0.5 of (1, 1, 1, 0), over the root of 4
     assert row["difference_error"] == pytest.approx((1 / 3) ** 0.5 / 2)  # of (1, 1, 0, 0)

@@ -1,6 +1,7 @@
 """vLLM rollouts in training, with a real engine on the tiny model: they are the student's and leave no trace."""
 
 import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from data_collator import MicroBatch
 from eval.engine import start_engine
 from opsd.adapters import check_vllm_lora_support
 from opsd.rollouts import TransformersSampler, VLLMSampler, prompt_keys, sample_seeds
-from opsd.vllm_engine import CPU_ENVIRONMENT, ENVIRONMENT, engine_options, load_adapter
+from opsd.vllm_engine import CPU_ENVIRONMENT, ENVIRONMENT, engine_options, load_adapter, multiply_adapters_at_once
 from opsd_trainer import OPSDTrainer
 
 
@@ -78,6 +79,63 @@ def test_engines_need_no_compiler_and_multiply_the_head_in_float32(monkeypatch, 
     options = start_engine("a model", lora_rank=16, lora_modules=["v_proj", "q_proj"])
     assert options["hf_overrides"] == {"head_dtype": "float32"}
     assert options["max_lora_rank"] == 16 and options["lora_target_modules"] == ["q_proj", "v_proj"]
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """vLLM's own module of the products with adapters; its wrapper with ours in their place, until the test ends."""
+    pytest.importorskip("vllm", reason="the products with adapters are compared with those of vLLM")
+    engine_options()  # before vLLM's import
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    own = importlib.util.module_from_spec(lora_ops.__spec__)  # a fresh one, whatever an engine has put into lora_ops
+    lora_ops.__spec__.loader.exec_module(own)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module in (lora_ops, punica_cpu):
+        for name in ("bgmv_shrink", "bgmv_expand_slice"):
+            monkeypatch.setattr(module, name, getattr(own, name))
+    multiply_adapters_at_once()
+    assert punica_cpu.bgmv_shrink is not own.bgmv_shrink
+    return own, punica_cpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 8])
+@pytest.mark.parametrize(
+    ("lengths", "adapters"), [([1] * 6, [1, 0, 2, 1, 2, 0]), ([4, 1, 7], [2, 0, 2]), ([3, 5, 2, 1], [1, -1, 0, -1])]
+)
+def test_products_with_adapters_are_those_of_vllm(products, lengths, adapters, rank, dtype):
+    """
+    Of sequences of several tokens and of one, each with its adapter.
+
+    Index -1 is a sequence without one. vLLM's kernels for GPUs add nothing there. Its CPU build adds the last one.
+    """
+    vllm, ours = products
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    inner, outer, offset, width, tokens = 24, 20, 6, 12, sum(lengths)  # the slice is that of a merged layer
+    inputs, a, b = normal(tokens, inner), normal(3, 1, rank, inner), normal(3, 1, width, rank)
+    before_a, before_b = normal(tokens, rank + 2, dtype=torch.float32), normal(tokens, outer)
+    sequences = torch.tensor(lengths)
+    shape = (sequences.cumsum(0) - sequences, sequences, torch.tensor(adapters), len(lengths), max(lengths), tokens)
+    results = {}
+    for name, module in (("vllm", vllm), ("ours", ours)):
+        small, added, replaced = before_a.clone(), before_b.clone(), before_b.clone()
+        module.sgmv_shrink(inputs, a, small, *shape, 0.5)
+        module.sgmv_expand_slice(small[:, :rank], b, added, *shape, offset, width, add_inputs=True)
+        module.sgmv_expand_slice(small[:, :rank], b, replaced, *shape, offset, width, add_inputs=False)
+        results[name] = small, added, replaced
+    with_adapter = sequences.new_tensor(adapters).repeat_interleave(sequences) >= 0
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for own, expected in zip(results["ours"], results["vllm"], strict=True):
+        torch.testing.assert_close(own[with_adapter], expected[with_adapter], **tolerance)
+    small, added, replaced = (result[~with_adapter] for result in results["ours"])
+    assert (small[:, :rank] == 0).all() and (replaced[:, offset : offset + width] == 0).all()
+    assert torch.equal(added, before_b[~with_adapter])
 
 
 @pytest.mark.vllm

@@ -181,6 +181,12 @@ def test_rollouts_are_graded_without_changing_the_loss(build):
     assert sums == {"rewards/accuracy/mean": [1, 2], "rewards/ungraded_ratio": [2, 4]}
 
 
+def test_rollouts_without_boxes_are_graded_as_the_evaluator_can(build):
+    texts = ["It is 46.", "46 or 64", box(46)]
+    rollouts, _, _ = build([FIRST] * 3, texts, verify_rollouts=True, extract="last_number")
+    assert [rollout.is_correct for rollout in rollouts] == [True, False, True]
+
+
 def test_nothing_is_graded_without_need(build):
     rollouts, context, sums = build([FIRST] * 2, [box(46), box(1)])
     assert context.verifier is None and sums == {}
