@@ -75,15 +75,15 @@ class TokenMetrics:
             total = statistics.divergence.where(members, 0.0).sum(dtype=torch.float64)
             self.metrics.add(f"divergence/{name}", total, (counts & members).sum())
         is_clipped = statistics.clipped_entries > 0
-        for name, members in (
+        for kind, members in (
             ("style", kinds == STYLE),
             ("mathematics", kinds == MATHEMATICS),
             ("other", kinds == OTHER),
             ("epistemic", epistemic),
         ):
             size = (counts & members).sum()
-            self.metrics.add(f"token_share/{name}", size, num_tokens)
-            self.metrics.add(f"clip_ratio/{name}_tokens", (is_clipped & members).sum(), size)
+            self.metrics.add(f"token_share/{kind}", size, num_tokens)
+            self.metrics.add(f"clip_ratio/{kind}_tokens", (is_clipped & members).sum(), size)
 
     def _add_sampler_logprobs(self, differences: Tensor) -> None:
         """Log, under TRL's names, how far the student's log-probabilities (N,) are from the sampler's."""
