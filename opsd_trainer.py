@@ -33,6 +33,7 @@ from opsd.packing import divide, packed_inputs, reason_against_packing, say_padd
 from opsd.rollouts import Sampler, TransformersSampler, make_vllm_sampler
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.report import append_lines, drop_later_steps
+from opsd.saved_statistics import SavedStatistics, check_number
 from opsd.teacher import Teacher
 from opsd.teacher_context import TeacherContext
 from opsd.throughput import Throughput
@@ -164,7 +165,7 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
         self.objective = args.objective
         self.metrics = Metrics(self.accelerator)
         vocab_size = self.model.config.get_text_config().vocab_size
-        self.token_metrics = TokenMetrics(self.metrics, args.objective, vocab_size)
+        self.token_metrics = TokenMetrics(self.metrics, args.objective, vocab_size, processing_class)
         self.throughput = Throughput(self.metrics, self.model)
         self.logged_counts += ("num_generated_tokens",) + ("num_rationale_tokens",) * args.reason_first
         self.teacher = Teacher(args, self.model, self.accelerator)
@@ -183,6 +184,7 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
         self._problem_scores: list[tuple[int, float, float]] = []  # of the running step: (row, sum, count)
         self.add_callback(StepCallback(self))
         self.add_callback(self.throughput)
+        self.add_callback(SavedStatistics(self))
         # Different noise in each process, or all of them would draw their rollouts with the same random numbers.
         set_seed(args.seed, device_specific=True)
 
@@ -231,6 +233,7 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
                 f"the train dataset has {num_examples} usable examples, fewer than one step takes ({needed}); lower "
                 "--per_device_train_batch_size or --gradient_accumulation_steps, or raise --max_length"
             )
+        check_number(args, num_examples)
 
     # Step
 

@@ -103,6 +103,8 @@ INTERVALS = {
     "num_loss_tokens_to_skip": ("[0, inf)", ""),
     "loss_chunk_size": ("[1, inf)", ""),
     "max_tokens_per_micro_batch": ("[1, inf)", ""),
+    "save_token_statistics": ("[0, inf)", "; 0 saves none"),
+    "token_statistics_steps": ("[1, inf)", ""),
 }
 
 
@@ -147,6 +149,17 @@ class OPSDConfig(GOLDConfig):
     )
     save_completions: bool = field(
         default=True, metadata={"help": "Keep the rollouts in OUTPUT_DIR/completions.jsonl."}
+    )
+    save_token_statistics: int = field(
+        default=0,
+        metadata={
+            "help": "Number of training problems to sample apart from the rollouts, and to keep with the divergence "
+            "of each token in OUTPUT_DIR/token_statistics, for inspect_run.py; 0: none."
+        },
+    )
+    token_statistics_steps: int = field(
+        default=10,
+        metadata={"help": "With --save_token_statistics: number of optimizer steps between two such samples."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
     lmbda: float = field(default=1.0, metadata={"help": "Share of on-policy rollouts. Must be 1: OPSD is on-policy."})

@@ -1,13 +1,18 @@
-"""What is logged about the tokens of the loss: their divergence, entropies, clip and log-probabilities."""
+"""What is logged about the tokens of the loss: their divergence, entropies, kinds, clip and log-probabilities."""
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from data_collator import MicroBatch
-from opsd.losses import Objective, TokenLosses
+from opsd.losses import Objective, TokenLosses, TokenStatistics
 from opsd.metrics import Metrics
+from opsd.token_kinds import MATHEMATICS, OTHER, STYLE, TokenKinds, make_token_kinds
 
 NUM_FIRST_TOKENS = 4  # of a completion: logged by themselves, since thinking modes differ there in form
+FORKS = 5  # one in so many of a completion's tokens is a fork
 
 
 class TokenMetrics:
@@ -18,10 +23,16 @@ class TokenMetrics:
         metrics: where they are collected.
         objective: of the loss.
         vocab_size: number of logits of a token.
+        tokenizer: of the model; tells the kinds of tokens.
     """
 
-    def __init__(self, metrics: Metrics, objective: Objective, vocab_size: int):
-        self.metrics, self.objective, self.vocab_size = metrics, objective, vocab_size
+    def __init__(self, metrics: Metrics, objective: Objective, vocab_size: int, tokenizer: PreTrainedTokenizerBase):
+        self.metrics, self.objective, self.vocab_size, self.tokenizer = metrics, objective, vocab_size, tokenizer
+
+    @cached_property
+    def kinds(self) -> TokenKinds:
+        """The kinds of the vocabulary, made at the first use: a second for 150,000 entries."""
+        return make_token_kinds(self.tokenizer, self.vocab_size, self.metrics.accelerator.device)
 
     def add(self, batch: MicroBatch, losses: TokenLosses) -> None:
         """Add the tokens of a micro-batch. Nothing is read from the accelerator, which would have to be waited for."""
@@ -40,11 +51,39 @@ class TokenMetrics:
             ("clip_ratio/wrong_way_tokens", sums["wrong_way"], num_tokens),
         ):
             self.metrics.add(name, total, count)
-        is_first = batch.token_places()[1] < NUM_FIRST_TOKENS
-        first_divergence = statistics.divergence.where(is_first, 0.0).sum(dtype=torch.float64)
-        self.metrics.add("divergence/first_tokens", first_divergence, (counts & is_first).sum())
+        self._add_classes(batch, counts, statistics, num_tokens)
         if losses.logprobs is not None and len(losses.logprobs) > 0:
             self._add_sampler_logprobs(losses.logprobs - batch.of_tokens(batch.sampler_logprobs))
+
+    def _add_classes(self, batch: MicroBatch, counts: Tensor, statistics: TokenStatistics, num_tokens: Tensor) -> None:
+        """Log the divergence of classes of tokens, which may overlap, and how many tokens some of them have."""
+        token_ids, (rows, columns) = batch.of_tokens(batch.completion_ids), batch.token_places()
+        kinds, epistemic = self.kinds.kinds[token_ids], self.kinds.epistemic[token_ids]  # (N,) each
+        quarters = 4 * columns // batch.completion_mask.sum(1)[rows]
+        for name, members in (
+            ("style", kinds == STYLE),
+            ("mathematics", kinds == MATHEMATICS),
+            ("other", kinds == OTHER),
+            ("epistemic", epistemic),
+            ("forks", fork_tokens(statistics.student_entropy, counts, batch)),
+            ("first_tokens", columns < NUM_FIRST_TOKENS),
+            ("quarter_1", quarters == 0),
+            ("quarter_2", quarters == 1),
+            ("quarter_3", quarters == 2),
+            ("quarter_4", quarters == 3),
+        ):
+            total = statistics.divergence.where(members, 0.0).sum(dtype=torch.float64)
+            self.metrics.add(f"divergence/{name}", total, (counts & members).sum())
+        is_clipped = statistics.clipped_entries > 0
+        for kind, members in (
+            ("style", kinds == STYLE),
+            ("mathematics", kinds == MATHEMATICS),
+            ("other", kinds == OTHER),
+            ("epistemic", epistemic),
+        ):
+            size = (counts & members).sum()
+            self.metrics.add(f"token_share/{kind}", size, num_tokens)
+            self.metrics.add(f"clip_ratio/{kind}_tokens", (is_clipped & members).sum(), size)
 
     def _add_sampler_logprobs(self, differences: Tensor) -> None:
         """Log, under TRL's names, how far the student's log-probabilities (N,) are from the sampler's."""
@@ -55,6 +94,28 @@ class TokenMetrics:
             name, values = "sampling/sampling_logp_difference", differences.abs()
         self.metrics.add(f"{name}/mean", values.sum(dtype=torch.float64), len(values))
         self.metrics.add_extreme(f"{name}/max", max, [values.max()])
+
+
+def fork_tokens(entropy: Tensor, counts: Tensor, batch: MicroBatch) -> Tensor:
+    """
+    Mark the forks: the tokens of each completion, one in five and at least one, with the student's highest entropies.
+
+    Args:
+        entropy: (N,), nats.
+        counts: (N,), bool; the other tokens are none.
+        batch: micro-batch of the tokens.
+
+    Returns:
+        (N,), bool.
+    """
+    rows = batch.token_places()[0]
+    order = entropy.where(counts, -1.0).argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]  # row by row, the highest entropy first
+    sizes = batch.loss_mask.sum(1)  # (B,)
+    ranks = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[rows]  # `rows` is sorted already
+    num_counted = torch.zeros_like(sizes).index_add_(0, rows, counts.long())
+    is_fork = ranks < ((num_counted + FORKS - 1) // FORKS)[rows]
+    return torch.zeros_like(counts).scatter_(0, order, is_fork)
 
 
 def problem_divergences(batch: MicroBatch, losses: TokenLosses) -> list[tuple[int, float, float]]:

@@ -195,7 +195,7 @@ def values_of_names(function):
 
 def calls_with_values(function):
     """The calls of methods in a function, each with the texts of names. A branch has its own."""
-    known = {call: values_of_names(function) for call in ast.walk(function)}
+    known = dict.fromkeys(ast.walk(function), values_of_names(function))
     for node in ast.walk(function):  # from the outside inwards
         for branch in (node.body, node.orelse) if isinstance(node, ast.If) else ():
             block = ast.Module(branch, [])

@@ -51,7 +51,12 @@ def test_there_is_no_circle_of_imports():
         (("opsd.contexts",), ()),
         (("opsd.config",), ("data_collator", "opsd.contexts", "opsd.curriculum", "opsd.grading", "opsd.losses")),
         (("opsd.packing",), ("data_collator",)),
-        (("opsd.token_statistics",), ("data_collator", "opsd.losses", "opsd.metrics")),
+        (("opsd.token_kinds",), ()),
+        (("opsd.token_statistics",), ("data_collator", "opsd.losses", "opsd.metrics", "opsd.token_kinds")),
+        (
+            ("opsd.saved_statistics",),
+            ("data_collator", "opsd.config", "opsd.losses", "opsd.metrics", "opsd.teacher_context"),
+        ),
         (("opsd.throughput",), ("data_collator", "opsd.metrics")),
         (("opsd.rewards",), ("opsd.grading", "opsd.thinking")),
         (("opsd.run.problem_data",), ("opsd.grading", "opsd.run.conversations", "opsd.thinking")),

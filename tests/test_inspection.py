@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,8 +298,26 @@ def test_first_tokens_of_the_quickstart_are_those_of_the_carry(tiny_model_dir, t
     run = read_run(tmp_path)
     assert len(run.completions) == len(examples) > 30
     assert not any(completion.texts["correct"] for completion in run.completions)
-    summary = summarize(run.completions, run.early)
+    assert_carry_is_named_first(run)
 
+
+def test_first_tokens_of_a_run_on_the_quickstart_are_those_of_the_carry(make_trainer):
+    """
+    The same of what a run saves, where the base model samples and makes the mistakes itself.
+
+    The carry had 10 to 14 % of the tokens and 99.2 to 99.4 % of the divergence with six seeds. All 12 places were its
+    own, with 0.55 nats or more, and it had 99 % of the divergence of each of the first tokens.
+    """
+    trainer = make_trainer(save_token_statistics=32, max_steps=1)
+    trainer.train()
+    run = read_run(Path(trainer.args.output_dir))
+    assert len(run.completions) == 32 and run.early == [1]
+    assert_carry_is_named_first(run)
+
+
+def assert_carry_is_named_first(run):
+    """Most of the divergence, all of the largest places and most of the first tokens are digits of the carry."""
+    summary = summarize(run.completions, run.early)
     by_problem = {completion.problem: completion for completion in run.completions}
     assert len(summary.places) == 12
     for place in summary.places:
