@@ -342,6 +342,8 @@ def test_killed_run_goes_on_where_it_was(whole_run, tiny_model_dir, work, tmp_pa
     assert samples_file.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])  # nothing is sampled again
     assert read_samples(output_file) == read_samples(whole_run[0])
     reports = [json.loads(file.read_text()) for file in (output_file, whole_run[0])]
+    for result in (result for report in reports for result in report["results"]):
+        assert result.pop("tokens_per_second") > 0
     assert reports[0]["results"] == reports[1]["results"]
     assert reports[0]["fingerprint"] == reports[1]["fingerprint"]
 
@@ -495,7 +497,9 @@ def test_scores(pool):
     assert result["pass_at_k"] == pytest.approx({"1": 1 / 2, "2": (1 + 2 / 3) / 2, "3": 1})
     assert result["majority_at_k"] == 0.5  # 7 is elected for the first problem, 6 for the second
     assert [problem["majority"] for problem in result["problems"]] == ["7", "6"]
-    assert (result["greedy"], result["mean_tokens"]) == (1, 14)
+    assert (result["greedy"], result["mean_tokens"], result["tokens_per_second"]) == (1, 14, None)
+    timed = [replace(sample, seconds=seconds) for sample, seconds in zip(samples, range(7), strict=True)]
+    assert score(timed, pool, thinking=True)["tokens_per_second"] == pytest.approx((6 * 10 + 34) / 21)
     assert (result["truncated"], result["unclosed_thinking"]) == (1 / 6, 1 / 6)
     assert score(samples, pool, thinking=False)["unclosed_thinking"] is None
 
