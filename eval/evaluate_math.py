@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, check_template
-from eval.benchmarks import BENCHMARKS, Benchmark, Question, dataset_commit, find_benchmark, load_questions
+from eval.benchmarks import BENCHMARKS, Benchmark, Question, find_benchmark, load_questions
 from eval.engine import (
     GREEDY,
     Completion,
@@ -60,6 +60,7 @@ from eval.server import Server, connect, generate_from
 from opsd.adapters import Adapter, check_model_folder
 from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
 from opsd.run.flags import SWITCH
+from opsd.run.hub import cached_commit, check_model
 from opsd.run.problem_data import is_path
 from opsd.run.record import describe_hardware, find_record
 from opsd.thinking import after_thought, freeze_date
@@ -638,6 +639,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.dry_run:
             sys.stdout.write(resolved_command(args) + "\n")
             return
+        check_model(args.base_model, "base_model", args.revision)
         if args.base_url is None:
             for folder in args.checkpoint_dir:
                 Adapter.read(folder, "checkpoint_dir").check_base(args.base_model, revision=args.revision)
@@ -669,7 +671,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     arguments |= {"command": resolved_command(args), "hardware": describe_hardware()}
-    arguments["dataset_commits"] = {benchmark.name: dataset_commit(benchmark) for benchmark in benchmarks}
+    arguments["dataset_commits"] = {
+        benchmark.name: cached_commit(benchmark.path, "dataset", benchmark.revision) for benchmark in benchmarks
+    }
     models: list[str | None] = [*([] if args.skip_base else [None]), *args.checkpoint_dir]
     requests = [request for model in models for request in sampling_requests(model, chosen, sampling)]
     samples = {sample.key: sample for sample in finished}

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
 from eval import engine as sampling_engine
 from eval import evaluate_math
-from eval.benchmarks import BENCHMARKS, Benchmark, dataset_commit, find_benchmark, load_questions
+from eval.benchmarks import BENCHMARKS, Benchmark, find_benchmark, load_questions
 from eval.engine import (
     GREEDY,
     Sampling,
@@ -548,20 +548,27 @@ def test_entries_of_benchmarks():
         assert find_benchmark(known.path.upper()) == known
 
 
-def test_revision_of_other_data_sets(tmp_path, monkeypatch):
-    commit = "0123456789" * 4
-    assert find_benchmark("some/data", revision=commit).revision == dataset_commit(
-        find_benchmark("some/data", revision=commit)
-    )
-    reference = tmp_path / "datasets--some--data" / "refs" / "main"
-    reference.parent.mkdir(parents=True)
-    reference.write_text(commit)
-    monkeypatch.setattr("eval.benchmarks.HF_HUB_CACHE", str(tmp_path))
-    assert dataset_commit(find_benchmark("some/data")) == commit
-    assert dataset_commit(find_benchmark("other/data")) is None
-    file = tmp_path / "local.jsonl"
-    file.write_text("{}")
-    assert dataset_commit(find_benchmark(str(file))) is None
+def test_revision_of_the_base_model(adapters, tmp_path, tiny_model_dir, monkeypatch):
+    """It is that of the training where nobody says otherwise, and never that of a local model."""
+
+    def settle(*runs, base="some/model", revision=None):
+        folders = []
+        for number, trained in enumerate(runs):
+            folder = tmp_path / f"run_{number}"
+            folder.mkdir(exist_ok=True)
+            (folder / "run_config.json").write_text(json.dumps({"training": {}, "model": {"model_revision": trained}}))
+            folders.append(str(folder))
+        flags = ["--base_model", base, *(["--checkpoint_dir", *folders] if folders else [])]
+        args = evaluate_math.build_parser().parse_args(flags + ([] if revision is None else ["--revision", revision]))
+        evaluate_math.settle_revision(args)
+        return args.revision
+
+    assert (settle(), settle("v1", "v1"), settle("v1", revision="v2")) == (None, "v1", "v2")
+    assert settle("v1", base=str(tiny_model_dir)) is None
+    with pytest.raises(ValueError, match=r"--revision: .*different ones:\n.*run_0: v1\n.*run_1: main\n.*apart"):
+        settle("v1", "main")
+    with pytest.raises(ValueError, match="--revision v1: the local --base_model"):
+        settle(base=str(tiny_model_dir), revision="v1")
 
 
 @pytest.mark.parametrize("known", BENCHMARKS, ids=lambda known: known.name)
