@@ -1,12 +1,9 @@
 """Benchmarks as data, and the questions with their prompts that come out of one."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.file_download import repo_folder_name
 from transformers import PreTrainedTokenizerBase
 
 from data_collator import (
@@ -93,15 +90,6 @@ def find_benchmark(dataset: str, data_root: Path | None = None, **columns: str) 
             + ", ".join(known.name for known in BENCHMARKS)
         )
     return Benchmark(dataset, dataset, **columns)
-
-
-def dataset_commit(benchmark: Benchmark) -> str | None:
-    """The commit that a loaded data set of the Hub has, by the local cache; `None` for local data, and if unknown."""
-    if benchmark.revision is None or re.fullmatch("[0-9a-f]{40}", benchmark.revision):
-        return benchmark.revision
-    folder = repo_folder_name(repo_id=benchmark.path, repo_type="dataset")
-    reference = Path(HF_HUB_CACHE, folder, "refs", benchmark.revision)
-    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else None
 
 
 @dataclass(frozen=True)

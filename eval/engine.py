@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -80,6 +81,35 @@ class Completion:
     text: str
     num_tokens: int
     finish_reason: str  # "stop", or "length" where it was truncated
+    seconds: float | None = None  # its share of the engine's time, see `WorkTime`
+
+
+class WorkTime:
+    """
+    Divides the time of an engine evenly over the requests in work.
+
+    The seconds of all requests add up to those that the engine worked, whatever it works on at once. So the tokens of
+    a model over the seconds of its requests are its speed, also where it shares the engine with another one.
+
+    Args:
+        at_once: requests that the engine works on; further ones wait in their order.
+    """
+
+    def __init__(self, at_once: int):
+        self._at_once = at_once
+        self._seconds: dict[str, float] = {}  # of the requests that are not finished, in their order
+
+    def add(self, request: str) -> None:
+        self._seconds[request] = 0.0
+
+    def spend(self, seconds: float) -> None:
+        in_work = list(itertools.islice(self._seconds, self._at_once))
+        for request in in_work:
+            self._seconds[request] += seconds / len(in_work)
+
+    def finish(self, request: str) -> float:
+        """Take a request out; returns its seconds."""
+        return self._seconds.pop(request)
 
 
 GREEDY = -1  # the sample number of a problem's response at temperature 0
@@ -113,6 +143,7 @@ def start_engine(
     tensor_parallel_size: int = 1,
     enforce_eager: bool = False,
     dtype: str | None = None,
+    revision: str | None = None,
 ) -> "LLM":
     """
     Start the vLLM engine that serves `base_model` and, if there are any, its LoRA adapters.
@@ -124,11 +155,13 @@ def start_engine(
         gpu_memory_utilization: share of the memory; `None` for 0.9 on a GPU and 0.1 on a CPU.
         enforce_eager: without CUDA graphs.
         dtype: of the weights; `None` for that of the model, and on a CPU float32. Logits are float32.
+        revision: commit, tag or branch of a model on the Hub.
     """
     options = engine_options(gpu_memory_utilization)
     options["enforce_eager"] = options.get("enforce_eager", False) or enforce_eager
     if dtype is not None:
         options["dtype"] = dtype
+    options |= {"revision": revision, "tokenizer_revision": revision}
     if lora_rank > 0:
         # Two at a time: the next adapter starts while the last long responses of the one before go on.
         options |= lora_options(lora_rank, lora_modules, max_loras=2)
@@ -208,7 +241,9 @@ def _run(
     drawn = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
     core = engine.llm_engine
     # Enough that the scheduler never lacks a request, not so many that the first step waits for all prompts.
-    queue_size = 2 * core.vllm_config.scheduler_config.max_num_seqs
+    at_once = core.vllm_config.scheduler_config.max_num_seqs
+    queue_size = 2 * at_once
+    work_time = WorkTime(at_once)
     # vLLM 0.31's LoRA operations on CPU take index -1, which is no adapter, for the last one: there, a base request in
     # one batch with an adapter's would get that adapter, so that the two kinds wait for each other.
     on_cpu = torch.cuda.device_count() == 0
@@ -221,12 +256,16 @@ def _run(
                     parameters = SamplingParams(seed=request.seed, **drawn, **common)
                 prompt = {"prompt_token_ids": request.question.prompt_ids}
                 core.add_request(str(number), prompt, parameters, lora_request=adapters[request.checkpoint])
+                work_time.add(str(number))
             if not core.has_unfinished_requests():
                 break
+            start = time.perf_counter()
+            outputs = core.step()
+            work_time.spend(time.perf_counter() - start)
             finished = []
-            for output in core.step():
-                response = output.outputs[0]
-                completion = Completion(response.text, len(response.token_ids), response.finish_reason)
+            for output in outputs:
+                response, seconds = output.outputs[0], work_time.finish(output.request_id)
+                completion = Completion(response.text, len(response.token_ids), response.finish_reason, seconds)
                 finished.append((requests[int(output.request_id)], completion))
             yield finished
 

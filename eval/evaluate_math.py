@@ -25,11 +25,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, check_template
-from eval.benchmarks import BENCHMARKS, Benchmark, Question, dataset_commit, find_benchmark, load_questions
+from eval.benchmarks import BENCHMARKS, Benchmark, Question, find_benchmark, load_questions
 from eval.engine import (
     GREEDY,
     Completion,
@@ -55,11 +56,13 @@ from eval.run_files import (
     stored_settings,
 )
 from eval.scores import Estimate, accuracy_within, budgets, elect, estimate, pass_at_k, pass_sizes, vote_classes
+from eval.server import Server, connect, generate_from
 from opsd.adapters import Adapter, check_model_folder
 from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
 from opsd.run.flags import SWITCH
+from opsd.run.hub import cached_commit, check_model
 from opsd.run.problem_data import is_path
-from opsd.run.record import find_record
+from opsd.run.record import describe_hardware, find_record
 from opsd.thinking import after_thought, freeze_date
 from opsd.vllm_engine import stop_engine
 
@@ -68,6 +71,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MERGE_PROMPTS, MERGE_TOKENS = 4, 256  # that a merged adapter is checked on: so many, each up to so many tokens
+OF_ENGINES = ("merge_adapter", "gpu_memory_utilization", "tensor_parallel_size", "data_parallel", "enforce_eager")
+OF_ENGINES = (*OF_ENGINES, "max_model_len")  # flags of engines in this process
 BASE = "base"  # the name of the base model in files and tables; a checkpoint's is its folder
 
 
@@ -89,6 +95,7 @@ def make_sample(request: Request, completion: Completion) -> Sample:
         gold=question.gold,
         answer_type=question.answer_type,
         text=completion.text,
+        seconds=completion.seconds,
     )
 
 
@@ -131,6 +138,14 @@ def majority(drawn: Sequence[Sample], pool: GradingPool) -> Sample | None:
     return None if elected is None else drawn[elected]
 
 
+def tokens_per_second(samples: Sequence[Sample]) -> float | None:
+    """Return generated tokens over the seconds of an engine; `None` if these are not known for all samples."""
+    seconds = [sample.seconds for sample in samples if sample.seconds is not None]
+    if len(seconds) < len(samples) or sum(seconds) == 0:
+        return None
+    return sum(sample.num_tokens for sample in samples) / sum(seconds)
+
+
 def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> dict[str, Any]:
     """
     Statistics of a model's graded samples on a benchmark.
@@ -142,11 +157,12 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         Shares in [0, 1], over the problems that are graded, `None` if there are none: `avg_at_k` with `standard_error`
         and `interval` (see `eval.scores.estimate`), `pass_at_k` (k -> unbiased pass@k), `majority_at_k`, and `greedy`
         (also `None` without such samples). Over all samples: `truncated` (share that hit the length limit),
-        `unclosed_thinking` (share without the end of a thought; `None` without thinking), `mean_tokens`, and `status`
-        (how verdicts were reached, counted); as pairs problem, sample: `missed` (see `is_missed`) and `cut_off` (at
-        the length limit). `val_n`, `num_problems`, `num_ungraded` (problems left out). `problems`:
-        for each one `problem_id`, `problem`, `gold`, the lists `correct`, `extracted`, `num_tokens`, the `majority`
-        answer with `majority_correct`.
+        `unclosed_thinking` (share without the end of a thought; `None` without thinking), `mean_tokens`,
+        `tokens_per_second` (generated tokens over the seconds that an engine worked for them; `None` where these are
+        not known), and `status` (how verdicts were reached, counted); as pairs problem, sample: `missed` (see
+        `is_missed`) and `cut_off` (at the length limit). `val_n`, `num_problems`, `num_ungraded` (problems left out).
+        `problems`: for each one `problem_id`, `problem`, `gold`, the lists `correct`, `extracted`, `num_tokens`, the
+        `majority` answer with `majority_correct`.
     """
     ordered = sorted(samples, key=lambda sample: sample.key)
     drawn = [sample for sample in ordered if sample.sample != GREEDY]
@@ -188,6 +204,7 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         if thinking
         else None,
         "mean_tokens": statistics.fmean(sample.num_tokens for sample in drawn),
+        "tokens_per_second": tokens_per_second(ordered),
         "status": dict(Counter(sample.status for sample in drawn)),
         "missed": [[sample.problem_id, sample.sample] for sample in drawn if is_missed(sample)],
         "cut_off": [[sample.problem_id, sample.sample] for sample in drawn if sample.finish_reason == "length"],
@@ -266,7 +283,13 @@ def evaluate(
     return score(samples.values(), pool, thinking=thinking), [samples[request_key(request)] for request in requests]
 
 
-def sequence_length(base_model: str, questions: Sequence[Question], max_new_tokens: int, limit: int | None) -> int:
+def sequence_length(
+    base_model: str,
+    questions: Sequence[Question],
+    max_new_tokens: int,
+    limit: int | None,
+    revision: str | None = None,
+) -> int:
     """
     The `max_model_len` of the engine: `limit` if given, else room for the longest prompt and `max_new_tokens`.
 
@@ -278,7 +301,7 @@ def sequence_length(base_model: str, questions: Sequence[Question], max_new_toke
         if longest >= limit:
             raise ValueError(f"--max_model_len {limit}: the longest prompt has {longest} tokens; give more")
         return limit
-    positions = AutoConfig.from_pretrained(base_model).get_text_config().max_position_embeddings
+    positions = AutoConfig.from_pretrained(base_model, revision=revision).get_text_config().max_position_embeddings
     if longest + max_new_tokens > positions:
         raise ValueError(
             f"--max_new_tokens {max_new_tokens}: with the longest prompt of {longest} tokens more than the "
@@ -325,7 +348,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base_model", help="folder or Hub id")
-    add("--checkpoint_dir", nargs="+", default=[], help="LoRA adapter folders")
+    add("--revision", help="commit, tag or branch of --base_model on the Hub (default: that of the training, or main)")
+    add("--checkpoint_dir", nargs="+", default=[], help="LoRA adapter folders; also names of --base_url")
+    add("--merge_adapter", **SWITCH, help="evaluate each adapter merged into a temporary copy of the base")
+    add("--base_url", help="OpenAI-compatible server that samples, in place of an engine: http://HOST:PORT/v1")
     add("--skip_base", **SWITCH, help="evaluate the adapters only")
     add("--reference", default=BASE, help="the model that the others are compared with (default: %(default)s)")
     names = ", ".join(known.name for known in BENCHMARKS)
@@ -397,7 +423,16 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
         raise ValueError("--skip_base: nothing to evaluate; give adapters with --checkpoint_dir")
     if args.reference != BASE and args.reference not in models:
         raise ValueError(f"--reference {args.reference}: not among the models, which are {', '.join(models)}")
-    lora_rank = max([Adapter.read(folder, "checkpoint_dir").rank for folder in args.checkpoint_dir], default=0)
+    if args.base_url is not None:
+        defaults = build_parser().parse_args([])
+        for flag in OF_ENGINES:
+            if getattr(args, flag) != getattr(defaults, flag):
+                raise ValueError(f"--{flag} with --base_url: is the server's business; leave one of the two out")
+    settle_revision(args)
+    lora_rank = 0
+    if args.base_url is None:
+        adapters = [Adapter.read(folder, "checkpoint_dir") for folder in args.checkpoint_dir]
+        lora_rank = 0 if args.merge_adapter else max([adapter.rank for adapter in adapters], default=0)
     columns = {name: getattr(args, name) for name in ("problem_column", "answer_column", "solution_column")}
     if args.dataset_revision is not None:
         columns["revision"] = args.dataset_revision
@@ -420,6 +455,28 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
         args.output_file = Path("outputs", "eval", Path(args.base_model).name + ".json")
     check_output_file(args.output_file)
     return sampling, benchmarks, lora_rank
+
+
+def settle_revision(args: argparse.Namespace) -> None:
+    """
+    Complete `args.revision` with that of the base model that the adapters were trained on, by their runs' records.
+
+    Raises:
+        ValueError: for a local model, and for adapters of different revisions.
+    """
+    if Path(args.base_model).expanduser().is_dir():
+        if args.revision is not None:
+            raise ValueError(f"--revision {args.revision}: the local --base_model {args.base_model} has none")
+        return
+    if args.revision is None:
+        records = {folder: find_record(Path(folder)) for folder in args.checkpoint_dir}
+        trained = {f: (r.get("model") or {}).get("model_revision") or "main" for f, r in records.items() if r}
+        if len(set(trained.values())) > 1:
+            lines = "".join(f"\n  {folder}: {revision}" for folder, revision in trained.items())
+            raise ValueError(f"--revision: the adapters were trained on different ones:{lines}\nevaluate them apart")
+        args.revision = next(iter(trained.values()), None)
+        if args.revision not in (None, "main"):
+            logger.warning("--revision: as in the training, %s", args.revision)
 
 
 def settle_prompts(args: argparse.Namespace) -> None:
@@ -467,14 +524,18 @@ def check_output_file(file: Path) -> None:
 
 
 def run_settings(
-    args: argparse.Namespace, sampling: Sampling, questions: Mapping[str, Sequence[Question]]
+    args: argparse.Namespace,
+    sampling: Sampling,
+    questions: Mapping[str, Sequence[Question]],
+    server: Server | None = None,
 ) -> dict[str, Any]:
     """
     Return the settings that samples and their verdicts depend on, apart from the key of the sample.
 
     The numbers of samples, problems, data sets, models and GPUs are not among them.
     """
-    settings: dict[str, Any] = {"base_model": args.base_model, "base_model_version": model_version(args.base_model)}
+    version = model_version(args.base_model, args.revision) if server is None else f"served: {server.roots[None]}"
+    settings: dict[str, Any] = {"base_model": args.base_model, "base_model_version": version}
     settings |= {knob.name: getattr(sampling, knob.name) for knob in fields(Sampling)}
     del settings["val_n"], settings["greedy"]
     prompts = ("student_prompt", "teacher_prompt", "system_prompt")
@@ -486,7 +547,13 @@ def run_settings(
         settings["prompts"][name] = content_hash([question.prompt_ids for question in loaded])
     for folder in args.checkpoint_dir:
         files = [Path(folder, "adapter_config.json"), Path(folder, "adapter_model.safetensors")]
-        settings["adapters"][folder] = files_hash(files)
+        settings["adapters"][folder] = files_hash(files) if server is None else f"served: {server.roots[folder]}"
+    # Only where they say something, so that results of before go on
+    if args.merge_adapter:
+        settings["merge_adapter"] = True
+    if server is not None:
+        settings["server"] = {"url": server.url, "model": server.names[None]}
+        settings["versions"] = {name: settings["versions"][name] for name in ("transformers", "math-verify")}
     return settings
 
 
@@ -523,17 +590,23 @@ def completions(
     """
     Start the engine or engines, and yield what they finish.
 
-    One engine serves the base and the adapters. One that vLLM does not serve, such as DoRA, is merged into a
-    temporary copy of the base in float32, which gets an engine of its own.
+    One engine serves the base and the adapters. With --merge_adapter each adapter is merged into a temporary copy of
+    the base, in its dtype, which gets an engine of its own. So is, in float32, one that vLLM does not serve, as DoRA.
     """
     adapters = {folder: Adapter.read(folder, "checkpoint_dir") for folder in args.checkpoint_dir}
-    merged = [folder for folder, adapter in adapters.items() if adapter.must_be_merged]
+    merged = [folder for folder, adapter in adapters.items() if args.merge_adapter or adapter.must_be_merged]
     for folder in merged:  # first, so that what cannot be merged is known before the base is sampled
         own = [replace(request, checkpoint=None) for request in requests if request.checkpoint == folder]
         if own:
+            prompts = {tuple(request.question.prompt_ids[:MERGE_TOKENS]): None for request in own}
+            dtype = torch.float32
+            own_options = {**options, "lora_rank": 0, "revision": None}
+            if args.merge_adapter:
+                dtype = AutoConfig.from_pretrained(args.base_model, revision=args.revision).dtype or dtype
+            else:
+                own_options["dtype"] = "float32"
             with TemporaryDirectory(prefix="opsd-merged-") as model:
-                adapters[folder].merge(args.base_model, model)
-                own_options = {**options, "lora_rank": 0, "dtype": "float32"}
+                adapters[folder].merge(args.base_model, model, [*prompts][:MERGE_PROMPTS], dtype, args.revision)
                 for batch in _start_and_generate(args, model, own_options, own, sampling):
                     yield [(replace(request, checkpoint=folder), completion) for request, completion in batch]
     served = [request for request in requests if request.checkpoint not in merged]
@@ -566,10 +639,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.dry_run:
             sys.stdout.write(resolved_command(args) + "\n")
             return
-        for folder in args.checkpoint_dir:
-            Adapter.read(folder, "checkpoint_dir").check_base(args.base_model)
+        check_model(args.base_model, "base_model", args.revision)
+        if args.base_url is None:
+            for folder in args.checkpoint_dir:
+                Adapter.read(folder, "checkpoint_dir").check_base(args.base_model, revision=args.revision)
+        server = None if args.base_url is None else connect(args.base_url, args.checkpoint_dir)
         stored = None if args.overwrite else stored_settings(args.output_file)
-        tokenizer = AutoTokenizer.from_pretrained(args.base_model)
+        tokenizer = AutoTokenizer.from_pretrained(args.base_model, revision=args.revision)
         date = freeze_date(tokenizer, (stored or {}).get("date"))
         mode = {"thinking": args.thinking, "privileged": args.privileged, "system_prompt": args.system_prompt}
         mode["template"] = args.teacher_prompt if args.privileged else args.student_prompt
@@ -577,12 +653,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = [question for loaded in questions.values() for question in loaded[: args.num_samples]]
         options = {
             "lora_rank": lora_rank,
-            "max_model_len": sequence_length(args.base_model, chosen, sampling.max_new_tokens, args.max_model_len),
+            "max_model_len": sequence_length(
+                args.base_model, chosen, sampling.max_new_tokens, args.max_model_len, args.revision
+            ),
             "gpu_memory_utilization": args.gpu_memory_utilization,
             "tensor_parallel_size": args.tensor_parallel_size,
             "enforce_eager": args.enforce_eager,
+            "revision": args.revision,
         }
-        settings = run_settings(args, sampling, questions) | ({} if date is None else {"date": date})
+        settings = run_settings(args, sampling, questions, server) | ({} if date is None else {"date": date})
         if stored is not None:
             settings = merge_settings(stored, settings, args.output_file)
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -591,7 +670,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    arguments["dataset_commits"] = {benchmark.name: dataset_commit(benchmark) for benchmark in benchmarks}
+    arguments |= {"command": resolved_command(args), "hardware": describe_hardware()}
+    arguments["dataset_commits"] = {
+        benchmark.name: cached_commit(benchmark.path, "dataset", benchmark.revision) for benchmark in benchmarks
+    }
     models: list[str | None] = [*([] if args.skip_base else [None]), *args.checkpoint_dir]
     requests = [request for model in models for request in sampling_requests(model, chosen, sampling)]
     samples = {sample.key: sample for sample in finished}
@@ -600,9 +682,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with file, pool:
         write_output(args.output_file, settings, arguments)
         if missing:
-            batches = (
-                [make_sample(*pair) for pair in batch] for batch in completions(args, options, missing, sampling)
+            source = (
+                completions(args, options, missing, sampling)
+                if server is None
+                else generate_from(server, missing, sampling)
             )
+            batches = ([make_sample(*pair) for pair in batch] for batch in source)
             verdicts: dict[tuple[str, str], list[bool]] = {}
             with tqdm(total=len(requests), initial=len(requests) - len(missing), unit="sample") as bar:
                 for sample in grade(batches, pool, thinking=args.thinking, method=args.extract):

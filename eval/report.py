@@ -36,7 +36,7 @@ def report_tables(results: Sequence[Mapping[str, Any]], differences: Sequence[Ma
     sections = [f"Avg@{k} ± standard error clustered by problem\n\n" + markdown(["model", *datasets], rows)]
 
     header = ["data set, model", f"Avg@{k}", "95 % interval", *(f"pass@{size}" for size in largest), f"maj@{k}"]
-    header += ["greedy", "truncated", "unclosed thinking", "tokens", "ungraded problems"]
+    header += ["greedy", "truncated", "unclosed thinking", "tokens", "tokens/s", "ungraded problems"]
     rows = []
     for dataset in datasets:
         for model in models:
@@ -44,7 +44,8 @@ def report_tables(results: Sequence[Mapping[str, Any]], differences: Sequence[Ma
             rows.append([f"{dataset}, {model}", percent(result["avg_at_k"]), interval_text(result["interval"])])
             rows[-1] += [percent(result["pass_at_k"].get(str(size))) for size in largest]
             rows[-1] += [percent(result[name]) for name in ("majority_at_k", "greedy", "truncated")]
-            rows[-1] += [percent(result["unclosed_thinking"]), f"{result['mean_tokens']:.0f}"]
+            speed = "" if result["tokens_per_second"] is None else f"{result['tokens_per_second']:,.0f}"
+            rows[-1] += [percent(result["unclosed_thinking"]), f"{result['mean_tokens']:.0f}", speed]
             rows[-1].append(f"{result['num_ungraded']} of {result['num_problems']}")
     sections.append(markdown(header, rows))
 

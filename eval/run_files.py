@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +33,7 @@ class Sample:
     extracted: str | None = None
     correct: bool | None = None  # `None`: ungraded
     status: str | None = None  # how the verdict was reached
+    seconds: float | None = field(default=None, compare=False)  # share of the engine's time; no property of the text
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -140,12 +141,12 @@ def files_hash(files: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def model_version(base_model: str) -> str | None:
+def model_version(base_model: str, revision: str | None = None) -> str | None:
     """Hash of a local model's configuration and weights; for a model of the Hub the commit."""
     folder = Path(base_model)
     if folder.is_dir():
         return files_hash([folder / "config.json", *sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])])
-    return AutoConfig.from_pretrained(base_model)._commit_hash
+    return AutoConfig.from_pretrained(base_model, revision=revision)._commit_hash
 
 
 def package_versions() -> dict[str, str]:

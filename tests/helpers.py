@@ -3,11 +3,15 @@
 import json
 import os
 import re
+import socket
+import subprocess
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -211,3 +215,31 @@ def gradient_of_one_step(make_trainer, accumulation, prompts_per_process=8, **se
     script_rollouts(trainer)
     trainer.train()
     return gradients[0], recorder.values("loss")[0], recorder.values("num_generated_tokens")[0]
+
+
+# Processes
+
+
+@contextmanager
+def started(command: list, log: Path, **environment: str) -> Iterator[subprocess.Popen]:
+    """Run a command with its output in `log`. After the block all processes that it has started are gone."""
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
+    environment["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, where torch.load can put nothing
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
+                process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -11,7 +11,7 @@ from helpers import gradient_of_one_step
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import evaluate_math
 from eval.benchmarks import Question
@@ -236,7 +236,8 @@ def test_evaluator_gives_a_merged_adapter_an_engine_of_its_own(make_adapter, tin
     monkeypatch.setattr(evaluate_math, "generate", generate)
     monkeypatch.setattr(evaluate_math, "stop_engine", lambda engine: None)
     args = Namespace(base_model=str(tiny_model_dir), checkpoint_dir=[plain, dora], data_parallel=1)
-    question, sampling = Question("b", 0, "1+1", "2", None, [5]), Sampling(val_n=2)
+    args.merge_adapter, args.revision = False, None
+    question, sampling = Question("b", 0, "1+1", "2", None, [5, 6, 7]), Sampling(val_n=2)
     requests = [r for folder in (None, plain, dora) for r in sampling_requests(folder, [question], sampling)]
     batches = evaluate_math.completions(args, {"lora_rank": 8}, requests, sampling)
     pairs = [pair for batch in batches for pair in batch]
@@ -247,6 +248,45 @@ def test_evaluator_gives_a_merged_adapter_an_engine_of_its_own(make_adapter, tin
         None: "None",
     }
     assert len(pairs) == len(requests)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_evaluator_merges_each_adapter_on_request(make_adapter, tiny_model_dir, monkeypatch, tmp_path, dtype):
+    """In the dtype of the base, whose files stay as they are, and with an engine that serves no adapters."""
+    (first, logits), (second, _) = make_adapter("first"), make_adapter("second")
+    base = tmp_path / "base"
+    load_base(tiny_model_dir).to(getattr(torch, dtype)).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(base)
+    before, engines = (base / "model.safetensors").read_bytes(), []
+
+    def start_and_generate(args, model, options, requests, sampling):
+        engines.append((options["lora_rank"], options.get("dtype"), [r.checkpoint for r in requests]))
+        if len(engines) == 1:
+            weights = load_file(Path(model, "model.safetensors"))
+            assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{dtype}"}
+            assert relative_error(load_base(model), logits) < (1e-5 if dtype == "float32" else 0.05)
+        yield [(request, Completion(model, 1, "stop")) for request in requests]
+
+    monkeypatch.setattr(evaluate_math, "_start_and_generate", start_and_generate)
+    args = Namespace(base_model=str(base), checkpoint_dir=[first, second], merge_adapter=True, revision=None)
+    question, sampling = Question("b", 0, "1+1", "2", None, [5, 6, 7]), Sampling(val_n=1)
+    requests = [r for folder in (None, first, second) for r in sampling_requests(folder, [question], sampling)]
+    batches = evaluate_math.completions(args, {"lora_rank": 0}, requests, sampling)
+    answered = [(r.checkpoint, completion.text) for batch in batches for r, completion in batch]
+    assert engines == [(0, None, [None])] * 3
+    assert [checkpoint for checkpoint, _ in answered] == [first, second, None]
+    assert not any(Path(model).exists() for _, model in answered[:2]) and answered[2][1] == str(base)
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_a_merge_that_rounds_the_adapter_away_is_refused(make_adapter, tiny_model_dir, tmp_path, caplog):
+    folder, _ = make_adapter()
+    file = Path(folder, "adapter_model.safetensors")
+    save_file({key: tensor * 1e-3 for key, tensor in load_file(file).items()}, file)
+    read(folder).merge(str(tiny_model_dir), str(tmp_path / "merged"))
+    assert "merged in float32: log-probabilities change by" in caplog.text
+    with pytest.raises(ValueError, match=r"in bfloat16: log-probabilities change by .*without --merge_adapter"):
+        read(folder).merge(str(tiny_model_dir), str(tmp_path / "rounded"), dtype=torch.bfloat16)
 
 
 # Training

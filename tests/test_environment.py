@@ -145,7 +145,7 @@ def test_recipes_take_the_environment_of_the_device(project, has_gpu, active, ex
     environment |= {} if active is None else {"VIRTUAL_ENV": str(project / active)}
     run = subprocess.run(command, cwd=project, env=environment, check=True, capture_output=True, text=True)
     assert run.stdout == f"{expected}\n"
-    for script in ("scripts/launch.sh", "scripts/serve_vllm.sh", "eval/run_eval.sh", "eval/run_eval_nonthink.sh"):
+    for script in ("scripts/launch.sh", "scripts/serve_vllm.sh", "eval/launch.sh"):
         assert "source scripts/activate.sh\n" in (ROOT / script).read_text()
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_collator import STUDENT_PROMPT, encode_chat_prompt, fill_template
 from eval import engine as sampling_engine
 from eval import evaluate_math
-from eval.benchmarks import BENCHMARKS, Benchmark, dataset_commit, find_benchmark, load_questions
+from eval.benchmarks import BENCHMARKS, Benchmark, find_benchmark, load_questions
 from eval.engine import (
     GREEDY,
     Sampling,
@@ -342,6 +342,8 @@ def test_killed_run_goes_on_where_it_was(whole_run, tiny_model_dir, work, tmp_pa
     assert samples_file.read_bytes().startswith(kept[: kept.rindex(b"\n") + 1])  # nothing is sampled again
     assert read_samples(output_file) == read_samples(whole_run[0])
     reports = [json.loads(file.read_text()) for file in (output_file, whole_run[0])]
+    for result in (result for report in reports for result in report["results"]):
+        assert result.pop("tokens_per_second") > 0
     assert reports[0]["results"] == reports[1]["results"]
     assert reports[0]["fingerprint"] == reports[1]["fingerprint"]
 
@@ -495,7 +497,9 @@ def test_scores(pool):
     assert result["pass_at_k"] == pytest.approx({"1": 1 / 2, "2": (1 + 2 / 3) / 2, "3": 1})
     assert result["majority_at_k"] == 0.5  # 7 is elected for the first problem, 6 for the second
     assert [problem["majority"] for problem in result["problems"]] == ["7", "6"]
-    assert (result["greedy"], result["mean_tokens"]) == (1, 14)
+    assert (result["greedy"], result["mean_tokens"], result["tokens_per_second"]) == (1, 14, None)
+    timed = [replace(sample, seconds=seconds) for sample, seconds in zip(samples, range(7), strict=True)]
+    assert score(timed, pool, thinking=True)["tokens_per_second"] == pytest.approx((6 * 10 + 34) / 21)
     assert (result["truncated"], result["unclosed_thinking"]) == (1 / 6, 1 / 6)
     assert score(samples, pool, thinking=False)["unclosed_thinking"] is None
 
@@ -544,20 +548,27 @@ def test_entries_of_benchmarks():
         assert find_benchmark(known.path.upper()) == known
 
 
-def test_revision_of_other_data_sets(tmp_path, monkeypatch):
-    commit = "0123456789" * 4
-    assert find_benchmark("some/data", revision=commit).revision == dataset_commit(
-        find_benchmark("some/data", revision=commit)
-    )
-    reference = tmp_path / "datasets--some--data" / "refs" / "main"
-    reference.parent.mkdir(parents=True)
-    reference.write_text(commit)
-    monkeypatch.setattr("eval.benchmarks.HF_HUB_CACHE", str(tmp_path))
-    assert dataset_commit(find_benchmark("some/data")) == commit
-    assert dataset_commit(find_benchmark("other/data")) is None
-    file = tmp_path / "local.jsonl"
-    file.write_text("{}")
-    assert dataset_commit(find_benchmark(str(file))) is None
+def test_revision_of_the_base_model(adapters, tmp_path, tiny_model_dir, monkeypatch):
+    """It is that of the training where nobody says otherwise, and never that of a local model."""
+
+    def settle(*runs, base="some/model", revision=None):
+        folders = []
+        for number, trained in enumerate(runs):
+            folder = tmp_path / f"run_{number}"
+            folder.mkdir(exist_ok=True)
+            (folder / "run_config.json").write_text(json.dumps({"training": {}, "model": {"model_revision": trained}}))
+            folders.append(str(folder))
+        flags = ["--base_model", base, *(["--checkpoint_dir", *folders] if folders else [])]
+        args = evaluate_math.build_parser().parse_args(flags + ([] if revision is None else ["--revision", revision]))
+        evaluate_math.settle_revision(args)
+        return args.revision
+
+    assert (settle(), settle("v1", "v1"), settle("v1", revision="v2")) == (None, "v1", "v2")
+    assert settle("v1", base=str(tiny_model_dir)) is None
+    with pytest.raises(ValueError, match=r"--revision: .*different ones:\n.*run_0: v1\n.*run_1: main\n.*apart"):
+        settle("v1", "main")
+    with pytest.raises(ValueError, match="--revision v1: the local --base_model"):
+        settle(base=str(tiny_model_dir), revision="v1")
 
 
 @pytest.mark.parametrize("known", BENCHMARKS, ids=lambda known: known.name)

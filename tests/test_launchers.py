@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import LOGPROB_GAP, saved_rollouts
+from helpers import LOGPROB_GAP, free_port, saved_rollouts, started
 from launch_worker import ADAPTER, SETTINGS, VARIANTS
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,25 +33,6 @@ LAUNCHERS = {
     "zero3": {"distributed_type": "DEEPSPEED", "wrapper": "DeepSpeedEngine", "zero_stage": 3},
     "fsdp2": {"distributed_type": "FSDP", "wrapper": "FSDPPeftModelForCausalLM", "zero_stage": None},
 }
-
-
-@contextmanager
-def started(command: list, log: Path, **environment: str) -> Iterator[subprocess.Popen]:
-    """Run a command with its output in `log`. After the block all processes that it has started are gone."""
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""} | environment
-    environment["ACCELERATE_TORCH_DEVICE"] = "cpu"  # not cpu:0, where torch.load can put nothing
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
-                process.kill()
-                process.wait()
 
 
 def launch(config: str, num_processes: int, log: Path, *arguments: object, **environment: str) -> int:
@@ -216,12 +196,6 @@ def test_one_engine_over_two_processes(one_process, tiny_model_dir, data, tmp_pa
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["engine_size"] == 2
     check_run(tmp_path / "run", results["run"], one_process)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.multiprocess

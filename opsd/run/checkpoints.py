@@ -332,6 +332,14 @@ class CompleteCheckpoints(Base):
         if self.write_card is not None:
             self.create_model_card()
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        if self.write_card is None:  # else the run uploads what it wants to show, once all of it is there
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self.write_card is None:
+            super()._push_from_checkpoint(*args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.write_card is None:
             super().create_model_card(*args, **kwargs)

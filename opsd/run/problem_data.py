@@ -28,6 +28,7 @@ from huggingface_hub import snapshot_download
 
 from opsd.grading import answer_text
 from opsd.run.conversations import Turn, has_system_turn, split_conversation, unpack, unread_keys, with_system_prompt
+from opsd.run.hub import describe_search
 
 logger = logging.getLogger(__name__)
 
@@ -218,12 +219,8 @@ def _find(name: str, split: str, config: str | None, revision: str | None) -> Da
         raise ValueError(f"--dataset_{flag} {value}: the local --dataset_name {name} has none; leave it out")
     splits: Mapping[str, Dataset | list[Path]]
     try:
-        if path is None and _has_tables(load_dataset_builder(name, config, revision=revision)):
-            patterns = ["README.md", *(f"*{suffix}" for suffix in TABLES)]
-            folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
-            splits = _find_files(Path(folder), split, config)
-        elif path is None:
-            splits = load_dataset(name, config, revision=revision)
+        if path is None:
+            splits = _find_on_hub(name, split, config, revision)
         elif path.is_file():
             splits = {split: [path]}
         elif (path / "dataset_dict.json").exists():
@@ -235,13 +232,28 @@ def _find(name: str, split: str, config: str | None, revision: str | None) -> Da
         else:
             splits = _find_files(path, split, config)
     except OSError as error:
-        where = "neither a file or folder here, nor to be had from the Hub" if path is None else "nothing to read"
+        where = "nothing to read" if path is not None else describe_search(name, "dataset", revision, error)
         raise FileNotFoundError(f"--dataset_name {name}: {where} ({error})") from error
     except ValueError as error:
         raise ValueError(f"--dataset_name {name}, --dataset_config {config}: {error}") from error
     if split not in splits:
         raise ValueError(f"--dataset_split {split}: {name} has the splits {', '.join(map(str, splits))}")
     return splits[split]
+
+
+def _find_on_hub(
+    name: str, split: str, config: str | None, revision: str | None
+) -> Mapping[str, Dataset | list[Path]]:
+    """Return the splits of a Hub data set; without a connection those of a copy in the cache."""
+    try:
+        if not _has_tables(load_dataset_builder(name, config, revision=revision)):
+            return load_dataset(name, config, revision=revision)
+        patterns = ["README.md", *(f"*{suffix}" for suffix in TABLES)]
+        folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
+    except ConnectionError as error:  # `datasets` takes what it has built itself, not what others have downloaded
+        folder = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
+        logger.warning("%s: %s; read from its copy in the cache, %s", name, error, folder)
+    return _find_files(Path(folder), split, config)
 
 
 def _has_tables(builder: DatasetBuilder) -> bool:

@@ -2,10 +2,14 @@
 
 import json
 import logging
+import os
+import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.trainer_utils import sort_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -161,6 +165,15 @@ def find_finished_step(run_dir: Path, max_steps: int, num_epochs: float) -> int 
         return step if max_steps <= step else None
     before = record["training"]
     return step if before["max_steps"] <= 0 and num_epochs <= before["num_train_epochs"] else None
+
+
+def describe_hardware() -> str:
+    """Name the GPUs that this process sees; where there are none, processor and cores."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+    return f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

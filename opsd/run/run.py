@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import HubStrategy, sort_checkpoints
 from transformers.utils import is_flash_attn_2_available
 from trl import get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
@@ -35,8 +35,17 @@ from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.card import render_card
 from opsd.run.checkpoints import find_checkpoint
 from opsd.run.conversations import Turn, has_system_turn
+from opsd.run.hub import cached_commit, check_model
 from opsd.run.problem_data import find_local, is_path, load_problems, row_name
-from opsd.run.record import check_resumed_settings, find_finished_step, mark_finished, read_record, write_record
+from opsd.run.publish import publish
+from opsd.run.record import (
+    check_resumed_settings,
+    describe_hardware,
+    find_finished_step,
+    mark_finished,
+    read_record,
+    write_record,
+)
 from opsd.run.report import CURVES, METRICS, ReportCallback, describe_learning, evaluation_command, plot_curves
 from opsd.run.summary import NUM_SAMPLES, Lines, describe_prompts, describe_run, find_risks, render
 from opsd.run.terminal import duration, replace_progress, set_up_terminal
@@ -127,6 +136,11 @@ class Run:
             raise ValueError("--eval_on_start: needs --eval_dataset_name and --eval_strategy")
         if args.push_to_hub and is_offline_mode():
             raise ValueError("--push_to_hub: the Hub is switched off by HF_HUB_OFFLINE; leave one of the two out")
+        if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"--hub_strategy {args.hub_strategy.value}: checkpoints are not uploaded, but the model at the end of "
+                "the run; leave the flag out"
+            )
         try:
             for make_callback in get_reporting_integration_callbacks(args.report_to):
                 make_callback()
@@ -158,6 +172,11 @@ class Run:
             "model": dataclasses.asdict(self.model_args),
             "prompt_date": self.prompt_date,
             "data": self.data_hashes | {"sequences_per_step": batch * training_args.world_size},
+            "commits": {  # of the Hub, as far as the cache tells; `None` for local files
+                "model": cached_commit(self.model_args.model_name_or_path, "model", self.model_args.model_revision),
+                "dataset": cached_commit(self.args.dataset_name, "dataset", self.args.dataset_revision),
+            },
+            "hardware": describe_hardware(),
             "versions": {package: version(package) for package in PACKAGES},
         }
 
@@ -263,6 +282,7 @@ class Run:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the model's tokenizer; raise `ValueError` if it lacks a chat template or an end-of-sequence token."""
+        check_model(self.model_args.model_name_or_path, "model_name_or_path", self.model_args.model_revision)
         tokenizer = AutoTokenizer.from_pretrained(
             self.model_args.model_name_or_path,
             revision=self.model_args.model_revision,
@@ -390,9 +410,26 @@ class Run:
             if trainer.stop_signal is None:
                 mark_finished(output_dir, trainer.state.global_step)
             self._print_end(trainer, settings, time.monotonic() - start)
+            failure = self._publish() if self.training_args.push_to_hub and trainer.stop_signal is None else None
         shutdown(trainer, sampler)
+        if trainer.is_world_process_zero() and failure is not None:
+            sys.exit(failure)
         if trainer.stop_signal is not None:
             sys.exit(128 + trainer.stop_signal)
+
+    def _publish(self) -> str | None:
+        """Upload the run; returns what went wrong, and the way out."""
+        args = self.training_args
+        run_dir, repo_id = Path(args.output_dir), args.hub_model_id or Path(args.output_dir).absolute().name
+        options = {"private": args.hub_private_repo, "token": args.hub_token, "revision": args.hub_revision}
+        try:
+            print(f"uploaded to {publish(run_dir, repo_id, **options)}", flush=True)  # noqa: T201
+        except (OSError, ValueError) as error:
+            return (
+                f"--push_to_hub: {error}\nThe run is finished, and its model is in {run_dir}. Upload it with: python "
+                f"-m opsd.run.publish {run_dir} --hub_model_id {repo_id}"
+            )
+        return None
 
     def _write_card(self, trainer: Trainer, settings: dict[str, Any]) -> None:
         state = trainer.state
