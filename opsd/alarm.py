@@ -221,7 +221,8 @@ class CollapseAlarm(TrainerCallback):
             logger.warning("step %d: %s", sign.step, sign)
         if signs and args.stop_on_collapse:
             control.should_save = control.should_training_stop = True
-            self.trainer.stop_reason = f"--stop_on_collapse, step {signs[0].step}: {signs[0]}"
+            findings = "; ".join(sign.finding for sign in signs)
+            self.trainer.stop_reason = f"--stop_on_collapse at step {state.global_step}: {findings}"
 
 
 # Words of the teacher's prompt

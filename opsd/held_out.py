@@ -60,6 +60,11 @@ class HeldOutAccuracy(Base):
             self._seed_evaluation()
             return super().evaluate(*args, **kwargs)
 
+    def _evaluate(self, *args: Any, skip_scheduler: bool = False, **kwargs: Any) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step > 0:  # --eval_on_start, in a run that goes on
+            return {}
+        return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
+
     def _seed_evaluation(self) -> None:
         torch.manual_seed(self.args.seed + self.accelerator.process_index)  # else all processes draw the same
 
