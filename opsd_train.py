@@ -27,6 +27,7 @@ from data_collator import SelfDistillationDataCollator
 from opsd.adapters import Adapter, check_vllm_lora_support
 from opsd.config import OPSDConfig
 from opsd.contexts import CONTEXTS
+from opsd.held_out import check_answers
 from opsd.losses import read_head_settings
 from opsd.run.arguments import ModelArguments, RunArguments, parse_arguments
 from opsd.run.run import Run
@@ -89,7 +90,7 @@ def needed_columns(
     needed |= {name: name for name in sorted(texts - {"problem", "solution", "answer"})}
     if training_args.grades_rollouts and script_args.answer_column is None:
         flags = ["verify_rollouts", "teacher_context", "correct_weight", "incorrect_weight"]
-        flags += ["policy_gradient_weight", "curriculum"]
+        flags += ["policy_gradient_weight", "curriculum", "eval_accuracy_samples"]
         given = [
             f"--{f} {getattr(training_args, f)}" for f in flags if getattr(training_args, f) != getattr(OPSDConfig, f)
         ]
@@ -166,6 +167,8 @@ def main(arguments: list[str] | None = None) -> None:
 
         train_dataset, eval_dataset = run.load_data(*columns)
         OPSDTrainer.check_size(len(train_dataset), training_args)
+        if training_args.eval_accuracy_samples:
+            check_answers(eval_dataset)
         tokenizer = run.load_tokenizer()
         check_thinking_mode(
             tokenizer, training_args.student_thinking, "student_thinking true", "student_thinking false"

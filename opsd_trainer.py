@@ -18,8 +18,10 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from data_collator import MicroBatch, PackedRole, Rollout, SelfDistillationDataCollator, start_rollouts
 from opsd.adapters import AdapterTraining, check_vllm_lora_support
+from opsd.alarm import CollapseAlarm, LeakDetector
 from opsd.config import OPSDConfig
 from opsd.curriculum import Curriculum
+from opsd.held_out import HeldOutAccuracy
 from opsd.losses import (
     HeadSettings,
     TokenLosses,
@@ -82,7 +84,7 @@ class StepCallback(TrainerCallback):
         self.trainer._update_curriculum()
 
 
-class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
+class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTrainer):
     """
     Trains a model to match itself: at every token that the student samples, its distribution is pulled towards the
     teacher's, which also sees the reference solution.
@@ -182,7 +184,9 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
         self._resumed_from: str | None = None
         self.curriculum: Curriculum | None = None
         self._problem_scores: list[tuple[int, float, float]] = []  # of the running step: (row, sum, count)
+        self.find_leaks = LeakDetector(args, processing_class, self.train_dataset)
         self.add_callback(StepCallback(self))
+        self.add_callback(CollapseAlarm(self))
         self.add_callback(self.throughput)
         self.add_callback(SavedStatistics(self))
         # Different noise in each process, or all of them would draw their rollouts with the same random numbers.
@@ -332,6 +336,9 @@ class OPSDTrainer(CompleteCheckpoints, AdapterTraining, GOLDTrainer):
         self.metrics.add_extreme("completions/min_length", min, lengths)
         self.metrics.add_extreme("completions/max_length", max, lengths)
         self.metrics.add_values("completions/clipped_ratio", [rollout.is_truncated for rollout in rollouts])
+        self.metrics.add_values(
+            "completions/leaked_ratio", self.find_leaks([rollout.completion_ids for rollout in rollouts])
+        )
         self._buffered_text_logs = None
         if not self.model.training:
             return

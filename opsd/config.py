@@ -105,6 +105,7 @@ INTERVALS = {
     "max_tokens_per_micro_batch": ("[1, inf)", ""),
     "save_token_statistics": ("[0, inf)", "; 0 saves none"),
     "token_statistics_steps": ("[1, inf)", ""),
+    "eval_accuracy_samples": ("[0, inf)", "; 0: none"),
 }
 
 
@@ -160,6 +161,18 @@ class OPSDConfig(GOLDConfig):
     token_statistics_steps: int = field(
         default=10,
         metadata={"help": "With --save_token_statistics: number of optimizer steps between two such samples."},
+    )
+    eval_accuracy_samples: int = field(
+        default=0,
+        metadata={
+            "help": "At each evaluation (--eval_strategy, --eval_dataset_name) and before the first step: completions "
+            "of each held-out problem, sampled and graded as the rollouts are; 0: none. For the best checkpoint: "
+            "--metric_for_best_model eval_accuracy --load_best_model_at_end."
+        },
+    )
+    stop_on_collapse: bool = field(
+        default=False,
+        metadata={"help": "Save a checkpoint and end the run at the first sign of a collapse, which else only warns."},
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
     lmbda: float = field(default=1.0, metadata={"help": "Share of on-policy rollouts. Must be 1: OPSD is on-policy."})
@@ -449,6 +462,7 @@ class OPSDConfig(GOLDConfig):
             self.loss_temperature = self.temperature
         super().__post_init__()
         self._check_rationale_sampling()
+        self.eval_on_start = self.eval_on_start or self.eval_accuracy_samples > 0
 
     def _refuse(self, flag: str, requirement: str) -> None:
         raise ValueError(f"--{flag} {getattr(self, flag)}: must {requirement}")
@@ -475,6 +489,11 @@ class OPSDConfig(GOLDConfig):
             self._refuse("use_ema_teacher", "be left out with --fixed_teacher: choose one teacher")
         if self.top_k_loss_add_tail and not self.top_k_loss:
             self._refuse("top_k_loss_add_tail", "go with --top_k_loss")
+
+        if self.eval_accuracy_samples and getattr(self.eval_strategy, "value", self.eval_strategy) == "no":
+            self._refuse(
+                "eval_accuracy_samples", "go with --eval_strategy and --eval_dataset_name: it is a part of evaluation"
+            )
 
         needs_group = "go with --num_generations of at least 2"
         if self.max_tokens_per_micro_batch is not None and not self.packing:
@@ -602,7 +621,7 @@ class OPSDConfig(GOLDConfig):
     @property
     def grades_rollouts(self) -> bool:
         """True if rollouts with an answer are graded."""
-        return bool(self.verify_rollouts) or self.needs_answers
+        return bool(self.verify_rollouts) or self.needs_answers or self.eval_accuracy_samples > 0
 
     @property
     def needs_answers(self) -> bool:

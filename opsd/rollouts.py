@@ -497,6 +497,8 @@ class TransformersSampler:
         gradient_checkpointing_kwargs: those of the training, to switch it off meanwhile and on again.
     """
 
+    step = 0  # not used: see `VLLMSampler`
+
     def __init__(
         self,
         model: nn.Module,

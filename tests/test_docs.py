@@ -14,6 +14,7 @@ from trl import GRPOConfig, SFTConfig
 from eval.evaluate_math import build_parser
 from grpo_train import GRPOArguments
 from opsd.config import OPSDConfig
+from opsd.held_out import METRICS as HELD_OUT_METRICS
 from opsd.run.arguments import ModelArguments
 from opsd_train import OPSDArguments
 from sft_train import SFTArguments
@@ -239,7 +240,8 @@ def test_metrics_page_has_each_metric():
     assert len(described) == len(set(described))
     logged = logged_metrics()
     assert {"divergence", "seconds/student", "sampling/sampling_logp_difference/max", "num_rationale_tokens"} < logged
-    assert set(described) == logged | TRANSFORMERS_METRICS
+    held_out = {f"eval_{name}" for name in HELD_OUT_METRICS}
+    assert set(described) == logged | held_out | TRANSFORMERS_METRICS
 
 
 def test_messages_of_troubleshooting_stand_in_the_code():

@@ -61,6 +61,8 @@ def test_there_is_no_circle_of_imports():
         (("opsd.rewards",), ("opsd.grading", "opsd.thinking")),
         (("opsd.run.hub",), ()),
         (("opsd.run.problem_data",), ("opsd.grading", "opsd.run.conversations", "opsd.run.hub", "opsd.thinking")),
+        (("opsd.alarm",), ("data_collator", "opsd.config")),
+        (("opsd.held_out",), ("opsd.thinking",)),
         (("opsd.teacher",), ("opsd.config",)),
         (("opsd.rollouts",), ("opsd.adapters", "opsd.config", "opsd.vllm_engine")),
         (("opsd.preflight",), ("data_collator", "opsd.rollouts", "opsd.teacher", "opsd_trainer")),

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, TrainingArguments
 
 import opsd_train
+from opsd.alarm import Alarm, Sign
 from opsd_trainer import OPSDTrainer
 
 AIME = Path(__file__).parents[2] / "shared" / "data" / "eval" / "aime24"
@@ -116,6 +117,7 @@ def write(file, *lines):
         (["--batch_eval_metrics", "true"], "--batch_eval_metrics True: must be False"),
         (["--fp16", "true"], "--fp16: there is no float16 training on a CPU"),
         (["--eval_on_start"], "--eval_on_start: needs --eval_dataset_name"),
+        (["--eval_accuracy_samples", "2"], "--eval_accuracy_samples 2: must go with --eval_strategy and"),
         (["--report_to", "notebook"], "--report_to notebook: notebook is not supported, only"),
         (["--lora_r", "0"], "--lora_r 0: `r` should be a positive integer"),
         (
@@ -213,6 +215,32 @@ def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
     assert not (out / "checkpoint-3").exists() and (out / "checkpoint-1").exists()
     assert {record["step"] for record in saved_rollouts(out)} == {1}
     assert kept.exists() and (out / "checkpoint-best").exists()
+
+
+def test_run_that_the_alarm_stops_is_measured_and_can_go_on(run, tmp_path, problems, capsys, monkeypatch):
+    """The alarm gives its sign at step 1. Then held-out problems without answers are refused."""
+    held_out, blank = tmp_path / "held_out.jsonl", tmp_path / "blank.jsonl"
+    problems.select(range(40, 44)).to_json(held_out)
+    problems.select([0]).remove_columns("answer").add_column("answer", [" "]).to_json(blank)
+    sign = Sign(1, 1, "all is lost", "another task")
+    monkeypatch.setattr(Alarm, "read", lambda self, logs: [sign] if logs["step"] == 1 and "loss" in logs else [])
+    evaluation = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_accuracy_samples", "2", "--save_steps", "5"]
+    evaluation += ["--eval_dataset_name", str(held_out)]
+    with pytest.raises(SystemExit, match="--eval_accuracy_samples 2: rollouts are graded against answers; name their"):
+        run(*evaluation)
+    evaluation += ["--answer_column", "answer"]
+    out = run("--stop_on_collapse", *evaluation)
+    said = capsys.readouterr().out
+    assert "stopped before the end by --stop_on_collapse at step 1: all is lost; " in said
+    assert "checkpoint-1 is complete" in said and len(re.findall(r"evaluation .* held-out \d+\.\d ± ", said)) == 2
+    assert (out / "adapter_model.safetensors").exists() and "held-out accuracy" in (out / "README.md").read_text()
+    assert "finished_step" not in json.loads((out / "run_config.json").read_text())
+
+    run("--resume_from_checkpoint", "true", "--stop_on_collapse", "--save_steps", "1", *evaluation)
+    assert len(logged(out, 2, "eval_accuracy")) == 3 and len(logged(out, 2, "eval_accuracy_gain")) == 2
+    assert "stopped" not in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no row of --eval_dataset_name has an answer to grade against"):
+        run("--overwrite_output_dir", *evaluation, "--eval_dataset_name", str(blank))
 
 
 def read_completions(out):

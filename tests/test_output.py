@@ -57,11 +57,17 @@ LOGS = [
             "step  20/100  loss 0.0123  divergence 0.011  right 63 %  length 41  tok/s 812  left 1m20s",
         ),
         (LOGS[1], (), "step  20/100  evaluation  loss 0.4  divergence 0.2"),
+        (
+            LOGS[1]
+            | {"eval_accuracy": 0.635, "eval_accuracy_standard_error": 0.021, "eval_rewards/accuracy/mean": 0.6},
+            (),
+            "step  20/100  evaluation  loss 0.4  divergence 0.2  held-out 63.5 ± 2.1 %",
+        ),
         (LOGS[3], (), None),
         ({"loss": 2.0, "mean_token_accuracy": 0.5}, (None, 0.0), "step  20/100  loss 2  left 0s"),
         ({"loss": 0.0, "rewards/math/mean": 0.25}, (), "step  20/100  loss 0  right 25 %"),
     ],
-    ids=["opsd", "evaluation", "end", "sft", "grpo"],
+    ids=["opsd", "evaluation", "held out", "end", "sft", "grpo"],
 )
 def test_line_of_a_log(logs, further, line):
     assert format_log(20, 100, logs, *further) == line
@@ -169,6 +175,11 @@ def test_curves_and_what_was_learned(tmp_path):
     assert describe_learning(LOGS) == ["loss 0.5 -> 0.0123", "divergence 0.25 -> 0.011", "share right 40 % -> 63 %"]
     plot_curves(LOGS, tmp_path / "training.png")
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    held_out = [{"step": step, "eval_accuracy": step / 20, "eval_accuracy_standard_error": 0.1} for step in (0, 10)]
+    assert describe_learning(LOGS + held_out)[3:] == ["held-out accuracy 0 % -> 50 %"]
+    plot_curves(LOGS + held_out, tmp_path / "held_out.png")
+    width = [int.from_bytes((tmp_path / name).read_bytes()[16:20]) for name in ("training.png", "held_out.png")]
+    assert width[1] == width[0] * 5 / 4  # a panel more
     assert describe_learning(LOGS[-1:]) == []
     plot_curves(LOGS[-1:], tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()

@@ -146,6 +146,7 @@ class CompleteCheckpoints(Base):
     max_nonfinite_steps = 3
     logged_counts: tuple[str, ...] = ("num_nonfinite_steps",)  # what is counted (`_count`) and logged with each loss
     stop_signal: signal.Signals | None = None  # that ended the training before its last step
+    stop_reason: str | None = None  # what else did
     last_complete: Path | None = None  # checkpoint that this run has written or goes on from
     write_card: Callable[[], None] | None = None  # writes the README.md of the run, in place of TRL's
 
@@ -157,7 +158,7 @@ class CompleteCheckpoints(Base):
         super().__init__(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        self.stop_signal = self._got_signal = None
+        self.stop_signal = self._got_signal = self.stop_reason = None
         if isinstance(checkpoint := kwargs.get("resume_from_checkpoint"), str):
             self.last_complete = Path(checkpoint)
         previous = {number: signal.signal(number, self._note_signal) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -44,7 +44,7 @@ MAY_CHANGE = OPTIMIZER | {
     ),
     *("report_to", "project", "disable_tqdm", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("num_completions_to_print", "enable_jit_checkpoint", "skip_memory_metrics", "full_determinism", "push_to_hub"),
-    *("trust_remote_code", "dataset_num_proc", "use_cache", "debug", "verify_rollouts"),
+    *("trust_remote_code", "dataset_num_proc", "use_cache", "debug", "verify_rollouts", "stop_on_collapse"),
 }
 MAY_CHANGE_PREFIXES = ("logging_", "log_", "save_", "eval_", "hub_", "wandb_", "trackio_", "dataloader_", "ddp_")
 

@@ -20,6 +20,7 @@ PANELS = {
     "loss": ("loss",),
     "divergence (nats per token)": ("divergence",),
     "share right": ("share right",),
+    "held-out accuracy": ("accuracy",),
     "length (tokens)": ("completions/mean_length",),
     "entropy (nats per token)": ("entropy", "entropy/teacher"),
 }
@@ -87,21 +88,23 @@ def curve(logs: Sequence[Mapping[str, Any]], name: str, prefix: str = "") -> lis
 
 
 def plot_curves(logs: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Plot the metrics of `PANELS` that were logged over the steps, those of evaluations with dots."""
+    """Plot the metrics of `PANELS` that were logged over the steps, those of evaluations with dots and error bars."""
     from matplotlib.figure import Figure  # here, since no flag is read slower for it
 
-    panels: dict[str, list[tuple[str, str, list[tuple[int, float]]]]] = {}
+    panels: dict[str, list[tuple[str, str, list[tuple[int, float]], dict[int, float]]]] = {}
     for title, names in PANELS.items():
         for name in names:
             for prefix, style in (("", "-"), ("eval_", "o--")):
                 if points := curve(logs, name, prefix):
-                    panels.setdefault(title, []).append((f"{prefix}{name}", style, points))
+                    errors = dict(curve(logs, f"{name}_standard_error", prefix))
+                    panels.setdefault(title, []).append((f"{prefix}{name}", style, points, errors))
     if not panels:
         return
     figure = Figure(figsize=(3.2 * len(panels), 3), layout="constrained")
     for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for label, style, points in curves:
-            axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1.2, label=label)
+        for label, style, points, errors in curves:
+            bars = [errors.get(step, 0.0) for step, _ in points] if errors else None
+            axes.errorbar(*zip(*points, strict=True), bars, fmt=style, markersize=3, linewidth=1.2, label=label)
         axes.set(title=title, xlabel="optimizer steps")
         axes.grid(alpha=0.3)
         if len(curves) > 1:
@@ -110,12 +113,17 @@ def plot_curves(logs: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def describe_learning(logs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Loss, divergence and share right at the first log against the last one, each as `NAME FIRST -> LAST`."""
+    """Loss, divergence and shares right at the first log against the last one, each as `NAME FIRST -> LAST`."""
     described = []
-    for name in ("loss", "divergence", "share right"):
-        if points := curve(logs, name):
+    for name, metric, prefix in (
+        ("loss", "loss", ""),
+        ("divergence", "divergence", ""),
+        ("share right", "share right", ""),
+        ("held-out accuracy", "accuracy", "eval_"),
+    ):
+        if points := curve(logs, metric, prefix):
             (_, first), (_, last) = points[0], points[-1]
-            is_share = name == "share right"
+            is_share = name in ("share right", "held-out accuracy")
             values = f"{100 * first:.0f} % -> {100 * last:.0f} %" if is_share else f"{first:.3g} -> {last:.3g}"
             described.append(f"{name} {values}")
     return described

@@ -407,7 +407,7 @@ class Run:
             trainer.create_model_card()  # after PEFT, which writes one too
         if trainer.is_world_process_zero():
             plot_curves(trainer.state.log_history, output_dir / CURVES)
-            if trainer.stop_signal is None:
+            if trainer.stop_signal is None and trainer.stop_reason is None:
                 mark_finished(output_dir, trainer.state.global_step)
             self._print_end(trainer, settings, time.monotonic() - start)
             failure = self._publish() if self.training_args.push_to_hub and trainer.stop_signal is None else None
@@ -448,6 +448,11 @@ class Run:
                 "with --resume_from_checkpoint true"
             )
         else:
+            if trainer.stop_reason is not None:
+                lines.append(
+                    f"stopped before the end by {trainer.stop_reason}; {trainer.last_complete} is complete: to go on "
+                    "all the same, --resume_from_checkpoint true"
+                )
             what = "adapter" if self.model_args.use_peft else "model"
             lines.append(f"{what}: {output_dir}  (beside it {METRICS}, {CURVES}, README.md)")
             lines.append(f"evaluate it: {evaluation_command(settings)}")

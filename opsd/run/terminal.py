@@ -69,9 +69,14 @@ def duration(seconds: float) -> str:
 
 
 def format_values(logs: Mapping[str, Any]) -> list[str]:
-    """What is shown of a log: loss, divergence, share right and length, as far as it has them."""
+    """What is shown of a log: loss, divergence, share right (held-out accuracy) and length, as far as it has them."""
     parts = [f"{name} {logs[name]:.3g}" for name in ("loss", "divergence") if name in logs]
-    if (right := share_right(logs)) is not None:
+    if "accuracy" in logs:  # of an evaluation, with `--eval_accuracy_samples`
+        parts.append(f"held-out {100 * logs['accuracy']:.1f}")
+        if "accuracy_standard_error" in logs:
+            parts[-1] += f" ± {100 * logs['accuracy_standard_error']:.1f}"
+        parts[-1] += " %"
+    elif (right := share_right(logs)) is not None:
         parts.append(f"right {100 * right:.0f} %")
     if "completions/mean_length" in logs:
         parts.append(f"length {logs['completions/mean_length']:.0f}")

@@ -1,0 +1,125 @@
+"""Accuracy on held-out problems at each evaluation of the trainer, before the first step too."""
+
+import hashlib
+import json
+import logging
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from opsd.thinking import decode_response
+
+if TYPE_CHECKING:
+    from trl.experimental.gold import GOLDTrainer as Base  # what the mixin is put in front of
+else:
+    Base = object
+
+logger = logging.getLogger(__name__)
+
+SEED_STEP = -1  # in the place of the step in vLLM's seeds: the same at each evaluation, and of no step of the training
+STARTS = "held_out_start"  # in the state of the run: shares right at the first evaluation, to pair the later ones with
+# Behind the prefix of the evaluation, which is `eval`
+METRICS = ("accuracy", "accuracy_standard_error", "accuracy_gain", "accuracy_gain_standard_error")
+
+
+def check_answers(dataset: Dataset | None) -> None:
+    """Raise `ValueError` for held-out problems of which none has an answer."""
+    if dataset is not None and not any((answer or "").strip() for answer in dataset["answer"]):
+        raise ValueError(
+            "--eval_accuracy_samples: no row of --eval_dataset_name has an answer to grade against; name their column "
+            "(--answer_column), or leave the flag out"
+        )
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean of values, one for each problem, and its standard error, which a single one does not have."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return statistics.fmean(values), error
+
+
+class HeldOutAccuracy(Base):
+    """
+    Mixin for `OPSDTrainer`, in front of it among the bases: `--eval_accuracy_samples` completions of each held-out
+    problem at each evaluation.
+
+    They are sampled as the rollouts are, with the same seeds at each evaluation, and graded as the rollouts are. So
+    two evaluations differ by the weights alone, and their difference is paired by problem. Each process takes its
+    share of the problems. An evaluation leaves the random state of the training as it was.
+    """
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as the base class does, always with the same random numbers, which the training does not see."""
+        devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            self._seed_evaluation()
+            return super().evaluate(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, skip_scheduler: bool = False, **kwargs: Any) -> dict[str, float]:
+        if skip_scheduler and self.state.global_step > 0:  # --eval_on_start, in a run that goes on
+            return {}
+        return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
+
+    def _seed_evaluation(self) -> None:
+        torch.manual_seed(self.args.seed + self.accelerator.process_index)  # else all processes draw the same
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self.args.eval_accuracy_samples:
+            measured = self._measure_accuracy(dataloader.dataset, metric_key_prefix)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        return output
+
+    def _measure_accuracy(self, dataset: Dataset, prefix: str) -> dict[str, float]:
+        """
+        Return accuracy and gain over the first evaluation, each with its standard error over the problems.
+
+        All processes call it together. Problems without an answer do not count. The first evaluation has no gain.
+        """
+        check_answers(dataset)
+        shares = self._shares_right(dataset)
+        accuracy, error = mean_and_error(list(shares.values()))
+        measured = {"accuracy": accuracy, "accuracy_standard_error": error}
+        problems = dataset.select_columns(["student_prompt_ids", "answer"]).select(list(shares))[:]
+        digest = hashlib.sha256(json.dumps(problems).encode()).hexdigest()
+        starts = self._run_state.setdefault(STARTS, {})
+        if prefix in starts and starts[prefix]["problems"] != digest:
+            logger.warning("--eval_dataset_name: other problems than before; the gain in accuracy starts anew")
+            del starts[prefix]
+        if prefix in starts:
+            gains = [now - before for now, before in zip(shares.values(), starts[prefix]["shares"], strict=True)]
+            measured["accuracy_gain"], measured["accuracy_gain_standard_error"] = mean_and_error(gains)
+        else:
+            starts[prefix] = {"problems": digest, "shares": list(shares.values())}
+        return {name: value for name, value in measured.items() if value is not None}
+
+    def _shares_right(self, dataset: Dataset) -> dict[int, float]:
+        """Sample, grade, and return row -> share of right completions, over all processes and in the rows' order."""
+        process, num_samples = self.accelerator.process_index, self.args.eval_accuracy_samples
+        own = dataset.select(range(process, len(dataset), self.accelerator.num_processes))
+        prompts = [ids for ids in own["student_prompt_ids"] for _ in range(num_samples)]
+        answers = [answer for answer in own["answer"] for _ in range(num_samples)]
+        self.sampler.sync(self.state.global_step, reuse=True)
+        self.sampler.step = SEED_STEP
+        self._seed_evaluation()
+        completions = self.sampler.sample(prompts)
+        texts = [decode_response(self.processing_class, completion.ids) for completion in completions]
+        verdicts = self.teacher_context.verifier(texts, answers)
+        shares = []
+        for place in range(len(own)):
+            right = verdicts[place * num_samples : (place + 1) * num_samples]
+            if None not in right:
+                shares.append((process + place * self.accelerator.num_processes, sum(right) / num_samples))
+        return dict(sorted(gather_object(shares)))
