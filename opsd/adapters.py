@@ -44,17 +44,17 @@ FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embed
 WHOLE_MODEL = {"checkpoint_dir": "base_model", "adapter_name_or_path": "model_name_or_path"}  # flags of adapter, model
 
 
-def check_model_folder(path: str, flag: str, adapter_flag: str) -> None:
-    """Raise `ValueError`, naming `flag`, for a folder without a whole model."""
+def check_model_folder(path: str, flag: str, adapter_flag: str | None) -> None:
+    """Raise `ValueError`, naming `flag`, for a folder without a whole model; `adapter_flag` is for adapters."""
     folder = Path(path).expanduser()
     if not folder.is_dir() or (folder / "config.json").is_file():
         return
     if (folder / CONFIG_NAME).is_file():
         base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ValueError(
-            f"--{flag} {path}: holds a LoRA adapter, not a model; give its base model, {base}, as --{flag}, and this "
-            f"folder as --{adapter_flag}"
-        )
+        way_out = f"give its base model, {base}, as --{flag}, and this folder as --{adapter_flag}"
+        if adapter_flag is None:
+            way_out = f"merge it into its base model, {base}, as its README.md says, and give that"
+        raise ValueError(f"--{flag} {path}: holds a LoRA adapter, not a model; {way_out}")
     raise ValueError(f"--{flag} {path}: holds no model, config.json is missing")
 
 
