@@ -51,10 +51,15 @@ def check_model_folder(path: str, flag: str, adapter_flag: str | None) -> None:
         return
     if (folder / CONFIG_NAME).is_file():
         base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        way_out = f"give its base model, {base}, as --{flag}, and this folder as --{adapter_flag}"
         if adapter_flag is None:
-            way_out = f"merge it into its base model, {base}, as its README.md says, and give that"
-        raise ValueError(f"--{flag} {path}: holds a LoRA adapter, not a model; {way_out}")
+            raise ValueError(
+                f"--{flag} {path}: holds a LoRA adapter, not a model; merge it into its base model, {base}, as its "
+                "README.md says, and give that"
+            )
+        raise ValueError(
+            f"--{flag} {path}: holds a LoRA adapter, not a model; give its base model, {base}, as --{flag}, and this "
+            f"folder as --{adapter_flag}"
+        )
     raise ValueError(f"--{flag} {path}: holds no model, config.json is missing")
 
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from helpers import Recorder, perturb_student, rollout, script_rollouts
+from helpers import Recorder, perturb_student, rollout, save_model, script_rollouts
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 
 from opsd.losses import generalized_jsd
 from opsd.preflight import run_preflight
@@ -15,19 +15,6 @@ from opsd.rollouts import Completion
 from opsd_trainer import OPSDConfig
 
 NUM_PADDED = 9  # entries of a head beyond those of the tiny model
-
-
-def save_model(folder, tiny_model_dir, tokenizer=None, **changes):
-    """Save a random model, wider and less deep than the tiny one, with its tokenizer or another one."""
-    config = Qwen3Config.from_pretrained(tiny_model_dir)
-    settings = {"hidden_size": 160, "num_hidden_layers": 2, "intermediate_size": 192, "layer_types": None}
-    settings |= {"tie_word_embeddings": False, "initializer_range": 0.1}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen3ForCausalLM(Qwen3Config(**config.to_dict() | settings | changes))
-    model.save_pretrained(folder)
-    (tokenizer or AutoTokenizer.from_pretrained(tiny_model_dir)).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -120,7 +107,7 @@ def test_student_comes_nearer_and_the_teacher_stays_out_of_the_checkpoints(make_
     script_rollouts(trainer)
     trainer.train()
     losses = recorder.values("loss")
-    assert losses[-1] < 0.8 * losses[0]  # of random distributions; 0.3 and less in the runs looked at
+    assert losses[-1] < 0.8 * losses[0]  # of random distributions; half of it in the run looked at
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.teacher.other.state_dict().items())
     assert not any(weight.requires_grad for weight in trainer.teacher.other.parameters())
     assert not trainer.teacher.other.training
