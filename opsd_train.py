@@ -32,6 +32,7 @@ from opsd.losses import read_head_settings
 from opsd.run.arguments import ModelArguments, RunArguments, parse_arguments
 from opsd.run.run import Run
 from opsd.run.summary import ReversedClipCallback
+from opsd.teacher_model import check_teacher_model
 from opsd.thinking import check_thinking_mode
 
 logger = logging.getLogger(__name__)
@@ -176,6 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
         skeleton = run.make_skeleton(adapter)
         if training_args.loss_implementation == "fused":
             read_head_settings(skeleton)
+        if training_args.teacher_model_name_or_path is not None:
+            check_teacher_model(training_args, tokenizer, skeleton)
         run.check_resumed_settings()
 
     training_args.model_init_kwargs = run.model_options()

@@ -31,7 +31,7 @@ from opsd.losses import (
     read_head_settings,
 )
 from opsd.metrics import Metrics
-from opsd.packing import divide, packed_inputs, reason_against_packing, say_padded, sum_losses
+from opsd.packing import check_attention, divide, packed_inputs, reason_against_packing, say_padded, sum_losses
 from opsd.rollouts import Sampler, TransformersSampler, make_vllm_sampler
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.report import append_lines, drop_later_steps
@@ -71,7 +71,8 @@ class StepCallback(TrainerCallback):
         trainer = self.trainer
         if trainer.args.loss_implementation == "fused":
             with torch.no_grad():
-                trainer._in_forward(trainer.model_wrapped, trainer._check_head)
+                for network in trainer.teacher.networks(trainer.model_wrapped):
+                    trainer._in_forward(network, trainer._check_head)
         trainer._check_packing()
         trainer.teacher.start(trainer.model_wrapped, trainer._run_state, trainer._resumed_from)
         trainer._start_curriculum()
@@ -91,8 +92,8 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
 
     An optimizer step is `prepare_step` (sample, build the teacher's context, make micro-batches), then `compute_loss`
     for each micro-batch. The order of the data, the buffer of micro-batches and the training loop are GOLD's. Unlike
-    GOLD, there is no second model, the teacher has its own prompt, and the loss has a clip. Its denominator covers the
-    whole optimizer step.
+    GOLD, there is no second model unless the settings name one, the teacher has its own prompt, and the loss has a
+    clip. Its denominator covers the whole optimizer step.
 
     Args:
         model: model, or its path or Hub id.
@@ -155,22 +156,17 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         config = self.model.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False  # for a loss that OPSD does not have, and that `generate` fails at
-        if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
-            raise ValueError(
-                "attn_implementation='sdpa' leaves out the cap on the attention's logits that this model has, so that "
-                "rollouts come from another policy; load it with 'eager' or 'flash_attention_2'"
-            )
+        check_attention(config)
         if self.generation_config.eos_token_id is None:
             self.generation_config.eos_token_id = processing_class.eos_token_id
         self.generation_config.min_p = args.min_p or None
 
         self.objective = args.objective
         self.metrics = Metrics(self.accelerator)
-        vocab_size = self.model.config.get_text_config().vocab_size
-        self.token_metrics = TokenMetrics(self.metrics, args.objective, vocab_size, processing_class)
-        self.throughput = Throughput(self.metrics, self.model)
+        self.teacher = Teacher(args, self.model, self.accelerator, processing_class)
+        self.token_metrics = TokenMetrics(self.metrics, args.objective, self.teacher.vocab_size, processing_class)
+        self.throughput = Throughput(self.metrics, *self.teacher.networks(self.model))
         self.logged_counts += ("num_generated_tokens",) + ("num_rationale_tokens",) * args.reason_first
-        self.teacher = Teacher(args, self.model, self.accelerator)
         self.sampler = self._make_sampler(use_vllm)
         self.teacher_context = TeacherContext(
             args, self.collator, self.sampler, self.teacher, self.metrics, self.end_ids
@@ -294,6 +290,7 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         """Sample the completions from the student's weights as they are now."""
         self.sampler.sync(self.state.global_step, reuse=not self.model.training)
         completions = self.sampler.sample([rollout.prompt_ids for rollout in rollouts])
+        self.teacher.check_ids([completion.ids for completion in completions])
         end_ids = set(self.end_ids)
         for rollout, completion in zip(rollouts, completions, strict=True):
             rollout.completion_ids, rollout.sampler_logprobs = completion
@@ -401,12 +398,12 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
             implementation: "fused" or "dense"; by default that of the settings.
         """
         if (implementation or self.args.loss_implementation) == "dense":
-            with self.metrics.timed("teacher"), self.teacher.active(model):
-                teacher_logits = self.completion_logits(model, batch, "teacher")
-            student_logits = self.completion_logits(model, batch, "student")
+            with self.metrics.timed("teacher"), self.teacher.active(model) as network:
+                teacher_logits = self.teacher.common(self.completion_logits(network, batch, "teacher"), dim=-1)
+            student_logits = self.teacher.common(self.completion_logits(model, batch, "student"), dim=-1)
             return dense_token_losses(student_logits, teacher_logits, **self._loss_arguments(batch))
-        with self.metrics.timed("teacher"), self.teacher.active(model):
-            teacher_hidden, teacher_head = self._in_forward(model, self._teacher_outputs, batch)
+        with self.metrics.timed("teacher"), self.teacher.active(model) as network:
+            teacher_hidden, teacher_head = self._in_forward(network, self._teacher_outputs, batch)
         return self._in_forward(model, self._student_losses, batch, teacher_hidden, teacher_head)
 
     def _loss_arguments(self, batch: MicroBatch) -> dict[str, Any]:
@@ -423,7 +420,8 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
     def completion_logits(self, model: nn.Module, batch: MicroBatch, role: str) -> Tensor:
         """Compute the logits (N, V) from which `role` predicts the tokens of the loss, with the model as it is."""
         if self._is_packed:
-            inputs = packed_inputs(batch.packed(role), self.model.config.get_text_config())
+            config = self.accelerator.unwrap_model(model).config.get_text_config()
+            inputs = packed_inputs(batch.packed(role), config)
             return model(**inputs, logits_to_keep=batch.predictors(role), use_cache=False).logits[0]
         num_logits = batch.completion_ids.shape[1] + 1
         outputs = model(**batch.model_inputs(role), logits_to_keep=num_logits, use_cache=False)
@@ -448,9 +446,11 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         if not self.args.packing:
             return
         with torch.no_grad(), self.accelerator.autocast():
-            reason = self._in_forward(
-                self.model_wrapped, lambda policy: reason_against_packing(self._causal_lm(policy))
-            )
+            reasons = [
+                self._in_forward(network, lambda policy: reason_against_packing(self._causal_lm(policy)))
+                for network in self.teacher.networks(self.model_wrapped)
+            ]
+        reason = next(filter(None, reasons), None)
         self._is_packed = reason is None
         say_padded(reason, self.args.max_tokens_per_micro_batch)
 
@@ -467,11 +467,7 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
     def _teacher_outputs(self, policy: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Return hidden states (N, H), and the teacher's head (V, H) if it is not the student's."""
         hidden_states = self._hidden_states(policy, batch, "teacher")
-        weight = self._causal_lm(policy).get_output_embeddings().weight
-        if self.teacher.weights is None or not weight.requires_grad:
-            return hidden_states, None
-        with maybe_gather_lm_head_ctx(weight):
-            return hidden_states, weight.full_tensor() if isinstance(weight, DTensor) else weight.detach().clone()
+        return hidden_states, self.teacher.head(self._causal_lm(policy).get_output_embeddings().weight)
 
     def _student_losses(
         self, policy: nn.Module, batch: MicroBatch, teacher_hidden: Tensor, teacher_head: Tensor | None
@@ -482,7 +478,7 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
             return fused_token_losses(
                 student_hidden,
                 teacher_hidden,
-                weight.full_tensor() if isinstance(weight, DTensor) else weight,
+                self.teacher.common(weight.full_tensor() if isinstance(weight, DTensor) else weight),
                 teacher_lm_head_weight=teacher_head,
                 head=self._head_settings,
                 chunk_size=self.args.loss_chunk_size,

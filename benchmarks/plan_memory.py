@@ -110,40 +110,50 @@ def make_fake(model: nn.Module) -> None:
                     tensors[name] = fakes[id(tensor)]
 
 
-def activations(model: nn.Module, args: OPSDConfig, vocab_size: int) -> tuple[int, int]:
+def activations(model: nn.Module, teacher_model: nn.Module, args: OPSDConfig) -> tuple[int, int]:
     """Return the peaks of the teacher's and of the student's pass, without gradients of weights, in bytes."""
-    is_adapted = hasattr(model, "peft_config")
-    backbone = (model.get_base_model() if is_adapted else model).base_model
-    batch, longest = args.per_device_train_batch_size, args.max_length or 20_000
+    is_adapted, batch = hasattr(model, "peft_config"), args.per_device_train_batch_size
+    short = PROMPT_TOKENS + args.max_completion_length
+    longest = short if args.teacher_context == "none" else args.max_length or 20_000
 
-    def run(num_tokens: int) -> torch.Tensor:
+    def run(model: nn.Module, num_tokens: int) -> torch.Tensor:
+        backbone = (model.get_base_model() if hasattr(model, "peft_config") else model).base_model
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
             ids = torch.ones(batch, num_tokens, dtype=torch.long)
             return backbone(input_ids=ids, attention_mask={"full_attention": None}, use_cache=False)[0]
 
     def teach() -> None:
         with torch.no_grad(), model.disable_adapter() if is_adapted else ExitStack():
-            run(longest)
+            run(teacher_model, longest)
 
     gradients = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
 
     def learn() -> None:
-        hidden = run(PROMPT_TOKENS + args.max_completion_length)
+        hidden = run(model, short)
         hidden.backward(torch.ones_like(hidden))
 
     with disable_input_dtype_casting(model, active=is_adapted and args.bf16):
-        teacher = peak_bytes(model, teach)
+        teacher = peak_bytes(teacher_model, teach)
         student = peak_bytes(model, learn)
     return teacher, max(student - gradients, 0)
 
 
+def build(name: str, dtype: torch.dtype) -> nn.Module:
+    """Return a model without weights."""
+    config = read_config(name)
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def plan(args: OPSDConfig, model_args: ModelArguments, num_processes: int, gpu_bytes: int) -> dict[str, int]:
     """Return what takes how many bytes of each GPU. "sampling" and "training" are what is there at these times."""
-    config = read_config(model_args.model_name_or_path)
-    config._attn_implementation = "sdpa"
     dtype = torch.float32 if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
+    model = build(model_args.model_name_or_path, dtype)
+    config, teacher_model = model.config, None
+    if args.teacher_model_name_or_path is not None:
+        teacher_model = build(args.teacher_model_name_or_path, torch.bfloat16 if args.bf16 else dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         if (peft_config := get_peft_config(model_args)) is not None:
             model = get_peft_model(model, peft_config)
     model.train()
@@ -151,8 +161,9 @@ def plan(args: OPSDConfig, model_args: ModelArguments, num_processes: int, gpu_b
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     with FakeTensorMode():
-        make_fake(model)
-        teacher, student = activations(model, args, config.vocab_size)
+        for each in filter(None, (model, teacher_model)):
+            make_fake(each)
+        teacher, student = activations(model, model if teacher_model is None else teacher_model, args)
     weights = list(model.parameters())
     trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     trained_bytes = sum(weight.nbytes for weight in weights if weight.requires_grad)
@@ -163,6 +174,8 @@ def plan(args: OPSDConfig, model_args: ModelArguments, num_processes: int, gpu_b
         "weights": all_bytes,
         "gradients, Adam, DDP's buckets": 2 * trained_bytes + 8 * trained - (num_processes == 1) * trained_bytes,
     }
+    if teacher_model is not None:
+        parts["weights of the teacher model"] = sum(weight.nbytes for weight in teacher_model.parameters())
     if args.use_ema_teacher or (args.fixed_teacher and peft_config is None):
         copy = 4 * trained if args.use_ema_teacher else trained_bytes
         parts["teacher's copy, and the student's while it is in place"] = copy + trained_bytes

@@ -49,13 +49,18 @@ MERGE_LIMITS = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.05}
 WHOLE_MODEL = {"checkpoint_dir": "base_model", "adapter_name_or_path": "model_name_or_path"}  # flags of adapter, model
 
 
-def check_model_folder(path: str, flag: str, adapter_flag: str) -> None:
-    """Raise `ValueError`, naming `flag`, for a folder without a whole model."""
+def check_model_folder(path: str, flag: str, adapter_flag: str | None) -> None:
+    """Raise `ValueError`, naming `flag`, for a folder without a whole model; `adapter_flag` is for adapters."""
     folder = Path(path).expanduser()
     if not folder.is_dir() or (folder / "config.json").is_file():
         return
     if (folder / CONFIG_NAME).is_file():
         base = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if adapter_flag is None:
+            raise ValueError(
+                f"--{flag} {path}: holds a LoRA adapter, not a model; merge it into its base model, {base}, as its "
+                "README.md says, and give that"
+            )
         raise ValueError(
             f"--{flag} {path}: holds a LoRA adapter, not a model; give its base model, {base}, as --{flag}, and this "
             f"folder as --{adapter_flag}"

@@ -49,7 +49,6 @@ FIXED = {
     "seq_kd": (False, "there is no off-policy part"),
     "use_uld_loss": (False, "both roles share one tokenizer"),
     "remove_unused_columns": (False, "the collator picks its columns"),
-    "teacher_model_name_or_path": (None, "the model is its own teacher"),
     "vllm_sync_frequency": (1, "each rollout comes from the present student"),
     "vllm_structured_outputs_regex": (None, "rollouts are free text"),
 }
@@ -70,8 +69,8 @@ UNUSED = {
     "OPSD calls parts of the model by themselves": (
         "torch_compile", "torch_compile_backend", "torch_compile_mode", "activation_offloading",
     ),
-    "there is no second model or tokenizer": (
-        "teacher_model_revision", "teacher_model_init_kwargs", "teacher_tokenizer_name_or_path", "use_extended_uld",
+    "there is no second tokenizer, and a teacher model is loaded as the student is": (
+        "teacher_model_init_kwargs", "teacher_tokenizer_name_or_path", "use_extended_uld",
         "uld_token_merge_strategy", "uld_use_hybrid_loss", "uld_hybrid_matched_weight", "uld_hybrid_unmatched_weight",
         "uld_crossentropy_weight", "uld_distillation_weight", "uld_student_temperature", "uld_teacher_temperature",
         "uld_skip_student_eos", "uld_skip_teacher_eos",
@@ -487,6 +486,7 @@ class OPSDConfig(GOLDConfig):
             self._refuse("num_generations", f"divide {product}: a problem's rollouts stay together")
         if self.use_ema_teacher and self.fixed_teacher:
             self._refuse("use_ema_teacher", "be left out with --fixed_teacher: choose one teacher")
+        self._check_teacher_model()
         if self.top_k_loss_add_tail and not self.top_k_loss:
             self._refuse("top_k_loss_add_tail", "go with --top_k_loss")
 
@@ -516,6 +516,19 @@ class OPSDConfig(GOLDConfig):
                     "go with --vllm_mode colocate: a server may report probabilities before or after its truncation, "
                     "and does not say which",
                 )
+
+    def _check_teacher_model(self) -> None:
+        """Raise `ValueError` for what does not go with a second model as teacher, or without one."""
+        name = self.teacher_model_name_or_path
+        if name is None:
+            if self.teacher_model_revision is not None:
+                self._refuse("teacher_model_revision", "go with --teacher_model_name_or_path")
+            return
+        for flag in ("fixed_teacher", "use_ema_teacher"):
+            if getattr(self, flag):
+                self._refuse(flag, f"be false with --teacher_model_name_or_path {name}, which teaches and stays")
+        if self.reason_first:
+            self._refuse("reason_first", "be false with --teacher_model_name_or_path: no sampler has that model")
 
     def _check_context(self) -> None:
         """Raise `ValueError` for what does not go with the teacher's context."""

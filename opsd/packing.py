@@ -86,6 +86,15 @@ def packed_inputs(role: PackedRole, config: PreTrainedConfig) -> dict[str, Any]:
     return inputs | {"attention_mask": passed_on, "sequence_lengths": role.lengths}
 
 
+def check_attention(config: PreTrainedConfig) -> None:
+    """Raise `ValueError` for a model whose attention would leave out the cap on its logits."""
+    if getattr(config, "attn_logit_softcapping", None) is not None and config._attn_implementation == "sdpa":
+        raise ValueError(
+            "attn_implementation='sdpa' leaves out the cap on the attention's logits that this model has, so that "
+            "rollouts come from another policy; load it with 'eager' or 'flash_attention_2'"
+        )
+
+
 def reason_against_packing(model: PreTrainedModel) -> str | None:
     """
     Return why the sequences of a row would mix in this model, or `None` if they stay apart.

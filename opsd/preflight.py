@@ -11,7 +11,7 @@ import random
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -318,8 +318,8 @@ def _check_padding(
     token_ids = batch.of_tokens(batch.completion_ids)
     model, checks = trainer.model_wrapped, []
     for role, role_prompts in (("student", prompts), ("teacher", teacher_prompts)):
-        with trainer.teacher.active(model) if role == "teacher" else nullcontext():
-            logits = trainer.completion_logits(model, batch, role)
+        with trainer.teacher.active(model) if role == "teacher" else nullcontext(model) as network:
+            logits = trainer.completion_logits(network, batch, role)
         padded = selective_log_softmax(logits.float(), token_ids)
         alone = _logprobs(trainer, role_prompts, completions, as_teacher=role == "teacher")
         checks.append(_compare("padding", f"{role} in a batch against each prompt alone", padded, alone, tolerance))
@@ -363,8 +363,8 @@ def _logprobs(
     trainer: OPSDTrainer, prompts: list[list[int]], completions: list[list[int]], as_teacher: bool = False
 ) -> Tensor:
     """Score the completions' tokens, (N,), float32 on the CPU, one by one and so without padding."""
-    model, logprobs = trainer.model_wrapped, []
-    with trainer.teacher.active(model) if as_teacher else nullcontext():
+    student, logprobs = trainer.model_wrapped, []
+    with trainer.teacher.active(student) if as_teacher else nullcontext(student) as model:
         for prompt, completion in zip(prompts, completions, strict=True):
             if not completion:
                 continue
@@ -458,11 +458,17 @@ def _noise(trainer: OPSDTrainer) -> Iterator[Callable[[float], None]]:
 
 @contextmanager
 def _float32_logits(trainer: OPSDTrainer) -> Iterator[None]:
-    """Multiply with a plain head in float32 in the block, as the fused loss and vLLM do."""
-    head = trainer.accelerator.unwrap_model(trainer.model_wrapped).get_output_embeddings()
-    if not isinstance(head, nn.Linear) or isinstance(head, BaseTunerLayer):  # with an adapter: as the model has it
+    """Multiply with plain heads in float32 in the block, as the fused loss and vLLM do."""
+    with ExitStack() as heads:
+        for network in trainer.teacher.networks(trainer.model_wrapped):
+            head = trainer.accelerator.unwrap_model(network).get_output_embeddings()
+            if isinstance(head, nn.Linear) and not isinstance(head, BaseTunerLayer):  # else: as the model has it
+                heads.enter_context(_float32_head(head))
         yield
-        return
+
+
+@contextmanager
+def _float32_head(head: nn.Linear) -> Iterator[None]:
 
     def forward(hidden_states: Tensor) -> Tensor:
         bias = None if head.bias is None else head.bias.float()

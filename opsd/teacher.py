@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from opsd.config import OPSDConfig
+from opsd.teacher_model import check_teacher_model, load_teacher_model
 
 # Integer types by the size of an entry in bytes
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,21 +33,34 @@ class Teacher:
 
     - "base": the model with its adapter off (`fixed_teacher` and a fresh adapter).
     - "start policy": a copy of the trained weights as they were at the start (`fixed_teacher` without an adapter, or
-      with
-      one that was trained before).
+      with one that was trained before).
     - "average": an exponential moving average of the trained weights (`use_ema_teacher`).
+    - "other model": a second model (`teacher_model_name_or_path`), which is loaded here and stays as it is.
     - "student": the current policy.
 
     Args:
         args: settings.
         model: the model in training, before or after its launcher wraps it.
         accelerator: the trainer's accelerator.
+        tokenizer: of the model.
+
+    Raises:
+        ValueError: for a second model that does not fit the first.
     """
 
-    def __init__(self, args: OPSDConfig, model: nn.Module, accelerator: Accelerator):
+    def __init__(
+        self, args: OPSDConfig, model: nn.Module, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
+    ):
         self.args, self.model, self.accelerator = args, model, accelerator
+        self.other: nn.Module | None = None  # a second model, as its launcher has wrapped it
+        self.vocab_size: int = model.config.get_text_config().vocab_size  # entries of a distribution in the loss
         # A fresh adapter is a no-op, so the base model is the initial policy.
-        if args.use_ema_teacher:
+        if args.teacher_model_name_or_path is not None:
+            self.kind = "other model"
+            student: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+            self.vocab_size = check_teacher_model(args, tokenizer, student)
+            self.other = load_teacher_model(args, student, accelerator)
+        elif args.use_ema_teacher:
             self.kind = "average"
         elif not args.fixed_teacher:
             self.kind = "student"
@@ -80,8 +96,8 @@ class Teacher:
         if (before := run_state.setdefault("teacher", self.kind)) != self.kind:
             raise ValueError(
                 f"--resume_from_checkpoint {checkpoint}: its teacher is the {before}, and with these flags it would "
-                f"be the {self.kind}; give --fixed_teacher, --use_ema_teacher, --use_peft and --adapter_name_or_path "
-                "as at the first start"
+                f"be the {self.kind}; give --fixed_teacher, --use_ema_teacher, --teacher_model_name_or_path, "
+                "--use_peft and --adapter_name_or_path as at the first start"
             )
         if self.kind not in ("start policy", "average"):
             return
@@ -95,9 +111,22 @@ class Teacher:
         if self.weights is not None and step % self.args.ema_update_steps == 0:
             self.weights.update()
 
+    def networks(self, model: nn.Module) -> list[nn.Module]:
+        """Return the student, `model`, and the second model if there is one."""
+        return [model] if self.other is None else [model, self.other]
+
     @contextmanager
-    def active(self, model: nn.Module) -> Iterator[None]:
-        """Put the teacher in the place of `model` (wrapped or not) inside the block, which computes no gradients."""
+    def active(self, model: nn.Module) -> Iterator[nn.Module]:
+        """
+        Put the teacher in the place of `model` (wrapped or not) inside the block, which computes no gradients.
+
+        Yields:
+            The module to call as the teacher: `model`, or the second one.
+        """
+        if self.other is not None:
+            with torch.no_grad():
+                yield self.other
+            return
         policy = self.accelerator.unwrap_model(model)
         trained = [weight for weight in policy.parameters() if weight.requires_grad]
         if self.is_base:
@@ -111,7 +140,36 @@ class Teacher:
             # to choose the dtype in which gradients are reduced.
             for weight in trained:
                 weight.requires_grad_(True)
-            yield
+            yield model
+
+    def head(self, weight: nn.Parameter) -> Tensor | None:
+        """
+        Return the teacher's head, (V, H), or `None` if it is the student's.
+
+        It is called where the teacher is `active`, inside its forward, with the weight of the head as it is there.
+        """
+        if self.other is None and (self.weights is None or not weight.requires_grad):
+            return None
+        with maybe_gather_lm_head_ctx(weight):
+            if isinstance(weight, DTensor):
+                return self.common(weight.full_tensor())
+            head = self.common(weight.detach())
+            stays = self.other is not None and not is_sharded(list(self.other.parameters()))
+            return head if stays else head.clone()
+
+    def common(self, entries: Tensor, dim: int = 0) -> Tensor:
+        """Leave out the entries of a dimension, of the vocabulary, that only one of the two heads has."""
+        has_more = entries.shape[dim] > self.vocab_size
+        return entries.narrow(dim, 0, self.vocab_size) if has_more else entries
+
+    def check_ids(self, sampled: Sequence[Sequence[int]]) -> None:
+        """Raise `ValueError` for a sampled token that a second model's head does not have."""
+        if self.other is not None and (largest := max(map(max, filter(None, sampled)), default=0)) >= self.vocab_size:
+            raise ValueError(
+                f"--teacher_model_name_or_path {self.args.teacher_model_name_or_path}: the student has sampled token "
+                f"{largest}, beyond the tokenizer, and the teacher's head has {self.vocab_size} entries; lower "
+                "--top_p or --top_k, or take a teacher with as many entries as the student"
+            )
 
     def check_frozen_weights(self, run_state: dict[str, Any]) -> None:
         """

@@ -73,18 +73,20 @@ class Throughput(TrainerCallback):
     Args:
         metrics: of the trainer.
         model: in training, before a launcher wraps it.
+        teacher: the second model, if there is one.
     """
 
-    def __init__(self, metrics: Metrics, model: PreTrainedModel):
+    def __init__(self, metrics: Metrics, model: PreTrainedModel, teacher: PreTrainedModel | None = None):
         self.metrics = metrics
         self._counts: dict[str, float] = defaultdict(float)  # since the last log
-        self._operations, self._peak_flops = None, None
+        self._operations: dict[str, StepOperations] = {}  # of each role's model
+        self._peak_flops = None
         if metrics.accelerator.device.type == "cuda":
             config = model.config.get_text_config()
             is_half = model.dtype.itemsize == 2 or metrics.accelerator.mixed_precision in ("bf16", "fp16")
             if is_half and not any(getattr(config, name, None) for name in NUM_EXPERTS):
                 self._peak_flops = peak_flops(torch.cuda.get_device_name())
-                self._operations = StepOperations(model)
+                self._operations = {"student": StepOperations(model), "teacher": StepOperations(teacher or model)}
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.metrics.start_step()
@@ -116,9 +118,8 @@ class Throughput(TrainerCallback):
         self.metrics.add("padding_ratio", num_computed - num_real, num_computed)
         self._counts["generated"] += num_generated
         self._counts["trained"] += num_real
-        if self._operations is not None:
-            for role, of_role in lengths.items():
-                self._counts["flops"] += self._operations.count(of_role, num_generated, role == "student")
+        for role, operations in self._operations.items():
+            self._counts["flops"] += operations.count(lengths[role], num_generated, role == "student")
 
     def record(self) -> None:
         """Log the figures of the optimizer steps since the last call."""

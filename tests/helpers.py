@@ -15,7 +15,7 @@ import psutil
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from data_collator import MicroBatch, start_rollouts
 from opsd_trainer import OPSDConfig, OPSDTrainer
@@ -102,6 +102,19 @@ def make_trainer_factory(model_dir: Path, problems: Dataset, folder: Path) -> Ca
         )
 
     return make
+
+
+def save_model(folder: Path, tiny_model_dir: Path, tokenizer=None, **changes) -> str:
+    """Save a random model, wider and less deep than the tiny one, with its tokenizer or another one."""
+    config = Qwen3Config.from_pretrained(tiny_model_dir)
+    settings = {"hidden_size": 160, "num_hidden_layers": 2, "intermediate_size": 192, "layer_types": None}
+    settings |= {"tie_word_embeddings": False, "initializer_range": 0.1}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(Qwen3Config(**config.to_dict() | settings | changes))
+    model.save_pretrained(folder)
+    (tokenizer or AutoTokenizer.from_pretrained(tiny_model_dir)).save_pretrained(folder)
+    return str(folder)
 
 
 class Recorder(TrainerCallback):

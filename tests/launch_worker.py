@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 import opsd_train
 import opsd_trainer
 from opsd.run import run as run_module
+from opsd.teacher import local_shard
 from opsd_trainer import OPSDTrainer
 
 SETTINGS = helpers.CPU | helpers.OPSD
@@ -111,10 +112,13 @@ class KeptTrainer(OPSDTrainer):
 
     kept: list[OPSDTrainer] = []
     extra_callbacks: list[TrainerCallback] = []
+    is_scripted = False  # whether its rollouts are given
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, callbacks=self.extra_callbacks, **kwargs)
         self.kept.append(self)
+        if self.is_scripted:
+            helpers.script_rollouts(self)
 
 
 class KillServer(TrainerCallback):
@@ -140,15 +144,19 @@ def train(settings: dict) -> OPSDTrainer:
 def describe(trainer: OPSDTrainer) -> dict:
     """Say how this process trains, and how many elements of the model it holds as shards."""
     wrapped = trainer.model_wrapped
-    shards = [getattr(weight, "ds_tensor", weight) for weight in trainer.model.parameters()]
     return {
         "backend": dist.get_backend(),
         "world_size": dist.get_world_size(),
         "distributed_type": trainer.accelerator.distributed_type.value,
         "wrapper": type(wrapped).__name__,
         "zero_stage": wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None,
-        "elements": sum((shard.to_local() if isinstance(shard, DTensor) else shard).numel() for shard in shards),
+        "elements": count_elements(trainer.model),
     }
+
+
+def count_elements(model: torch.nn.Module) -> int:
+    """Count the elements of a model that this process holds."""
+    return sum(local_shard(weight).numel() for weight in model.parameters())
 
 
 def whole(trainer: OPSDTrainer, weight: Tensor) -> Tensor:
@@ -179,7 +187,8 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     Train after a preflight and resume that run, do the same with an EMA teacher, and train ten steps in bfloat16.
 
     With "full" there is also a full fine-tuning. With "tensor_parallel" there is only the first run, with one engine
-    over two processes. With "server PORT PID" there is a run against a server, and one in which the server dies. With
+    over two processes. With "teacher_model FOLDER" there is only a run against that teacher, on rollouts that are
+    given, without vLLM. With "server PORT PID" there is a run against a server, and one in which the server dies. With
     "variants" there are only those of `VARIANTS`, three steps of eight rollouts each.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -194,6 +203,23 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
         _, port, pid = further
         common |= {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
 
+    if "teacher_model" in further:
+        KeptTrainer.is_scripted = True
+        common |= {
+            "use_vllm": False,
+            "fixed_teacher": False,
+            "teacher_context": "none",
+            "max_steps": 3,
+            "save_steps": 3,
+        }
+        common |= {"teacher_model_name_or_path": further[1], "preflight": True, "output_dir": run}
+        trainer = train(common)
+        processes = gather_object([describe(trainer) | {"of_teacher": count_elements(trainer.teacher.other)}])
+        if trainer.accelerator.is_main_process:
+            results = {"run": trainer.state.log_history, "processes": processes}
+            Path(folder, "results.json").write_text(json.dumps(results))
+        shutdown(trainer, trainer.sampler)
+        return
     if "variants" in further:
         common |= {"per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", "1")), "max_steps": 3}
         common |= {"answer_column": "answer", "save_strategy": "no"}

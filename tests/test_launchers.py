@@ -15,7 +15,7 @@ import psutil
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import LOGPROB_GAP, free_port, saved_rollouts, started
+from helpers import LOGPROB_GAP, free_port, save_model, saved_rollouts, started
 from launch_worker import ADAPTER, SETTINGS, VARIANTS
 from safetensors.torch import load_file
 from torch import Tensor
@@ -149,6 +149,44 @@ def test_launcher(launcher, one_process, tiny_model_dir, data, deepspeed_build, 
         base, trained = load_file(tiny_model_dir / "model.safetensors"), load_file(tmp_path / "full/model.safetensors")
         assert {name: weight.shape for name, weight in trained.items()} == {n: w.shape for n, w in base.items()}
         assert not any(trained[name].equal(weight) for name, weight in base.items())
+
+
+@pytest.fixture(scope="module")
+def teacher_model(tiny_model_dir, tmp_path_factory) -> Path:
+    return Path(save_model(tmp_path_factory.mktemp("teacher"), tiny_model_dir))
+
+
+@pytest.fixture(scope="module")
+def one_process_with_teacher_model(tiny_model_dir, data, teacher_model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("with_teacher_model")
+    status = launch("cpu", 1, folder / "log", tiny_model_dir, data, folder, "teacher_model", teacher_model)
+    assert status == 0, (folder / "log").read_text()[-5000:]
+    return folder
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    "launcher", ["ddp", *(pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("zero2", "zero3", "fsdp2"))]
+)
+def test_teacher_model(
+    launcher, one_process_with_teacher_model, teacher_model, tiny_model_dir, data, deepspeed_build, tmp_path
+):
+    """Another model teaches: the same run as in one process; where the student is sharded, the teacher is too."""
+    arguments = (tiny_model_dir, data, tmp_path, "teacher_model", teacher_model)
+    status = launch(launcher, 2, log := tmp_path / "log", *arguments, TORCH_EXTENSIONS_DIR=deepspeed_build)
+    assert status == 0, log.read_text()[-5000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    expected = json.loads((one_process_with_teacher_model / "results.json").read_text())
+    assert values(results["run"], "loss") == pytest.approx(values(expected["run"], "loss"), rel=1e-5)
+    assert min(values(results["run"], "loss")) > 0.1  # nats, from a random teacher
+    trained, reference = adapter(tmp_path / "run"), adapter(one_process_with_teacher_model / "run")
+    assert_close(trained, reference, rtol=0, atol=1e-5)
+    total = sum(weight.numel() for weight in load_file(teacher_model / "model.safetensors").values())
+    held = total // 2 if launcher in ("zero3", "fsdp2") else total
+    for process in results["processes"]:
+        assert (process["world_size"], process["wrapper"]) == (2, LAUNCHERS[launcher]["wrapper"])
+        assert abs(process["of_teacher"] - held) <= 0.05 * total  # ZeRO-3 keeps small weights whole
+    assert not [file for file in (tmp_path / "run" / "checkpoint-3").rglob("*") if "teacher" in file.name]
 
 
 @pytest.mark.multiprocess

@@ -108,7 +108,10 @@ def write(file, *lines):
         (["--activation_offloading"], "--activation_offloading True: must be False"),
         (["--torch_compile"], "--torch_compile True: must be False: OPSD calls parts of the model by themselves"),
         (["--torch_compile_backend", "eager"], "--torch_compile_backend eager: must be None"),
-        (["--uld_student_temperature", "2"], "--uld_student_temperature 2.0: must be 1.0: there is no second model"),
+        (
+            ["--uld_student_temperature", "2"],
+            "--uld_student_temperature 2.0: must be 1.0: there is no second tokenizer",
+        ),
         (["--auto_find_batch_size"], "--auto_find_batch_size True: must be False: the batch would change"),
         (
             ["--label_names", "answer"],

@@ -69,6 +69,19 @@ def test_plan_of_a_small_model(tiny_model_dir, lora, ema):
     assert parts["training"] == held + 2**29 + longest
 
 
+def test_a_second_model_is_counted(tiny_model_dir):
+    settings = {"use_cpu": True, "bf16": True, "max_length": 2048, "max_completion_length": 100}
+    model_args = ModelArguments(model_name_or_path=str(tiny_model_dir), dtype="bfloat16", use_peft=True)
+    own, other = (
+        plan_memory.plan(OPSDConfig(**settings, **teacher), model_args, 2, 2**30)
+        for teacher in ({"fixed_teacher": True}, {"teacher_model_name_or_path": str(tiny_model_dir)})
+    )
+    assert other["weights of the teacher model"] == 2 * plan_memory.build(str(tiny_model_dir), None).num_parameters()
+    assert other["training"] - own["training"] == other["weights of the teacher model"]
+    short = OPSDConfig(**settings, teacher_model_name_or_path=str(tiny_model_dir), teacher_context="none")
+    assert plan_memory.plan(short, model_args, 2, 2**30)["teacher's pass"] < other["teacher's pass"] / 2
+
+
 def test_flags_to_change_come_in_the_order_of_their_cost():
     args = OPSDConfig(use_cpu=True, bf16=False, use_vllm=True, per_device_train_batch_size=4)
     names = [name for name, _ in plan_memory.suggestions(args)]

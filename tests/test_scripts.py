@@ -110,6 +110,14 @@ RECIPES = {
     "run_opsd_ema": Recipe(
         "opsd_train", 4, 2, RELEASE_1B | {"fixed_teacher": False, "use_ema_teacher": True, "ema_decay": 0.999}
     ),
+    "run_opd_1b": Recipe(
+        "opsd_train",
+        4,
+        2,
+        RELEASE_1B
+        | {"teacher_model_name_or_path": "Qwen/Qwen3-8B", "fixed_teacher": False, "teacher_context": "none"}
+        | {"vllm_gpu_memory_utilization": 0.4},
+    ),
     "run_opsd_topkloss": Recipe("opsd_train", 4, 2, RELEASE_1B | {"top_k_loss": 100}),
     "run_opsd_tinker": Recipe("opsd_train", 8, 4, PAPER_V1 | {"use_tinker_loss": True}),
     "run_opsd_paper_v1": Recipe("opsd_train", 8, 4, PAPER_V1),
@@ -126,7 +134,15 @@ FOLLOWING |= {"steps_per_generation", "loss_temperature", "verify_rollouts"}
 FOLDERS = ("opsd", "eval", "quickstart", "real_model", "benchmarks", "examples")
 EVALUATIONS = [("run_eval.sh", "Qwen/Qwen3-1.7B", True), ("run_eval_nonthink.sh", "Qwen/Qwen3-8B", False)]
 READ_BY_SCRIPTS = {"MODEL", "DATASET", "OUTPUT_DIR", "CHECKPOINTS", "NUM_PROCESSES", "NUM_MACHINES", "PORT"}
-READ_BY_SCRIPTS |= {"ACCELERATE_CONFIG", "MACHINE_RANK", "SEED", "SEEDS", "EVALUATION", "CUDA_VISIBLE_DEVICES"}
+READ_BY_SCRIPTS |= {
+    "TEACHER",
+    "ACCELERATE_CONFIG",
+    "MACHINE_RANK",
+    "SEED",
+    "SEEDS",
+    "EVALUATION",
+    "CUDA_VISIBLE_DEVICES",
+}
 
 
 def dry_run(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -28,7 +28,8 @@ SHOWN = {
 SAMPLING = ("temperature", "top_p", "top_k", "max_completion_length", "num_generations")
 SHOWN_OF_METHOD = {
     "opsd": (
-        *("fixed_teacher", "use_ema_teacher", "teacher_context", "beta", "jsd_token_clip", "jsd_clip_mode"),
+        *("teacher_model_name_or_path", "fixed_teacher", "use_ema_teacher", "teacher_context", "beta"),
+        *("jsd_token_clip", "jsd_clip_mode"),
         *("use_tinker_loss", "top_k_loss", "policy_gradient_weight", "student_thinking", "teacher_thinking"),
         *(*SAMPLING, "max_length"),
     ),

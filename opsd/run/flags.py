@@ -38,7 +38,8 @@ GROUPS = {
         "teacher_thinking", "teacher_prefill",
     ),
     "teacher": (
-        "fixed_teacher", "use_ema_teacher", "ema_decay", "ema_update_steps", "teacher_context",
+        "fixed_teacher", "use_ema_teacher", "ema_decay", "ema_update_steps", "teacher_model_name_or_path",
+        "teacher_model_revision", "teacher_context",
         "reference_fallback", "reason_first", "max_reasoning_length", "reasoning_prompt",
         "reasoning_generation_kwargs",
     ),
@@ -70,6 +71,10 @@ GROUPS = {
 # In place of what TRL and transformers say
 HELP = {
     "model_name_or_path": "Folder or Hub id of the model. Must be given.",
+    "teacher_model_name_or_path": "Folder or Hub id of another model that teaches, usually a larger one, with the "
+    "student's tokenizer (on-policy distillation). It stays what it is. With --teacher_context none it sees what the "
+    "student sees.",
+    "teacher_model_revision": "Its branch, tag or commit on the Hub.",
     "use_peft": "Train a LoRA adapter and leave the model's weights as they are.",
     "lora_target_modules": "Names of the modules that get an adapter; all-linear for all of them.",
     "num_generations": "Rollouts of each problem in a step.",

@@ -100,13 +100,20 @@ class Run:
         )
 
     def _check_model(self) -> None:
-        """Raise `ValueError` for a model that is not there, and for what vLLM cannot serve."""
+        """Raise `ValueError` for models that are not there, and for what vLLM cannot serve."""
         path, use_vllm = self.model_args.model_name_or_path, getattr(self.training_args, "use_vllm", False)
         if path is None:
             raise ValueError("--model_name_or_path is missing: name a model's folder or Hub id")
-        if is_path(path) and not os.path.isdir(os.path.expanduser(path)):
-            raise ValueError(f"--model_name_or_path {path}: no such folder; give a model's folder or Hub id")
-        check_model_folder(path, "model_name_or_path", "adapter_name_or_path")
+        teacher = getattr(self.training_args, "teacher_model_name_or_path", None)
+        for flag, name, adapter_flag in (
+            ("model_name_or_path", path, "adapter_name_or_path"),
+            ("teacher_model_name_or_path", teacher, None),
+        ):
+            if name is None:
+                continue
+            if is_path(name) and not os.path.isdir(os.path.expanduser(name)):
+                raise ValueError(f"--{flag} {name}: no such folder; give a model's folder or Hub id")
+            check_model_folder(name, flag, adapter_flag)
         if use_vllm and not is_vllm_available():
             raise ValueError(
                 "--use_vllm: there is no vLLM of a version that TRL supports; scripts/setup_env.sh installs one"

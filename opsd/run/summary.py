@@ -140,7 +140,9 @@ def _optimizer(args: TrainingArguments) -> str:
 
 def _teacher(args: OPSDConfig, starts_fresh: bool) -> str:
     """Say who the teacher is and what that means. `starts_fresh`: there is an adapter, which is new."""
-    if args.fixed_teacher:
+    if args.teacher_model_name_or_path is not None:
+        text = f"{args.teacher_model_name_or_path}, another model: it stays what it is"
+    elif args.fixed_teacher:
         copied = "the model with its adapter off" if starts_fresh else "a copy of the weights at the start"
         text = f"the initial policy ({copied}): it stays what it is"
     elif args.use_ema_teacher:
@@ -152,6 +154,8 @@ def _teacher(args: OPSDConfig, starts_fresh: bool) -> str:
     shown = placeholders(args.teacher_prompt)
     sees_reference = args.reason_first or args.teacher_context == "none" or "solution" in shown
     seen = args.context.meaning if sees_reference else "its own template without a solution"
+    if args.teacher_model_name_or_path is not None and args.teacher_context == "none":
+        seen = "what the student sees"
     if args.context.of_group is not None:
         fallback = "left out of the loss" if args.reference_fallback == "skip" else f"the {args.reference_fallback}"
         seen += f" (without one: {fallback})"
@@ -235,7 +239,7 @@ def find_risks(args: TrainingArguments) -> list[str]:
     if not isinstance(args, OPSDConfig):
         return []
     risks = []
-    if not (args.fixed_teacher or args.use_ema_teacher):
+    if not (args.fixed_teacher or args.use_ema_teacher or args.teacher_model_name_or_path):
         risks.append(
             "no --fixed_teacher: teacher and student move together. On the quickstart's task this ended at 2.5 ± 2.5 "
             f"% right, against 97.3 ± 0.6 % with it and 45.5 % of the base ({ABLATIONS}). Add --fixed_teacher or "
