@@ -24,9 +24,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from common import aime_lengths, random_qwen3
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from data_collator import MicroBatch, Rollout
 from opsd.packing import divide_evenly
@@ -48,12 +48,7 @@ def make_rollouts(distribution: str, arguments: argparse.Namespace) -> list[Roll
 
     rollouts = []
     for row in range(arguments.batch_size * arguments.accumulation_steps):
-        uniform, early, end = torch.rand(3, generator=generator).tolist()
-        prompt, completion, solution = 150.0, 1024.0, 600.0
-        if distribution != "equal":
-            prompt = 60 + 190 * uniform
-            completion = 1024 * (0.2 + 0.8 * end if early < 0.25 else 1.0)
-            solution = min(4000.0, 600 * torch.randn((), generator=generator).mul(0.8).exp().item())
+        prompt, completion, solution = aime_lengths(generator) if distribution != "equal" else (150.0, 1024.0, 600.0)
         if distribution == "one long" and row == 1:
             solution = 16_000
         prompt_ids = tokens(prompt)
@@ -65,20 +60,7 @@ def make_trainer(folder: str, arguments: argparse.Namespace) -> OPSDTrainer:
     """Make a trainer of a random Qwen3."""
     use_cuda = torch.cuda.is_available()
     tokenizer = train_tokenizer(BaseModelConfig())
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=arguments.vocab_size,
-            hidden_size=arguments.hidden_size,
-            intermediate_size=3 * arguments.hidden_size,
-            num_hidden_layers=arguments.num_layers,
-            num_attention_heads=arguments.hidden_size // 64,
-            num_key_value_heads=arguments.hidden_size // 128,
-            head_dim=64,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    model = random_qwen3(tokenizer, arguments.hidden_size, arguments.vocab_size, arguments.num_layers)
     config = OPSDConfig(
         output_dir=folder,
         use_cpu=not use_cuda,
@@ -93,7 +75,7 @@ def make_trainer(folder: str, arguments: argparse.Namespace) -> OPSDTrainer:
         disable_tqdm=True,
     )
     trainer = OPSDTrainer(
-        model=model.bfloat16() if use_cuda else model,
+        model=model,
         args=config,
         train_dataset=Dataset.from_list(training_problems(0, arguments.batch_size * arguments.accumulation_steps)),
         processing_class=tokenizer,
