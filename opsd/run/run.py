@@ -36,6 +36,7 @@ from opsd.run.card import render_card
 from opsd.run.checkpoints import find_checkpoint
 from opsd.run.conversations import Turn, has_system_turn
 from opsd.run.problem_data import find_local, is_path, load_problems, row_name
+from opsd.run.profiling import ProfileCallback
 from opsd.run.record import check_resumed_settings, find_finished_step, mark_finished, read_record, write_record
 from opsd.run.report import CURVES, METRICS, ReportCallback, describe_learning, evaluation_command, plot_curves
 from opsd.run.summary import NUM_SAMPLES, Lines, describe_prompts, describe_run, find_risks, render
@@ -376,6 +377,8 @@ class Run:
         settings = self.settings()
         trainer.add_callback(RecordSettingsCallback(output_dir, settings, starts_anew))
         trainer.add_callback(ReportCallback())
+        if self.args.profile_steps is not None:
+            trainer.add_callback(ProfileCallback(self.args.profile_steps, output_dir))
         replace_progress(trainer)
         trainer.write_card = lambda: self._write_card(trainer, settings)
         if self.checkpoint is not None:
