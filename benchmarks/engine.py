@@ -20,10 +20,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from common import random_qwen3
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd.preflight import Preflight, PreflightError
 from opsd_trainer import OPSDConfig, OPSDTrainer
@@ -63,28 +63,20 @@ def seconds(function, *arguments, **settings) -> float:
 def make_trainer(arguments: argparse.Namespace, folder: Path) -> OPSDTrainer:
     use_cuda = torch.cuda.is_available()
     tokenizer = train_tokenizer(BaseModelConfig())
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=arguments.vocab_size,
-            hidden_size=arguments.hidden_size,
-            intermediate_size=3 * arguments.hidden_size,
-            num_hidden_layers=arguments.num_layers,
-            num_attention_heads=max(arguments.hidden_size // 128, 2),
-            num_key_value_heads=2,
-            head_dim=128 if arguments.hidden_size >= 256 else 32,
-            tie_word_embeddings=False,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    dtype = "bfloat16" if use_cuda else "float32"
-    model.to(getattr(torch, dtype)).save_pretrained(folder / "model")
+    sizes = {
+        "num_attention_heads": max(arguments.hidden_size // 128, 2),
+        "num_key_value_heads": 2,
+        "head_dim": 128 if arguments.hidden_size >= 256 else 32,
+        "tie_word_embeddings": False,
+    }
+    model = random_qwen3(tokenizer, arguments.hidden_size, arguments.vocab_size, arguments.num_layers, **sizes)
+    model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     config = OPSDConfig(
         output_dir=str(folder / "run"),
         use_cpu=not use_cuda,
         bf16=use_cuda,
-        model_init_kwargs={"dtype": dtype},
+        model_init_kwargs={"dtype": "bfloat16" if use_cuda else "float32"},
         per_device_train_batch_size=4,
         max_completion_length=arguments.num_tokens,
         temperature=1.0,

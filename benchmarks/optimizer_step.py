@@ -18,9 +18,9 @@ import tempfile
 from pathlib import Path
 
 import torch
+from common import random_qwen3, reset_peak, resident_bytes
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from opsd_trainer import OPSDConfig, OPSDTrainer
 from quickstart.addition import training_problems
@@ -35,30 +35,12 @@ CASES = {
 }
 
 
-def resident_bytes(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
 def step_growth(case: str, arguments: argparse.Namespace) -> dict[str, float]:
     """Train one step; returns the peak above the start in MiB, and the number of completion tokens."""
     use_cuda = torch.cuda.is_available()
     tokenizer = train_tokenizer(BaseModelConfig())
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=arguments.vocab_size,
-            hidden_size=arguments.hidden_size,
-            intermediate_size=2 * arguments.hidden_size,
-            num_hidden_layers=arguments.num_layers,
-            num_attention_heads=arguments.hidden_size // 64,
-            num_key_value_heads=2,
-            head_dim=64,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    sizes = {"intermediate_size": 2 * arguments.hidden_size, "num_key_value_heads": 2}
+    model = random_qwen3(tokenizer, arguments.hidden_size, arguments.vocab_size, arguments.num_layers, **sizes)
     with tempfile.TemporaryDirectory() as folder:
         config = OPSDConfig(
             output_dir=folder,
@@ -76,7 +58,7 @@ def step_growth(case: str, arguments: argparse.Namespace) -> dict[str, float]:
             **CASES[case],
         )
         trainer = OPSDTrainer(
-            model=model.bfloat16() if use_cuda else model,
+            model=model,
             args=config,
             train_dataset=Dataset.from_list(training_problems(0, arguments.batch_size)),
             processing_class=tokenizer,
@@ -86,7 +68,7 @@ def step_growth(case: str, arguments: argparse.Namespace) -> dict[str, float]:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")
+            reset_peak()
             before = resident_bytes("VmRSS")
         trainer.train()
         peak = torch.cuda.max_memory_allocated() if use_cuda else resident_bytes("VmHWM")

@@ -5,7 +5,8 @@ Time and memory of the training part of an optimizer step: micro-batches padded,
 
 The rollouts are given, with random tokens, so that all three forms learn from the same. The training part is the
 teacher's and the student's forward pass, the loss and the backward pass of all micro-batches. The three forms take
-turns, and each time is the median over the rounds. The model is a Qwen3 with random weights, LoRA on all linear
+turns, and each time is the median over the rounds. On a CPU it is in processor seconds, which other programs on the
+machine do not lengthen. The model is a Qwen3 with random weights, LoRA on all linear
 layers and the adapter-off teacher. Its head has the share of the model's operations that it has in Qwen3-1.7B.
 
 Lengths, before they are divided by --scale:
@@ -24,9 +25,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from common import aime_lengths, random_qwen3, reset_peak, resident_bytes
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from data_collator import MicroBatch, Rollout
 from opsd.packing import divide_evenly
@@ -48,12 +49,7 @@ def make_rollouts(distribution: str, arguments: argparse.Namespace) -> list[Roll
 
     rollouts = []
     for row in range(arguments.batch_size * arguments.accumulation_steps):
-        uniform, early, end = torch.rand(3, generator=generator).tolist()
-        prompt, completion, solution = 150.0, 1024.0, 600.0
-        if distribution != "equal":
-            prompt = 60 + 190 * uniform
-            completion = 1024 * (0.2 + 0.8 * end if early < 0.25 else 1.0)
-            solution = min(4000.0, 600 * torch.randn((), generator=generator).mul(0.8).exp().item())
+        prompt, completion, solution = aime_lengths(generator) if distribution != "equal" else (150.0, 1024.0, 600.0)
         if distribution == "one long" and row == 1:
             solution = 16_000
         prompt_ids = tokens(prompt)
@@ -65,20 +61,7 @@ def make_trainer(folder: str, arguments: argparse.Namespace) -> OPSDTrainer:
     """Make a trainer of a random Qwen3."""
     use_cuda = torch.cuda.is_available()
     tokenizer = train_tokenizer(BaseModelConfig())
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=arguments.vocab_size,
-            hidden_size=arguments.hidden_size,
-            intermediate_size=3 * arguments.hidden_size,
-            num_hidden_layers=arguments.num_layers,
-            num_attention_heads=arguments.hidden_size // 64,
-            num_key_value_heads=arguments.hidden_size // 128,
-            head_dim=64,
-            tie_word_embeddings=True,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    model = random_qwen3(tokenizer, arguments.hidden_size, arguments.vocab_size, arguments.num_layers)
     config = OPSDConfig(
         output_dir=folder,
         use_cpu=not use_cuda,
@@ -93,12 +76,14 @@ def make_trainer(folder: str, arguments: argparse.Namespace) -> OPSDTrainer:
         disable_tqdm=True,
     )
     trainer = OPSDTrainer(
-        model=model.bfloat16() if use_cuda else model,
+        model=model,
         args=config,
         train_dataset=Dataset.from_list(training_problems(0, arguments.batch_size * arguments.accumulation_steps)),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
     )
+    if not use_cuda:
+        trainer.metrics._now = time.process_time
     trainer._check_packing()
     if not trainer._is_packed:
         raise RuntimeError("the model does not keep packed sequences apart")
@@ -124,20 +109,25 @@ def num_computed(batches: list[MicroBatch], form: str) -> int:
     return sum(batch.model_inputs(role)["input_ids"].numel() for batch in batches for role in ("student", "teacher"))
 
 
-def step(trainer: OPSDTrainer, batches: list[MicroBatch], form: str) -> tuple[dict[str, float], float, torch.Tensor]:
-    """Run the training part; returns seconds by phase, the loss, and the gradient."""
+def step(
+    trainer: OPSDTrainer, batches: list[MicroBatch], form: str
+) -> tuple[dict[str, float], int, float, torch.Tensor]:
+    """Run the training part; returns seconds by phase, peak memory in bytes, the loss, and the gradient."""
     device = trainer.accelerator.device
     trainer._is_packed = form == "packed"
     trainer._loss_denominator = torch.tensor(float(sum(batch.loss_mask.sum() for batch in batches)), device=device)
     trainer.model.zero_grad(set_to_none=True)
     trainer.model.train()
     trainer.metrics.pop_seconds()
-    trainer.metrics.start_step()
     seconds, loss = defaultdict(float), 0.0
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
+    else:
+        reset_peak()
+    before = resident_bytes("VmRSS")
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    start = clock()
     for batch in batches:
         with trainer.metrics.timed("student"), trainer.accelerator.autocast():
             part = trainer.compute_loss(trainer.model, batch)
@@ -146,11 +136,12 @@ def step(trainer: OPSDTrainer, batches: list[MicroBatch], form: str) -> tuple[di
         loss += part.item()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    seconds["whole"] = time.perf_counter() - start
+    seconds["whole"] = clock() - start
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_bytes("VmHWM") - before
     values, _ = trainer.metrics.pop_seconds()
     seconds |= {phase: values[phase] for phase in ("teacher", "student", "backward")}
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
-    return seconds, loss, gradient
+    return seconds, peak, loss, gradient
 
 
 def measure(distribution: str, trainer: OPSDTrainer, arguments: argparse.Namespace) -> list[str]:
@@ -162,24 +153,23 @@ def measure(distribution: str, trainer: OPSDTrainer, arguments: argparse.Namespa
     losses, gradients, peaks = {}, {}, dict.fromkeys(FORMS, 0)
     for _ in range(arguments.rounds):
         for form in FORMS:
-            seconds, losses[form], gradients[form] = step(trainer, batches[form], form)
+            seconds, peak, losses[form], gradients[form] = step(trainer, batches[form], form)
             times[form].append(seconds)
-            if torch.cuda.is_available():
-                peaks[form] = max(peaks[form], torch.cuda.max_memory_allocated())
+            peaks[form] = max(peaks[form], peak)
     # Each sequence by itself, without any padding
     alone = [trainer.collator([rollout]).to(trainer.accelerator.device) for rollout in rollouts]
-    _, loss, gradient = step(trainer, alone, "padded")
+    *_, loss, gradient = step(trainer, alone, "padded")
     lines = []
     for form in FORMS:
         median = {phase: statistics.median(t[phase] for t in times[form]) for phase in times[form][0]}
         ratio = median["whole"] / statistics.median(t["whole"] for t in times["padded"])
         loss_error = abs(losses[form] - loss) / abs(loss)
         gradient_error = ((gradients[form] - gradient).norm() / gradient.norm()).item()
-        peak = f"{peaks[form] / 2**30:.2f}" if peaks[form] else "-"
         lines.append(
             f"| {distribution} | {form} | {num_computed(batches[form], form) / num_real:.2f} "
             f"| {median['teacher']:.2f} | {median['student']:.2f} | {median['backward']:.2f} | {median['whole']:.2f} "
-            f"| {ratio:.2f} | {num_real / median['whole']:,.0f} | {peak} | {loss_error:.0e} | {gradient_error:.0e} |"
+            f"| {ratio:.2f} | {num_real / median['whole']:,.0f} | {peaks[form] / 2**30:.2f} | {loss_error:.0e} "
+            f"| {gradient_error:.0e} |"
         )
         logging.info("%s", lines[-1])
     return lines
@@ -218,7 +208,8 @@ def main() -> None:
             "rounds, the forms in turn.",
             "",
             "Seconds of the teacher's forward pass, of the student's with the loss, of the backward pass, and of the "
-            "whole. The last two columns are relative differences from each sequence alone.",
+            "whole; on a CPU the processor's. The peak is what PyTorch held on a GPU, on a CPU the growth of the "
+            "process. The last two columns are relative differences from each sequence alone.",
             "",
             "| lengths | micro-batches | computed / real tokens | teacher | student | backward | whole | ratio | "
             "tokens/s | peak, GiB | loss | gradient |",

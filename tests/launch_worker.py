@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from trl.distributed import DistributedBackend
 
 import opsd_train
 import opsd_trainer
@@ -161,7 +162,7 @@ def count_elements(model: torch.nn.Module) -> int:
 
 def whole(trainer: OPSDTrainer, weight: Tensor) -> Tensor:
     """Return a copy of the whole weight, gathered from the processes if it is sharded."""
-    with trainer.sampler._dist.gather_params([weight]):
+    with DistributedBackend(trainer.accelerator).gather_params([weight]):
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         return weight.detach().clone()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import helpers
 import psutil
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from helpers import LOGPROB_GAP, free_port, save_model, saved_rollouts, started
@@ -26,6 +27,7 @@ from opsd.vllm_engine import CPU_ENGINE, CPU_ENVIRONMENT, ENGINE, ENVIRONMENT
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("launch_worker.py")
+LIMIT_WORKER = Path(__file__).with_name("limit_worker.py")
 CONFIGS = ROOT / "scripts" / "accelerate"
 LAUNCHERS = {
     "ddp": {"distributed_type": "MULTI_CPU", "wrapper": "DistributedDataParallel", "zero_stage": None},
@@ -35,11 +37,13 @@ LAUNCHERS = {
 }
 
 
-def launch(config: str, num_processes: int, log: Path, *arguments: object, **environment: str) -> int:
-    """Run the worker under `accelerate launch`; return the exit status."""
+def launch(
+    config: str, num_processes: int, log: Path, *arguments: object, worker: Path = WORKER, **environment: str
+) -> int:
+    """Run a worker under `accelerate launch`; return the exit status."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{config}.yaml"]
     command += ["--num_processes", str(num_processes), "--main_process_port", "0", "--mixed_precision", "no"]
-    command += [WORKER, *map(str, arguments)]
+    command += [worker, *map(str, arguments)]
     with started(command, log, **environment) as process:
         return process.wait(timeout=600)
 
@@ -187,6 +191,30 @@ def test_teacher_model(
         assert (process["world_size"], process["wrapper"]) == (2, LAUNCHERS[launcher]["wrapper"])
         assert abs(process["of_teacher"] - held) <= 0.05 * total  # ZeRO-3 keeps small weights whole
     assert not [file for file in (tmp_path / "run" / "checkpoint-3").rglob("*") if "teacher" in file.name]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    "launcher", ["ddp", *(pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("zero2", "zero3", "fsdp2"))]
+)
+def test_a_limit_of_tokens(launcher, deepspeed_build, tmp_path):
+    """Micro-batches divided on the way give the gradients of whole ones, on processes that need different numbers."""
+    log, result = tmp_path / "log", tmp_path / "result.pt"
+    status = launch(launcher, 2, log, result, worker=LIMIT_WORKER, TORCH_EXTENSIONS_DIR=deepspeed_build)
+    assert status == 0, log.read_text()[-5000:]
+    runs = torch.load(result)
+    whole = runs.pop(None)
+    expected = {"world_size": 2} | LAUNCHERS[launcher]
+    assert [[len(process) for process in run["sizes"]] for run in (whole, runs[1])] == [[4, 4], [16, 16]]
+    for limit, run in runs.items():
+        assert expected.items() <= run["process"].items()
+        first, second = run["sizes"]
+        assert len(first) == len(second) > 4
+        assert all(tokens <= limit or rollouts == 1 for rollouts, tokens in first + second)
+        assert run["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+        assert run["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
+        for name, change in whole["changes"].items():
+            assert change.norm() > 0 and (run["changes"][name] - change).norm() <= 1e-4 * change.norm(), name
 
 
 @pytest.mark.multiprocess

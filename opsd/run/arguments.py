@@ -18,6 +18,7 @@ from trl.scripts._hf_argparser import string_to_bool
 
 from data_collator import STUDENT_PROMPT, check_template, placeholders
 from opsd.run.flags import check_flags
+from opsd.run.profiling import parse_steps
 
 OUTPUT_DIR = "outputs"
 
@@ -81,6 +82,12 @@ class RunArguments:
     )
     wandb_project: str | None = field(default=None, metadata={"help": "W&B project (with --report_to wandb)."})
     wandb_entity: str | None = field(default=None, metadata={"help": "W&B entity (with --report_to wandb)."})
+    profile_steps: str | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps, such as 3-4, of which PyTorch's profiler writes a trace into the output folder."
+        },
+    )
     dry_run: int | None = field(
         default=None,
         metadata={
@@ -95,6 +102,8 @@ class RunArguments:
     def __post_init__(self):
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"--max_nonfinite_steps {self.max_nonfinite_steps}: must be at least 1")
+        if self.profile_steps is not None:
+            parse_steps(self.profile_steps)
 
 
 @dataclass

@@ -64,8 +64,8 @@ GROUPS = {
     "run": (
         "config", "output_dir", "run_config", "run_name", "overwrite_output_dir", "resume_from_checkpoint",
         "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps", "eval_accuracy_samples",
-        "stop_on_collapse", "logging_steps", "report_to", "wandb_project", "wandb_entity", "preflight", "dry_run",
-        "dry_run_file",
+        "stop_on_collapse", "logging_steps", "report_to", "wandb_project", "wandb_entity", "profile_steps",
+        "preflight", "dry_run", "dry_run_file",
     ),
 }  # fmt: skip
 # In place of what TRL and transformers say

@@ -41,6 +41,7 @@ MAY_CHANGE = OPTIMIZER | {
         "dry_run",
         "dry_run_file",
         "preflight",
+        "profile_steps",
     ),
     *("report_to", "project", "disable_tqdm", "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
     *("num_completions_to_print", "enable_jit_checkpoint", "skip_memory_metrics", "full_determinism", "push_to_hub"),

@@ -37,6 +37,7 @@ from opsd.run.checkpoints import find_checkpoint
 from opsd.run.conversations import Turn, has_system_turn
 from opsd.run.hub import cached_commit, check_model
 from opsd.run.problem_data import find_local, is_path, load_problems, row_name
+from opsd.run.profiling import ProfileCallback
 from opsd.run.publish import publish
 from opsd.run.record import (
     check_resumed_settings,
@@ -403,6 +404,8 @@ class Run:
         settings = self.settings()
         trainer.add_callback(RecordSettingsCallback(output_dir, settings, starts_anew))
         trainer.add_callback(ReportCallback())
+        if self.args.profile_steps is not None:
+            trainer.add_callback(ProfileCallback(self.args.profile_steps, output_dir))
         replace_progress(trainer)
         trainer.write_card = lambda: self._write_card(trainer, settings)
         if self.checkpoint is not None:
