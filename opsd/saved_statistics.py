@@ -64,7 +64,8 @@ class TokenTexts:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer, self._texts = tokenizer, {}
+        self.tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
 
     def __call__(self, token_ids: Sequence[int]) -> list[str]:
         """Return the text of each token."""
@@ -132,13 +133,9 @@ class SavedStatistics(TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.args: OPSDConfig = trainer.args
+        self.folder = Path(str(self.args.output_dir), FOLDER)
         self._texts = TokenTexts(trainer.processing_class)
         self._context: TeacherContext | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where the files are."""
-        return Path(self.args.output_dir, FOLDER)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Leave out the files of later steps, which a run that goes on from here writes again."""
