@@ -31,9 +31,6 @@ PHRASE_WORDS = 3
 NUM_ORDINARY_ROWS = 1000  # whose texts say which of the teacher's phrases are ordinary
 WORD = re.compile(r"[^\W_]+")
 
-TEACHER_ADVICE = "hold the teacher with --fixed_teacher or --use_ema_teacher"
-EARLIER = "take a checkpoint from before"
-
 
 class Sign(NamedTuple):
     """A sign of a collapse."""
@@ -52,6 +49,7 @@ class Block:
     """Means of the metrics over some steps in a row, weighted by the rollouts of each log."""
 
     first_step: int
+    group_size: int  # rollouts of each problem in a step
     num_steps: int = 0
     num_rollouts: float = 0.0
     sums: dict[str, list[float]] = field(default_factory=dict)  # metric -> [sum, weight]
@@ -69,61 +67,57 @@ class Block:
         return total / weight if weight else None
 
 
-def _difference_in_errors(now: float, start: float, num_now: float, num_start: float) -> float:
-    """Return the difference of two shares in standard errors, as if both were samples of their mean."""
-    share = (now * num_now + start * num_start) / (num_now + num_start)
-    error = math.sqrt(share * (1.0 - share) * (1.0 / num_now + 1.0 / num_start))
-    return (now - start) / error if error else 0.0
-
-
 class Rule(NamedTuple):
     """A sign that a metric of the training gives."""
 
     metric: str
-    find: Callable[["Alarm", float, float, float], str | None]  # (alarm, start, now, rollouts now) -> finding
+    find: Callable[[float, float, Block, Block], str | None]  # (at the start, now, and their blocks) -> finding
     advice: str
 
 
-def _find_share(change: float, what: str) -> Callable[["Alarm", float, float, float], str | None]:
+def _find_share(change: float, what: str) -> Callable[[float, float, Block, Block], str | None]:
     """Make a rule for a share of the rollouts that changes by `change`, up or down, and beyond its error."""
 
-    def find(alarm: "Alarm", start: float, now: float, num_rollouts: float) -> str | None:
-        num_start = alarm.start.num_rollouts / alarm.group_size
-        errors = _difference_in_errors(now, start, num_rollouts / alarm.group_size, num_start)
-        if math.copysign(1.0, change) * (now - start) < abs(change) or abs(errors) < NUM_ERRORS:
+    def find(before: float, now: float, start: Block, block: Block) -> str | None:
+        groups = [one.num_rollouts / one.group_size for one in (start, block)]
+        share = (before * groups[0] + now * groups[1]) / sum(groups)
+        error = math.sqrt(max(share * (1.0 - share), 0.0) * (1.0 / groups[0] + 1.0 / groups[1]))
+        if (now - before) * math.copysign(1.0, change) < max(abs(change), NUM_ERRORS * error):
             return None
-        return f"{what}: {100 * start:.0f} % at the start, {100 * now:.0f} % now"
+        return f"{what}: {100 * before:.0f} % at the start, {100 * now:.0f} % now"
 
     return find
 
 
-def _find_length(alarm: "Alarm", start: float, now: float, num_rollouts: float) -> str | None:
-    if LENGTH_BAND[0] * start <= now <= LENGTH_BAND[1] * start:
+def _find_length(before: float, now: float, start: Block, block: Block) -> str | None:
+    if LENGTH_BAND[0] * before <= now <= LENGTH_BAND[1] * before:
         return None
-    return f"the rollouts' mean length is {now:.0f} tokens, {start:.0f} at the start"
+    return f"the rollouts' mean length is {now:.0f} tokens, {before:.0f} at the start"
 
 
-def _find_entropy(alarm: "Alarm", start: float, now: float, num_rollouts: float) -> str | None:
-    lowest = min(start, alarm.start.mean("entropy/teacher") or start)  # a student that learns comes down to it
-    if now < ENTROPY_FALL * lowest:
-        return f"the student's entropy falls: {start:.3g} nats per token at the start, {now:.3g} now"
-    if now > ENTROPY_RISE * start and now > start + ENTROPY_MARGIN:
-        return f"the student's entropy explodes: {start:.3g} nats per token at the start, {now:.3g} now"
+def _find_entropy(before: float, now: float, start: Block, block: Block) -> str | None:
+    teacher = start.mean("entropy/teacher")  # a student that learns comes down to it
+    if now < ENTROPY_FALL * (before if teacher is None else min(before, teacher)):
+        return f"the student's entropy falls: {before:.3g} nats per token at the start, {now:.3g} now"
+    if now > ENTROPY_RISE * before and now > before + ENTROPY_MARGIN:
+        return f"the student's entropy explodes: {before:.3g} nats per token at the start, {now:.3g} now"
     return None
 
 
+HOLD_TEACHER = "hold the teacher with --fixed_teacher or --use_ema_teacher"
+EARLIER = "take a checkpoint from before"
 RULES = (
     Rule(
         "completions/clipped_ratio",
         _find_share(TRUNCATED_RISE, "more rollouts reach --max_completion_length"),
-        f"{EARLIER}, {TEACHER_ADVICE}, or lower --learning_rate",
+        f"{EARLIER}, {HOLD_TEACHER}, or lower --learning_rate",
     ),
     Rule("completions/mean_length", _find_length, f"read the rollouts, {EARLIER}, or lower --learning_rate"),
-    Rule("entropy", _find_entropy, f"{EARLIER}, lower --learning_rate, or {TEACHER_ADVICE}"),
+    Rule("entropy", _find_entropy, f"{EARLIER}, lower --learning_rate, or {HOLD_TEACHER}"),
     Rule(
         "rewards/accuracy/mean",
         _find_share(-ACCURACY_FALL, "fewer rollouts are right"),
-        f"check that --solution_column solves its own problem, {TEACHER_ADVICE}, or {EARLIER}",
+        f"check that each row of --solution_column solves its own problem, {HOLD_TEACHER}, or {EARLIER}",
     ),
     Rule(
         "completions/leaked_ratio",
@@ -131,8 +125,8 @@ RULES = (
         f"another --teacher_prompt that speaks less of the reference, --num_loss_tokens_to_skip, or {EARLIER}",
     ),
 )
-HELD_OUT_ADVICE = f"{EARLIER}: --load_best_model_at_end with --metric_for_best_model eval_accuracy does; else " + (
-    "lower --learning_rate"
+HELD_OUT_ADVICE = (
+    f"{EARLIER}, as --load_best_model_at_end with --metric_for_best_model eval_accuracy does, or lower --learning_rate"
 )
 
 
@@ -148,9 +142,7 @@ class Alarm:
     """
 
     def __init__(self, group_size: int = 1):
-        self.group_size = group_size
-        self.start = Block(1)
-        self._block = self.start
+        self._start = self._block = Block(1, group_size)
         self._last_step, self._last_tokens = 0, 0
         self._suspected: dict[str, int] = {}  # metric -> first step of the block before, if it showed the sign
         self._found: set[str] = set()
@@ -166,17 +158,17 @@ class Alarm:
         self._block.add(logs, step - self._last_step, num_rollouts)
         self._last_step, self._last_tokens = step, tokens
         if self._block.num_steps >= BLOCK_STEPS and self._block.num_rollouts >= BLOCK_ROLLOUTS:
-            if self._block is not self.start:
+            if self._block is not self._start:
                 signs += self._compare(step, self._block)
-            self._block = Block(step + 1)
+            self._block = Block(step + 1, self._start.group_size)
         return signs
 
     def _compare(self, step: int, block: Block) -> list[Sign]:
         """Compare a finished block with the first one."""
         signs, suspected = [], {}
         for metric, find, advice in RULES:
-            start, now = self.start.mean(metric), block.mean(metric)
-            if start is None or now is None or (finding := find(self, start, now, block.num_rollouts)) is None:
+            before, now = self._start.mean(metric), block.mean(metric)
+            if before is None or now is None or (finding := find(before, now, self._start, block)) is None:
                 continue
             suspected[metric] = self._suspected.get(metric, block.first_step)
             if metric in self._suspected and metric not in self._found:
