@@ -40,6 +40,7 @@ from opsd.teacher import Teacher
 from opsd.teacher_context import TeacherContext
 from opsd.throughput import Throughput
 from opsd.token_statistics import TokenMetrics, problem_divergences
+from opsd.token_weights import TokenWeights, effective_share
 
 __all__ = ["OPSDConfig", "OPSDTrainer"]
 
@@ -165,6 +166,7 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         self.metrics = Metrics(self.accelerator)
         self.teacher = Teacher(args, self.model, self.accelerator, processing_class)
         self.token_metrics = TokenMetrics(self.metrics, args.objective, self.teacher.vocab_size, processing_class)
+        self.token_weights = TokenWeights(args.token_weights, self.metrics)
         self.throughput = Throughput(self.metrics, *self.teacher.networks(self.model))
         self.logged_counts += ("num_generated_tokens",) + ("num_rationale_tokens",) * args.reason_first
         self.sampler = self._make_sampler(use_vllm)
@@ -380,7 +382,7 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
 
     def _share_of_loss(self, model: nn.Module, inputs: MicroBatch) -> Tensor:
         """Return the sum of a micro-batch's losses over the denominator of the optimizer step."""
-        losses = self.token_losses(model, inputs)
+        losses = self.token_weights.apply(inputs, self.token_losses(model, inputs))
         # DDP, ZeRO and FSDP average the gradients of the processes.
         loss = losses.loss.sum() * self.accelerator.num_processes / self._loss_denominator
         self.token_metrics.add(inputs, losses)
@@ -504,6 +506,7 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         self.metrics.mode = mode
         self.throughput.record()
         values = self.metrics.pop()
+        values |= effective_share(values)
         if self.curriculum is not None and mode == "train" and values:
             values |= self.curriculum.metrics()
         self._metrics[mode].update({name: [value] for name, value in values.items()})

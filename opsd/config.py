@@ -22,6 +22,7 @@ from opsd.contexts import CONTEXTS, FALLBACKS, TEACHER_CONTEXTS, Context
 from opsd.curriculum import CURRICULA
 from opsd.grading import EXTRACT_METHODS
 from opsd.losses import CLIP_MODES, TOP_K_SUPPORTS, Objective
+from opsd.token_weights import NAMES as TOKEN_WEIGHTS
 
 
 @contextmanager
@@ -391,6 +392,16 @@ class OPSDConfig(GOLDConfig):
             "differ in form."
         },
     )
+    token_weights: str = field(
+        default="none",
+        metadata={
+            "help": "Weight of each token's loss. growing, falling: by its place in the completion. student_entropy: "
+            "1 - exp(-entropy of the student). teacher_certainty: exp(-entropy of the teacher). top_entropy, "
+            "top_divergence: 1 for the fifth of a completion's tokens at which the student's entropy, or the "
+            "divergence, is largest, and 0 for the others. none: all alike.",
+            "choices": TOKEN_WEIGHTS,
+        },
+    )
     use_tinker_loss: bool = field(
         default=False,
         metadata={
@@ -501,6 +512,8 @@ class OPSDConfig(GOLDConfig):
         has_reward = self.policy_gradient_weight > 0.0
         if has_reward and self.num_generations < 2:
             self._refuse("policy_gradient_weight", f"{needs_group}, whose mean is the baseline")
+        if has_reward and self.token_weights != "none":
+            self._refuse("token_weights", "be none with --policy_gradient_weight, whose mean is over all tokens alike")
         if self.correct_weight == self.incorrect_weight == 0.0 and not has_reward:
             self._refuse("incorrect_weight", "be positive where --correct_weight and --policy_gradient_weight are 0")
         if self.vllm_importance_sampling_correction:

@@ -74,6 +74,10 @@ ABLATIONS = {
     "Beyond the paper": {
         "failed_only": opsd("--correct_weight 0"),
         "curriculum": opsd("--curriculum divergence"),
+        "tokens_falling": opsd("--token_weights falling"),
+        "tokens_student_entropy": opsd("--token_weights student_entropy"),
+        "tokens_teacher_certainty": opsd("--token_weights teacher_certainty"),
+        "tokens_top_divergence": opsd("--token_weights top_divergence"),
         "group_self_distillation": without_solutions("", has_curve=True),
         "group_self_distillation_reward": without_solutions("--policy_gradient_weight 0.1"),
         "grpo": Method("grpo_train.py", has_curve=True),

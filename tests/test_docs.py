@@ -220,7 +220,7 @@ def logged_metrics():
                     names |= strings(node.value)
             if not isinstance(node, ast.FunctionDef):
                 continue
-            if node.name == "metrics":
+            if node.name in ("metrics", "effective_share"):
                 names |= {key.value for n in ast.walk(node) if isinstance(n, ast.Dict) for key in n.keys}
             for call, values in calls_with_values(node):
                 if call.func.attr == "timed":

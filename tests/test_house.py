@@ -49,7 +49,11 @@ def test_there_is_no_circle_of_imports():
         (("opsd.adapters", "opsd.curriculum", "opsd.metrics", "opsd.vllm_engine", "opsd.run.checkpoints"), ()),
         (("opsd.run.conversations",), ()),
         (("opsd.contexts",), ()),
-        (("opsd.config",), ("data_collator", "opsd.contexts", "opsd.curriculum", "opsd.grading", "opsd.losses")),
+        (("opsd.token_weights",), ("data_collator", "opsd.losses", "opsd.metrics")),
+        (
+            ("opsd.config",),
+            ("data_collator", "opsd.contexts", "opsd.curriculum", "opsd.grading", "opsd.losses", "opsd.token_weights"),
+        ),
         (("opsd.packing",), ("data_collator",)),
         (("opsd.token_kinds",), ()),
         (("opsd.token_statistics",), ("data_collator", "opsd.losses", "opsd.metrics", "opsd.token_kinds")),

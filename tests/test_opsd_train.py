@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import saved_rollouts
+from helpers import save_model, saved_rollouts
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer, TrainingArguments
@@ -131,12 +131,32 @@ def write(file, *lines):
         (["--lora_modules_to_save", "score"], "--lora_modules_to_save score: the model has no such module"),
         (["--lora_modules_to_save", "lm_head"], "--loss_implementation fused needs a plain linear head"),
         (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: no such folder"),
+        (
+            ["--fixed_teacher", "false", "--teacher_model_name_or_path", "./nowhere"],
+            "--teacher_model_name_or_path ./nowhere: no such folder",
+        ),
+        (["--teacher_model_name_or_path", "m"], "--fixed_teacher True: must be false with --teacher_model_name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(run, no_model, arguments, message):
     with pytest.raises(SystemExit, match=re.escape(message)):
         run(*arguments)
+
+
+def test_teacher_model_of_another_tokenizer_is_refused_before_a_model_is_loaded(
+    run, no_model, tiny_model_dir, tmp_path
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_tokens(["<other>"])
+    teacher = save_model(tmp_path / "teacher", tiny_model_dir, tokenizer)
+    message = f"1 tokens in the teacher's alone, such as '<other>' ({len(tokenizer) - 1})"
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run("--fixed_teacher", "false", "--teacher_model_name_or_path", teacher)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "the/base"}')
+    with pytest.raises(SystemExit, match="holds a LoRA adapter, not a model; merge it into its base model, the/base"):
+        run("--fixed_teacher", "false", "--teacher_model_name_or_path", str(tmp_path / "adapter"))
 
 
 def test_float32_adapters_on_a_gpu_are_refused_before_a_model_is_loaded(run, no_model, monkeypatch):

@@ -65,6 +65,8 @@ def train_file(tmp_path, problems):
         ({"teacher_context": "donor"}, "it sees another problem's solution (a control)"),
         ({"teacher_prompt": "Be brief. {problem}"}, "it sees its own template without a solution"),
         ({"reason_first": True}, "it sees the solution and writes a rationale for it first"),
+        ({"teacher_model_name_or_path": "big"}, "big, another model: it stays what it is; it sees the solution"),
+        ({"teacher_model_name_or_path": "big", "teacher_context": "none"}, "; it sees what the student sees"),
         (
             {"teacher_context": "rollout", "num_generations": 2},
             "it sees another rollout that is right (without one: left out of the loss)",
@@ -91,6 +93,7 @@ def test_teacher_in_words(settings, teacher):
         ({"use_tinker_loss": True, "sampled_token_clip": 3}, "policy gradient on the sampled tokens, advantage"),
         ({"correct_weight": 0}, "right rollouts weigh 0, wrong ones 1"),
         ({"policy_gradient_weight": 0.1, "num_generations": 2}, "plus 0.1 x GRPO"),
+        ({"token_weights": "student_entropy"}, "; tokens weigh 1 - exp(-entropy of the student)"),
     ],
 )
 def test_objective_in_words(settings, objective):
@@ -224,6 +227,7 @@ def test_risky_settings_are_named_with_the_experiment(settings, risk):
         {"beta": 0.0, "jsd_clip_mode": "scale"},
         {"beta": 0.0, "jsd_token_clip": 0.0},
         {"fixed_teacher": False, "use_ema_teacher": True},
+        {"fixed_teacher": False, "teacher_model_name_or_path": "big"},
         {"student_thinking": True, "teacher_thinking": False},
     ],
 )

@@ -29,7 +29,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "max_completion_length", "num_gener
 SHOWN_OF_METHOD = {
     "opsd": (
         *("teacher_model_name_or_path", "fixed_teacher", "use_ema_teacher", "teacher_context", "beta"),
-        *("jsd_token_clip", "jsd_clip_mode"),
+        *("jsd_token_clip", "jsd_clip_mode", "token_weights"),
         *("use_tinker_loss", "top_k_loss", "policy_gradient_weight", "student_thinking", "teacher_thinking"),
         *(*SAMPLING, "max_length"),
     ),

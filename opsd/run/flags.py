@@ -45,9 +45,9 @@ GROUPS = {
     ),
     "objective": (
         "reward", "beta", "jsd_token_clip", "jsd_clip_mode", "loss_temperature", "top_k_loss", "top_k_loss_support",
-        "top_k_loss_add_tail", "num_loss_tokens_to_skip", "use_tinker_loss", "sampled_token_clip", "correct_weight",
-        "incorrect_weight", "policy_gradient_weight", "vllm_importance_sampling_correction", "scale_rewards",
-        "loss_type", "loss_implementation", "loss_chunk_size",
+        "top_k_loss_add_tail", "num_loss_tokens_to_skip", "token_weights", "use_tinker_loss", "sampled_token_clip",
+        "correct_weight", "incorrect_weight", "policy_gradient_weight", "vllm_importance_sampling_correction",
+        "scale_rewards", "loss_type", "loss_implementation", "loss_chunk_size",
     ),
     "rollouts": (
         "max_completion_length", "num_generations", "temperature", "top_p", "top_k", "min_p", "presence_penalty",

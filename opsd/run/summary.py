@@ -13,6 +13,7 @@ from trl import GRPOConfig
 from data_collator import placeholders
 from opsd.config import OPSDConfig
 from opsd.run.arguments import ModelArguments, RunArguments
+from opsd.token_weights import TOKEN_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +182,8 @@ def _objective(args: OPSDConfig) -> str:
     text += f"; temperature {args.loss_temperature:g}"
     if (args.correct_weight, args.incorrect_weight) != (1.0, 1.0):
         text += f"; right rollouts weigh {args.correct_weight:g}, wrong ones {args.incorrect_weight:g}"
+    if args.token_weights != "none":
+        text += f"; tokens weigh {TOKEN_WEIGHTS[args.token_weights].meaning}"
     return text + (f"; plus {args.policy_gradient_weight:g} x GRPO" if args.policy_gradient_weight else "")
 
 
