@@ -223,9 +223,9 @@ class SavedStatistics(TrainerCallback):
         """Score a rollout alone, so that the logits of one completion are held at a time."""
         trainer, model = self.trainer, self.trainer.model_wrapped
         batch = self._batch(rollout)
-        with trainer.teacher.active(model):
-            teacher_logits = trainer.completion_logits(model, batch, "teacher")
-        student_logits = trainer.completion_logits(model, batch, "student")
+        with trainer.teacher.active(model) as network:
+            teacher_logits = trainer.teacher.common(trainer.completion_logits(network, batch, "teacher"), dim=-1)
+        student_logits = trainer.teacher.common(trainer.completion_logits(model, batch, "student"), dim=-1)
         token_ids = batch.of_tokens(batch.completion_ids)
         scores = score_tokens(student_logits, teacher_logits, token_ids, trainer.objective)
         scores |= {name: values[token_ids] for name, values in trainer.token_metrics.kinds._asdict().items()}
@@ -234,6 +234,7 @@ class SavedStatistics(TrainerCallback):
         for role in ("student", "teacher"):
             columns[f"{role}_top_tokens"] = self._texts(columns[f"{role}_top_ids"])
         skipped = self.args.num_loss_tokens_to_skip
+        # That of the completion; --token_weights come on top of it
         columns["weight"] = [0.0 if place < skipped else rollout.weight for place in range(len(token_ids))]
         decode: Callable[[list[int]], str] = trainer.processing_class.decode
         return columns | {

@@ -3,6 +3,7 @@
 import json
 import re
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from helpers import Recorder, perturb_student, rollout, save_model, script_rollouts
@@ -216,3 +217,26 @@ def test_head_without_all_tokens_and_other_caps_are_refused(make_trainer, tiny_m
 def test_flags_against_each_other(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         OPSDConfig(**{"use_cpu": True, "bf16": False, "teacher_model_name_or_path": "m"} | settings)
+
+
+def test_saved_statistics_are_scored_by_the_other_model(make_trainer, tiny_model_dir, tmp_path):
+    """The teacher's columns are those of the other model's own forward pass, over the entries that both heads have."""
+    vocab_size = Qwen3Config.from_pretrained(tiny_model_dir).vocab_size
+    path = save_model(tmp_path / "other", tiny_model_dir, vocab_size=vocab_size + NUM_PADDED)
+    trainer = make_trainer(
+        fixed_teacher=False, teacher_model_name_or_path=path, save_token_statistics=2, max_steps=1, learning_rate=0.0
+    )
+    script_rollouts(trainer)
+    trainer.train()
+    (file,) = (tmp_path / "run" / "token_statistics").iterdir()
+    teacher = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = trainer.processing_class
+    for row in pq.read_table(file).to_pylist():
+        prompt = tokenizer.encode(row["teacher_prompt"], add_special_tokens=False)
+        ids = row["token_ids"]
+        with torch.no_grad():
+            logits = teacher(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1, :vocab_size]
+        logprobs = (logits / trainer.objective.temperature).log_softmax(-1)
+        expected = logprobs.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        assert_close(torch.tensor(row["teacher_logprob"]), expected, rtol=1e-4, atol=1e-4)
+        assert (torch.tensor(row["student_logprob"]) - expected).abs().max() > 0.1  # a random teacher
