@@ -24,6 +24,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
+from data_collator import TEACHER_PROMPT
 from eval.report import markdown, percent
 from eval.run_files import replace_file
 from quickstart.methods import Method
@@ -49,7 +50,8 @@ METHODS = {
     "sft": RealMethod("sft_train.py"),
     "grpo": RealMethod("grpo_train.py", has_curve=True),
     "sampled_token": RealMethod(flags=("--use_tinker_loss",)),
-    "no_privilege": RealMethod(flags=("--teacher_context", "none")),
+    # the default prompt, since one for a teacher that sees nothing is refused
+    "no_privilege": RealMethod(flags=("--teacher_context", "none", "--teacher_prompt", TEACHER_PROMPT)),
 }
 LABELS = {
     "base": "base",
@@ -87,16 +89,22 @@ def run(*command: Any) -> float:
     return after.children_user + after.children_system - before.children_user - before.children_system
 
 
-def train(name: str, folder: Path, steps: int, seed: int) -> None:
-    """Run or resume a method's training, with a checkpoint at each third; keeps its time unless it was resumed."""
-    method, run_dir = METHODS[name], folder / name
+def training_command(name: str, folder: Path, steps: int, seed: int) -> list[Any]:
+    """Return program and flags of a method's training, with a checkpoint at each third."""
+    method = METHODS[name]
     command = [method.program, "--config", method.settings, "--model_name_or_path", folder / "model"]
-    command += ["--dataset_name", folder / "data" / method.training_file, "--output_dir", run_dir, "--seed", seed]
-    command += ["--max_steps", steps, "--save_steps", max(1, steps // 3), *method.flags]
+    command += ["--dataset_name", folder / "data" / method.training_file, "--output_dir", folder / name]
+    command += ["--seed", seed, "--max_steps", steps, "--save_steps", max(1, steps // 3), *method.flags]
     if not torch.cuda.is_available():
         command += ["--use_cpu", True]
     if method.program != "sft_train.py":
         command += ["--answer_column", "answer"]
+    return command
+
+
+def train(name: str, folder: Path, steps: int, seed: int) -> None:
+    """Run or resume a method's training; keeps its time unless it was resumed."""
+    command, run_dir = training_command(name, folder, steps, seed), folder / name
     resumed = bool(checkpoints(run_dir)) if run_dir.is_dir() else False
     seconds = run(*command, *(["--resume_from_checkpoint", True] if resumed else ["--overwrite_output_dir"]))
     replace_file(run_dir / "seconds.json", json.dumps(None if resumed else round(seconds)).encode())

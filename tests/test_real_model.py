@@ -15,11 +15,17 @@ from collections import Counter
 import pytest
 from helpers import ROOT
 from transformers import AutoTokenizer
+from trl import GRPOConfig, SFTConfig
 
+from grpo_train import GRPOArguments
 from opsd.grading import extract_answer
+from opsd.run.arguments import parse_arguments
+from opsd_train import OPSDArguments
+from opsd_trainer import OPSDConfig
 from real_model.model import find_package, prepare_model
-from real_model.run import is_well_formed, summarize
+from real_model.run import METHODS, is_well_formed, summarize, training_command
 from real_model.word_problems import KINDS, TEST_SIZE, make_problems, write_data
+from sft_train import SFTArguments
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +74,22 @@ def test_real_model_takes_two_steps_and_is_evaluated(real_model, tmp_path):
     )
     results = json.loads((tmp_path / "eval.json").read_text())["results"]
     assert [(result["num_problems"], result["num_ungraded"]) for result in results] == [(4, 0), (4, 0)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_of_the_methods_are_valid(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(ROOT)
+    program, *flags = map(str, training_command(name, tmp_path, steps=3, seed=0))
+    classes = {
+        "opsd_train.py": (OPSDArguments, OPSDConfig),
+        "sft_train.py": (SFTArguments, SFTConfig),
+        "grpo_train.py": (GRPOArguments, GRPOConfig),
+    }
+    script, settings, _ = parse_arguments(*classes[program], flags)
+    assert (settings.per_device_train_batch_size, settings.learning_rate, settings.max_steps) == (16, 1e-3, 3)
+    # What the model is asked is the same everywhere
+    asked = settings if program == "opsd_train.py" else script
+    assert asked.student_prompt == "{problem}\nAnswer in one or two short sentences."
 
 
 def test_held_out_numbers_are_in_no_training_problem(tmp_path):
