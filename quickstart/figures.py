@@ -113,7 +113,10 @@ KINDS_PUBLISHED = (
     "v3, mean KL of style / mathematics / other tokens, student without and teacher with thinking: 1.7B .85 / .14 / "
     ".25, 4B .92 / .10 / .29, 8B .79 / .06 / .25."
 )
-KINDS_LIMITS = "The toy model knows no style tokens: all of its divergence is in the others."
+KINDS_LIMITS = (
+    "The toy model knows no style tokens: its lesson is the carry, which is mathematics. The lists of words are this "
+    "project's own."
+)
 MODES = [(False, False), (False, True), (True, False), (True, True)]  # student thinks, teacher thinks
 
 
