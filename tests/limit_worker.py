@@ -36,7 +36,7 @@ def main(result: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         problems = make_problems()
         make_trainer = make_trainer_factory(TINY_MODEL, problems, Path(folder))
-        for limit in (None, 600, 1):
+        for limit in (None, 300, 1):
             sizes.clear()
             trainer = make_trainer(
                 max_tokens_per_micro_batch=limit,
