@@ -22,8 +22,19 @@ logger = logging.getLogger(__name__)
 
 # What is uploaded of a run's folder: model, tokenizer, settings, card and figures; no checkpoints, and no files with
 # problems, such as completions and the evaluations' samples
-PUBLISHED = ("*.safetensors", "*.index.json", "*config*.json", "*token*.json", "vocab.json", "*.jinja", "*.model")
-PUBLISHED += ("merges.txt", "README.md", METRICS, CURVES, "*.png", f"{RESULTS}/*.md", f"{RESULTS}/*.png")
+PUBLISHED = (
+    *(
+        "*.safetensors",
+        "*.index.json",
+        "*config*.json",
+        "*token*.json",
+        "vocab.json",
+        "merges.txt",
+        "*.jinja",
+        "*.model",
+    ),
+    *("README.md", METRICS, CURVES, "*.png", f"{RESULTS}/*.md", f"{RESULTS}/*.png"),
+)
 
 
 def published_files(run_dir: Path) -> list[str]:
