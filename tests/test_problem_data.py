@@ -190,7 +190,7 @@ def test_folders_from_save_to_disk(tmp_path):
 
 
 def test_neither_here_nor_on_the_hub():
-    with pytest.raises(FileNotFoundError, match="--dataset_name data/mine: neither a file or folder here, nor"):
+    with pytest.raises(FileNotFoundError, match="--dataset_name data/mine: not found. Looked for: a file or folder"):
         load("data/mine")
 
 

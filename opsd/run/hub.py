@@ -27,11 +27,11 @@ def describe_search(name: str, repo_type: str, revision: str | None, error: Exce
     folder = cache_folder(name, repo_type)
     commits = sorted(path.name for path in folder.glob("snapshots/*"))
     in_cache = f"it holds {', '.join(commits)}" if commits else "it is not there" if not folder.exists() else "empty"
-    hub = "is switched off by HF_HUB_OFFLINE" if is_offline_mode() else f"gave: {error}"
+    hub = f"switched off by HF_HUB_OFFLINE: {error}" if is_offline_mode() else error
     kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
     return (
         f"not found. Looked for: a file or folder {Path(name).expanduser().absolute()}, which is not there; revision "
-        f"{revision or 'main'} in the cache {folder} ({in_cache}); the Hub, which {hub}. Give the path of a copy, or "
+        f"{revision or 'main'} in the cache {folder} ({in_cache}); the Hub ({hub}). Give the path of a copy, or "
         f"fetch it where there is a network with `hf download{kind} {name}`, and bring that folder of the cache here "
         "(HF_HUB_CACHE says where it is)"
     )

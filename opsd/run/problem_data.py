@@ -25,6 +25,7 @@ from datasets import (
     load_from_disk,
 )
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
 from opsd.grading import answer_text
 from opsd.run.conversations import Turn, has_system_turn, split_conversation, unpack, unread_keys, with_system_prompt
@@ -232,8 +233,9 @@ def _find(name: str, split: str, config: str | None, revision: str | None) -> Da
         else:
             splits = _find_files(path, split, config)
     except OSError as error:
-        where = "nothing to read" if path is not None else describe_search(name, "dataset", revision, error)
-        raise FileNotFoundError(f"--dataset_name {name}: {where} ({error})") from error
+        is_local = path is not None
+        where = f"nothing to read ({error})" if is_local else describe_search(name, "dataset", revision, error)
+        raise FileNotFoundError(f"--dataset_name {name}: {where}") from error
     except ValueError as error:
         raise ValueError(f"--dataset_name {name}, --dataset_config {config}: {error}") from error
     if split not in splits:
@@ -251,7 +253,12 @@ def _find_on_hub(
         patterns = ["README.md", *(f"*{suffix}" for suffix in TABLES)]
         folder = snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=patterns)
     except ConnectionError as error:  # `datasets` takes what it has built itself, not what others have downloaded
-        folder = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
+        try:
+            folder = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
+        except IncompleteSnapshotError:
+            raise
+        except LocalEntryNotFoundError:
+            raise error from None
         logger.warning("%s: %s; read from its copy in the cache, %s", name, error, folder)
     return _find_files(Path(folder), split, config)
 
