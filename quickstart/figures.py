@@ -114,8 +114,8 @@ KINDS_PUBLISHED = (
     ".25, 4B .92 / .10 / .29, 8B .79 / .06 / .25."
 )
 KINDS_LIMITS = (
-    "The toy model knows no style tokens: its lesson is the carry, which is mathematics. The lists of words are this "
-    "project's own."
+    "The toy model has hardly any style tokens: its lesson is the carry, which is mathematics. The lists of words are "
+    "this project's own."
 )
 MODES = [(False, False), (False, True), (True, False), (True, True)]  # student thinks, teacher thinks
 

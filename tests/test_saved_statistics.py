@@ -1,11 +1,13 @@
 """Token statistics that a run saves: what they are, that nothing notices them, that they go on after a kill."""
 
+import copy
 import math
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,7 +30,7 @@ from opsd import saved_statistics
 from opsd.inspection import runs
 from opsd.inspection.page import make_page
 from opsd.losses import Objective, generalized_jsd
-from opsd.saved_statistics import FOLDER, NUM_TOP, SCHEMA, TokenTexts, score_tokens
+from opsd.saved_statistics import FOLDER, NUM_TOP, SCHEMA, SavedStatistics, TokenTexts, score_tokens
 from opsd_trainer import OPSDConfig
 
 
@@ -252,6 +254,34 @@ def test_bad_settings(make_trainer):
         make_trainer(save_token_statistics=65)
 
 
+def assert_same_rows(rows, expected):
+    assert [row["index"] for row in rows] == list(range(len(expected)))
+    for row, other in zip(rows, expected, strict=True):
+        for name, value in other.items():
+            if isinstance(value, list) and value and isinstance(value[0], float):
+                assert np.allclose(row[name], value, rtol=1e-3, atol=1e-3), name
+            elif "top" not in name:  # of equal probabilities either may come first
+                assert row[name] == value, name
+        assert math.isfinite(sum(row["divergence"]))
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_each_process_takes_its_share(make_trainer, monkeypatch, number):
+    """As many forward passes in each, and together the rows of one process."""
+    trainer = make_trainer(save_token_statistics=5)
+    script_rollouts(trainer)
+    expected = SavedStatistics(trainer)._score(0)
+    shares = []
+    monkeypatch.setattr(saved_statistics, "gather_object", lambda rows: shares.append(rows) or rows)
+    for index in range(number):
+        process = copy.copy(trainer)
+        process.accelerator = SimpleNamespace(num_processes=number, process_index=index, device=torch.device("cpu"))
+        SavedStatistics(process)._score(0)
+    assert [len(rows) for rows in shares] == [-(-5 // number)] * number
+    by_index = {row["index"]: row for rows in shares for row in rows}
+    assert_same_rows([by_index[index] for index in sorted(by_index)], expected)
+
+
 @pytest.mark.multiprocess
 def test_processes_share_them(make_trainer, tmp_path):
     """Two processes, the second of which has one problem less: the same rows as those of one process."""
@@ -275,11 +305,4 @@ def test_processes_share_them(make_trainer, tmp_path):
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(worker.parents[1])},
     )
     (rows,) = read_files(folder / "run").values()
-    assert [row["index"] for row in rows] == list(range(5))
-    for row, other in zip(rows, expected, strict=True):
-        for name, value in other.items():
-            if isinstance(value, list) and value and isinstance(value[0], float):
-                assert np.allclose(row[name], value, rtol=1e-3, atol=1e-3), name
-            elif "top" not in name:  # of equal probabilities either may come first
-                assert row[name] == value, name
-        assert math.isfinite(sum(row["divergence"]))
+    assert_same_rows(rows, expected)
