@@ -27,7 +27,7 @@ def right_carries(seed: int) -> BaseModelConfig:
         reference_examples=0,
         drop_carry_overflowing=0.0,
         drop_carry_other=0.0,
-        steps=150,
+        steps=40,
         learning_rate=2e-3,
         warmup_steps=10,
     )

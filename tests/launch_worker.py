@@ -215,7 +215,9 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
         }
         common |= {"teacher_model_name_or_path": further[1], "preflight": True, "output_dir": run}
         trainer = train(common)
-        processes = gather_object([describe(trainer) | {"of_teacher": count_elements(trainer.teacher.other)}])
+        processes = []
+        if dist.is_initialized():
+            processes = gather_object([describe(trainer) | {"of_teacher": count_elements(trainer.teacher.other)}])
         if trainer.accelerator.is_main_process:
             results = {"run": trainer.state.log_history, "processes": processes}
             Path(folder, "results.json").write_text(json.dumps(results))
