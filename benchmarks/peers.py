@@ -68,7 +68,6 @@ DIFFERENCES = """\
 | clip of a token's divergence | yes | no | no | no |
 | LoRA to vLLM | as an adapter | merged into the base | merged into the base | merged into the base |
 | sequences of a micro-batch | end to end | padded as the step's longest | padded as the step's longest | padded |
-| denominator of the loss | tokens of the step | each sequence's | each sequence's | tokens of the step |
 """
 
 
