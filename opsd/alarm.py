@@ -23,7 +23,8 @@ TRUNCATED_RISE = 0.2  # of the share of rollouts
 LENGTH_BAND = (0.5, 2.0)  # times the length at the start
 ENTROPY_FALL = 0.2  # times that at the start, of the student and of the teacher, whichever is lower
 ENTROPY_RISE, ENTROPY_MARGIN = 3.0, 0.1  # times that at the start, and so many nats above it
-ACCURACY_FALL = 0.1  # of the share of right rollouts
+ACCURACY_FALL = 0.15  # of the share of right rollouts, from the best block so far
+BEST_ERRORS = 4.0  # in place of `NUM_ERRORS`, since of many blocks the best one is partly so by chance
 LEAK_RISE = 0.05  # of the share of rollouts
 GAIN = "_accuracy_gain"  # end of the name under which the held-out accuracy's change is logged
 
@@ -71,20 +72,24 @@ class Rule(NamedTuple):
     """A sign that a metric of the training gives."""
 
     metric: str
-    find: Callable[[float, float, Block, Block], str | None]  # (at the start, now, and their blocks) -> finding
+    find: Callable[[float, float, Block, Block], str | None]  # (before, now, and their blocks) -> finding
     advice: str
+    from_best: bool = False  # compare with the block of the highest value so far, in place of the first one
 
 
-def _find_share(change: float, what: str) -> Callable[[float, float, Block, Block], str | None]:
-    """Make a rule for a share of the rollouts that changes by `change`, up or down, and beyond its error."""
+def _find_share(
+    change: float, what: str, num_errors: float = NUM_ERRORS
+) -> Callable[[float, float, Block, Block], str | None]:
+    """Make a rule for a share of the rollouts that changes by `change`, up or down, and by `num_errors`."""
 
     def find(before: float, now: float, start: Block, block: Block) -> str | None:
         groups = [one.num_rollouts / one.group_size for one in (start, block)]
         share = (before * groups[0] + now * groups[1]) / sum(groups)
         error = math.sqrt(max(share * (1.0 - share), 0.0) * (1.0 / groups[0] + 1.0 / groups[1]))
-        if (now - before) * math.copysign(1.0, change) < max(abs(change), NUM_ERRORS * error):
+        if (now - before) * math.copysign(1.0, change) < max(abs(change), num_errors * error):
             return None
-        return f"{what}: {100 * before:.0f} % at the start, {100 * now:.0f} % now"
+        when = "at the start" if start.first_step == 1 else f"from step {start.first_step} on"
+        return f"{what}: {100 * before:.0f} % {when}, {100 * now:.0f} % now"
 
     return find
 
@@ -116,8 +121,9 @@ RULES = (
     Rule("entropy", _find_entropy, f"{EARLIER}, lower --learning_rate, or {HOLD_TEACHER}"),
     Rule(
         "rewards/accuracy/mean",
-        _find_share(-ACCURACY_FALL, "fewer rollouts are right"),
+        _find_share(-ACCURACY_FALL, "fewer rollouts are right", BEST_ERRORS),
         f"check that each row of --solution_column solves its own problem, {HOLD_TEACHER}, or {EARLIER}",
+        from_best=True,
     ),
     Rule(
         "completions/leaked_ratio",
@@ -134,8 +140,8 @@ class Alarm:
     """
     Reads the logs of a run in their order and finds signs of a collapse, each sign once.
 
-    It compares blocks of steps with the first block. A sign has to stand in two blocks in a row. What it finds follows
-    from the logs alone, so that a resumed run, or metrics.jsonl read afterwards, gives the same.
+    It compares blocks of steps with the first or the best block. A sign has to stand in two blocks in a row. What it
+    finds follows from the logs alone, so that a resumed run, or metrics.jsonl read afterwards, gives the same.
 
     Args:
         group_size: rollouts of each problem in a step. They count as one where the error of a share is taken.
@@ -143,6 +149,7 @@ class Alarm:
 
     def __init__(self, group_size: int = 1):
         self._start = self._block = Block(1, group_size)
+        self._best: dict[str, Block] = {}  # metric -> finished block of its highest value
         self._last_step, self._last_tokens = 0, 0
         self._suspected: dict[str, int] = {}  # metric -> first step of the block before, if it showed the sign
         self._found: set[str] = set()
@@ -164,11 +171,16 @@ class Alarm:
         return signs
 
     def _compare(self, step: int, block: Block) -> list[Sign]:
-        """Compare a finished block with the first one."""
+        """Compare a finished block with those before it."""
         signs, suspected = [], {}
-        for metric, find, advice in RULES:
-            before, now = self._start.mean(metric), block.mean(metric)
-            if before is None or now is None or (finding := find(before, now, self._start, block)) is None:
+        for metric, find, advice, from_best in RULES:
+            start = self._best.get(metric, self._start) if from_best else self._start
+            before, now = start.mean(metric), block.mean(metric)
+            if before is None or now is None:
+                continue
+            if from_best and now > before:
+                self._best[metric] = block
+            if (finding := find(before, now, start, block)) is None:
                 continue
             suspected[metric] = self._suspected.get(metric, block.first_step)
             if metric in self._suspected and metric not in self._found:
