@@ -171,6 +171,8 @@ def multiply_adapters_at_once() -> None:
 
     def product(inputs: Tensor, weights: Tensor, dtype: torch.dtype, indices: Tensor) -> Tensor:
         """Return (tokens, out) of inputs (tokens, in), weights (adapters, 1, out, in), and indices (tokens,)."""
+        if len(indices) == 1:  # on the head, of a request whose prompt's log-probabilities are asked for
+            indices = indices.expand(len(inputs))
         outputs = torch.zeros(len(inputs), weights.shape[-2], dtype=dtype)
         for index in indices.unique().tolist():
             if index >= 0:

@@ -163,6 +163,13 @@ def test_hub_that_is_switched_off(monkeypatch):
         Run("opsd", *parse("--push_to_hub")).check(None)
 
 
+def test_checkpoints_are_not_uploaded(monkeypatch):
+    monkeypatch.setattr(run_module, "is_offline_mode", lambda: False)
+    with pytest.raises(ValueError, match="--hub_strategy all_checkpoints: checkpoints are not uploaded"):
+        Run("opsd", *parse("--push_to_hub", "--hub_strategy", "all_checkpoints")).check(None)
+    Run("opsd", *parse("--push_to_hub")).check(None)
+
+
 @pytest.mark.parametrize("text", ['{"training": {', "{}", "[]", '{"training": 1}'])
 def test_a_record_that_is_none(tmp_path, text):
     (tmp_path / "run_config.json").write_text(text)
