@@ -496,6 +496,8 @@ def settle_prompts(args: argparse.Namespace) -> None:
         recorded = {}
         for folder in args.checkpoint_dir or [args.base_model]:
             if (record := find_record(Path(folder))) is not None:
+                if args.privileged:
+                    check_teacher(folder, record["training"])
                 value = record["script"].get(flag, record["training"].get(flag))
                 own = record["training"].get(f"teacher_{flag}")  # the teacher may have a system turn of its own
                 recorded[folder] = (own if args.privileged and own is not None else value) or default
@@ -513,6 +515,17 @@ def settle_prompts(args: argparse.Namespace) -> None:
     if (template := getattr(args, role)) is not None:
         check_template(role, template, {"problem"}, refused)
         setattr(args, role, None if template == prompt else template)
+
+
+def check_teacher(folder: str, training: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for a run whose teacher is not what `--privileged` measures: the base with the solution."""
+    if (context := training.get("teacher_context", "solution")) != "solution":
+        raise ValueError(
+            f"--privileged: {folder} was trained with --teacher_context {context}, and this would measure a teacher "
+            "that sees the solutions; give --teacher_prompt and --system_prompt if that is meant"
+        )
+    if (model := training.get("teacher_model_name_or_path")) is not None:
+        raise ValueError(f"--privileged: {folder} was taught by another model, {model}; evaluate that as --base_model")
 
 
 def check_output_file(file: Path) -> None:

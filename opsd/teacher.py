@@ -126,6 +126,7 @@ class Teacher:
         if self.other is not None:
             with torch.no_grad():
                 yield self.other
+            reshard(self.other)  # FSDP2 leaves the head gathered, for a backward pass that does not come
             return
         policy = self.accelerator.unwrap_model(model)
         trained = [weight for weight in policy.parameters() if weight.requires_grad]

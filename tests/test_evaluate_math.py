@@ -659,6 +659,8 @@ RECORDS = {  # as opsd_train.py, sft_train.py and older versions of both write t
     "other": {"script": {"student_prompt": "Sum of {problem}?", "system_prompt": None}, "training": {}},
     "old": {"script": {}, "training": {"student_prompt": STUDENT_PROMPT, "teacher_prompt": "{solution} {problem}"}},
     "older": {"script": {}, "training": {}},
+    "donor": {"script": {}, "training": {"teacher_context": "donor"}},
+    "taught": {"script": {}, "training": {"teacher_model_name_or_path": "the/teacher"}},
 }
 
 
@@ -716,6 +718,8 @@ def test_prompts_are_those_of_the_training(settle, caplog, runs, flags, expected
         ([], ["--student_prompt", "Add!"], "--student_prompt lacks the placeholder {problem}"),
         ([], ["--privileged", "--student_prompt", "{problem}"], "--student_prompt: not used with --privileged"),
         ([], ["--teacher_prompt", "{problem}"], "--teacher_prompt: not used without --privileged"),
+        (["donor"], ["--privileged"], "was trained with --teacher_context donor, and this would measure a teacher"),
+        (["taught"], ["--privileged"], "was taught by another model, the/teacher; evaluate that as --base_model"),
     ],
 )
 def test_prompts_that_cannot_be_settled_are_refused(settle, runs, flags, message):
