@@ -4,7 +4,7 @@
 #   MODEL=Qwen/Qwen3-1.7B bash eval/launch.sh NAME [arguments]
 #
 # NAME is the first word of the output file. OUTPUT_DIR is the folder of the run; results are in OUTPUT_DIR/results.
-# CHECKPOINTS (adapter folders or a pattern) are those of the run, unless others are named. Without both, the base model
+# CHECKPOINTS (adapter folders or a pattern) are those of the run, unless named otherwise. Without both, the base model
 # is evaluated alone, into outputs/base/results.
 # MODEL, DATASET (one or more), SEED, and NUM_PROCESSES (engines, one for each GPU; without it those that
 # CUDA_VISIBLE_DEVICES names, or 1). DRY_RUN=1 checks all arguments, prints the command and exits. Further arguments go

@@ -557,7 +557,8 @@ def test_habits_agree():
     for hook in hooks:
         assert hook["language"] == "system" and f"\n{hook['entry'].split(' --')[0]}" in test
     (job,) = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())["jobs"].values()
-    assert job["steps"][-1] == {"run": "bash scripts/test.sh"}
+    assert job["steps"][-1] == {"run": "bash .ci/run"}
+    assert "\nbash scripts/test.sh\n" in (ROOT / ".ci" / "run").read_text()
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
