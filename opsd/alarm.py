@@ -213,6 +213,7 @@ class CollapseAlarm(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self.alarm = Alarm(trainer.args.num_generations)  # of an evaluation without a training
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.alarm = Alarm(args.num_generations)

@@ -577,7 +577,6 @@ def test_model_without_end_of_sequence_token_takes_the_tokenizers(tiny_model_dir
         ({"loss_implementation": "sparse"}, "--loss_implementation sparse: must be one of fused, dense"),
         ({"top_p": 0.0}, "--top_p 0.0: must lie in"),
         ({"remove_unused_columns": True}, "--remove_unused_columns True"),
-        ({"teacher_model_name_or_path": "x"}, "--teacher_model_name_or_path x"),
     ],
 )
 def test_settings_out_of_range(settings, message):
