@@ -21,7 +21,7 @@ NAMES = ("Tom", "Ana", "Ben", "Mia", "Leo", "Eva", "Max", "Zoe", "Sam", "Ida")
 THINGS = ("apples", "pens", "books", "cards", "coins", "shells", "stamps", "eggs", "cups", "toys")
 NUMBERS = range(2, 20)
 HELD_OUT_ONE_IN = 4  # pairs of numbers, in each kind
-SALT = "final"  # of their hash; new after the settings had been chosen. Of the 128 problems, 13 were in data of a trial
+SALT = "final"  # of their hash; chosen after the settings (13 of 128 problems were in data of a trial all the same)
 TRAIN_SIZE = 1024
 TEST_SIZE = 128
 

@@ -147,7 +147,7 @@ def test_held_out_accuracy_below_its_start():
 
 def make_callback(stops):
     trainer, control = (
-        SimpleNamespace(stop_reason=None),
+        SimpleNamespace(stop_reason=None, args=SimpleNamespace(num_generations=1)),
         SimpleNamespace(should_save=False, should_training_stop=False),
     )
     args = SimpleNamespace(num_generations=1, stop_on_collapse=stops)
