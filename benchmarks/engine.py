@@ -3,7 +3,7 @@ Check and time a colocated vLLM engine with the adapter of a random Qwen3: what 
 
     python benchmarks/engine.py
 
-`OPSDTrainer` trains one step behind its preflight. Then noise moves the adapter, so that it matters, and the first
+`OPSDTrainer` trains one step after its preflight. Then noise moves the adapter, so that it matters, and the first
 tokens of 200 seeds are compared with the model's own probabilities, with the adapter and without: Pearson's chi-square
 over ten groups of tokens of about the same probability each. The program fails below p = 1e-4.
 """

@@ -52,7 +52,8 @@ from trl.experimental.gold import GOLDConfig, GOLDTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
-from data_collator import STUDENT_PROMPT, TEACHER_PROMPT
+from data_collator import STUDENT_PROMPT, TEACHER_PROMPT, encode_chat_prompt, fill_template
+from opsd.grading import extract_answer
 from opsd_trainer import OPSDConfig, OPSDTrainer
 from quickstart.addition import held_out_problems, training_problems
 
@@ -152,10 +153,8 @@ def make_problems(arguments: argparse.Namespace) -> list[dict[str, str]]:
 
 def prompts_of(problem: dict[str, str]) -> dict[str, str]:
     """Return what the user says to each role."""
-    texts = {"student": STUDENT_PROMPT, "teacher": TEACHER_PROMPT}
-    for name, text in problem.items():
-        texts = {role: prompt.replace(f"{{{name}}}", text) for role, prompt in texts.items()}
-    return texts
+    templates = {"student": STUDENT_PROMPT, "teacher": TEACHER_PROMPT}
+    return {role: fill_template(template, **problem) for role, template in templates.items()}
 
 
 def make_trainer(name: str, model: Path, seed: int, folder: str, arguments: argparse.Namespace) -> Trainer:
@@ -255,16 +254,8 @@ def give_completions(trainer: Trainer, arguments: argparse.Namespace) -> None:
 def accuracy(trainer: Trainer, seed: int, num_samples: int) -> float:
     """Return the share of right samples in percent on the quickstart's held-out problems, without thinking."""
     tokenizer, problems = trainer.processing_class, held_out_problems()
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": STUDENT_PROMPT.replace("{problem}", problem["problem"])}],
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=False,
-        )
-        for problem in problems
-    ]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    prompts = [encode_chat_prompt(tokenizer, prompts_of(problem)["student"], thinking=False) for problem in problems]
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt", padding_side="left")
     config = GenerationConfig(
         do_sample=True,
         top_k=0,
@@ -278,8 +269,8 @@ def accuracy(trainer: Trainer, seed: int, num_samples: int) -> float:
     for _ in range(num_samples):
         sequences = trainer.model.generate(**inputs, generation_config=config)
         for sequence, problem in zip(sequences[:, width:], problems, strict=True):
-            boxes = re.findall(r"\\boxed\{(\d+)\}", tokenizer.decode(sequence, skip_special_tokens=True))
-            num_right += boxes[-1:] == [problem["answer"]]
+            answer = extract_answer(tokenizer.decode(sequence, skip_special_tokens=True))
+            num_right += answer == problem["answer"]
     return 100 * num_right / (num_samples * len(problems))
 
 

@@ -6,8 +6,8 @@ Time and memory of the training part of an optimizer step: micro-batches padded,
 The rollouts are given, with random tokens, so that all three forms learn from the same. The training part is the
 teacher's and the student's forward pass, the loss and the backward pass of all micro-batches. The three forms take
 turns, and each time is the median over the rounds. On a CPU it is in processor seconds, which other programs on the
-machine do not lengthen. The model is a Qwen3 with random weights, LoRA on all linear
-layers and the adapter-off teacher. Its head has the share of the model's operations that it has in Qwen3-1.7B.
+machine do not lengthen. The model is a Qwen3 with random weights, with LoRA on all linear layers; without the adapter
+it teaches. Its head has the share of the model's operations that it has in Qwen3-1.7B.
 
 Lengths, before they are divided by --scale:
   equal      prompts of 150 and 750 tokens, completions of 1,024

@@ -131,7 +131,7 @@ def accuracy_within(verdicts: Sequence[Sequence[bool]], lengths: Sequence[Sequen
     """
     Mean over problems of the share of samples that are right and not longer than `budget`, in [0, 1].
 
-    It is the Avg@k of a sampling with this limit, except for samples that it would have cut off behind their answer.
+    It is the Avg@k of a sampling with this limit, except for samples that it would have cut off after their answer.
 
     Args:
         verdicts: of each sample of each problem.

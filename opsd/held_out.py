@@ -7,12 +7,12 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
+from opsd.rollouts import own_randomness, sample_apart
 from opsd.thinking import decode_response
 
 if TYPE_CHECKING:
@@ -22,9 +22,8 @@ else:
 
 logger = logging.getLogger(__name__)
 
-SEED_STEP = -1  # in the place of the step in vLLM's seeds: the same at each evaluation, and of no step of the training
 STARTS = "held_out_start"  # in the state of the run: shares right at the first evaluation, to pair the later ones with
-# Behind the prefix of the evaluation, which is `eval`
+# After the prefix of the evaluation, which is `eval`
 METRICS = ("accuracy", "accuracy_standard_error", "accuracy_gain", "accuracy_gain_standard_error")
 
 
@@ -55,18 +54,13 @@ class HeldOutAccuracy(Base):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the base class does, always with the same random numbers, which the training does not see."""
-        devices = [torch.cuda.current_device()] if self.accelerator.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            self._seed_evaluation()
+        with own_randomness(self.args.seed, self.accelerator):
             return super().evaluate(*args, **kwargs)
 
     def _evaluate(self, *args: Any, skip_scheduler: bool = False, **kwargs: Any) -> dict[str, float]:
         if skip_scheduler and self.state.global_step > 0:  # --eval_on_start, in a run that goes on
             return {}
         return super()._evaluate(*args, skip_scheduler=skip_scheduler, **kwargs)
-
-    def _seed_evaluation(self) -> None:
-        torch.manual_seed(self.args.seed + self.accelerator.process_index)  # else all processes draw the same
 
     def evaluation_loop(
         self,
@@ -111,10 +105,8 @@ class HeldOutAccuracy(Base):
         own = dataset.select(range(process, len(dataset), self.accelerator.num_processes))
         prompts = [ids for ids in own["student_prompt_ids"] for _ in range(num_samples)]
         answers = [answer for answer in own["answer"] for _ in range(num_samples)]
-        self.sampler.sync(self.state.global_step, reuse=True)
-        self.sampler.step = SEED_STEP
-        self._seed_evaluation()
-        completions = self.sampler.sample(prompts)
+        with own_randomness(self.args.seed, self.accelerator):
+            completions = sample_apart(self.sampler, prompts, self.state.global_step)
         texts = [decode_response(self.processing_class, completion.ids) for completion in completions]
         verdicts = self.teacher_context.verifier(texts, answers)
         shares = []

@@ -469,6 +469,7 @@ def _float32_logits(trainer: OPSDTrainer) -> Iterator[None]:
 
 @contextmanager
 def _float32_head(head: nn.Linear) -> Iterator[None]:
+    """Multiply with one head in float32 in the block."""
 
     def forward(hidden_states: Tensor) -> Tensor:
         bias = None if head.bias is None else head.bias.float()

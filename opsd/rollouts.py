@@ -583,3 +583,22 @@ class TransformersSampler:
 
 
 Sampler = VLLMSampler | TransformersSampler
+
+
+APART_STEP = -1  # in the place of the step, of which vLLM's seeds are made: no step of the training has it
+
+
+@contextmanager
+def own_randomness(seed: int, accelerator: Accelerator) -> Iterator[None]:
+    """Seed PyTorch's generators inside the block, and give them their states again after it."""
+    device = accelerator.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + accelerator.process_index)  # else all processes draw the same
+        yield
+
+
+def sample_apart(sampler: Sampler, prompts: list[list[int]], num_steps: int) -> list[Completion]:
+    """Sample after `num_steps` steps, apart from the rollouts of the training, with the same seeds each time."""
+    sampler.sync(num_steps, reuse=True)
+    sampler.step = APART_STEP
+    return sampler.sample(prompts)

@@ -6,8 +6,7 @@ same problem can be seen early and late. Neither loss nor rollouts notice it.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from data_collator import MicroBatch, Rollout, start_rollouts
 from opsd.config import OPSDConfig
 from opsd.losses import Objective, dense_token_losses
 from opsd.metrics import Metrics
+from opsd.rollouts import own_randomness, sample_apart
 from opsd.teacher_context import TeacherContext
 
 FOLDER = "token_statistics"  # in the output folder
 NUM_TOP = 5  # most probable tokens of each role
 ENTRIES_AT_ONCE = 2**24  # of logits, with about ten tensors of this size
-SAMPLING_STEP = -1  # in place of the step, of which vLLM's seeds are made: the same ones each time
 
 LISTS = {
     "token_ids": pa.int32(), "tokens": pa.string(), "kinds": pa.int8(), "epistemic": pa.bool_(),
@@ -170,19 +169,11 @@ class SavedStatistics(TrainerCallback):
         number, first = accelerator.num_processes, accelerator.process_index
         # All processes take part in each forward pass: what is left over is filled up, and dropped in the end
         places = [place % len(chosen) for place in range(first, -(-len(chosen) // number) * number, number)]
-        with self._own_randomness():
+        with own_randomness(self.args.seed, accelerator):
             rollouts = self._sample([chosen[place] for place in places], num_steps)
             rows = [self._row(rollout) | {"index": place} for rollout, place in zip(rollouts, places, strict=True)]
         by_index = {row["index"]: row for row in gather_object(rows)}
         return [by_index[index] for index in sorted(by_index)]
-
-    @contextmanager
-    def _own_randomness(self) -> Iterator[None]:
-        """Seed the generators of PyTorch inside the block, and give them their states again after it."""
-        device = self.trainer.accelerator.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.args.seed + self.trainer.accelerator.process_index)
-            yield
 
     def _sample(self, chosen: Sequence[int], num_steps: int) -> list[Rollout]:
         """Sample a completion of each row of the training data, and settle its lesson as in a step."""
@@ -191,10 +182,8 @@ class SavedStatistics(TrainerCallback):
         size = self.args.num_generations if self.args.context.of_group is not None else 1
         rows = [row for row in chosen for _ in range(size)]
         rollouts = start_rollouts([trainer.train_dataset[row] for row in rows])
-        trainer.sampler.sync(num_steps, reuse=True)
-        trainer.sampler.step = SAMPLING_STEP
         end_ids = set(trainer.end_ids)
-        completions = trainer.sampler.sample([rollout.prompt_ids for rollout in rollouts])
+        completions = sample_apart(trainer.sampler, [rollout.prompt_ids for rollout in rollouts], num_steps)
         for rollout, row, completion in zip(rollouts, rows, completions, strict=True):
             rollout.row, rollout.completion_ids = row, completion.ids
             rollout.is_truncated = len(completion.ids) > 0 and end_ids.isdisjoint(completion.ids)

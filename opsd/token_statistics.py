@@ -10,9 +10,9 @@ from data_collator import MicroBatch
 from opsd.losses import Objective, TokenLosses, TokenStatistics
 from opsd.metrics import Metrics
 from opsd.token_kinds import MATHEMATICS, OTHER, STYLE, TokenKinds, make_token_kinds
+from opsd.token_weights import find_places, top_tokens
 
 NUM_FIRST_TOKENS = 4  # of a completion: logged by themselves, since thinking modes differ there in form
-FORKS = 5  # one in so many of a completion's tokens is a fork
 
 
 class TokenMetrics:
@@ -65,7 +65,7 @@ class TokenMetrics:
             ("mathematics", kinds == MATHEMATICS),
             ("other", kinds == OTHER),
             ("epistemic", epistemic),
-            ("forks", fork_tokens(statistics.student_entropy, counts, batch)),
+            ("forks", top_tokens(statistics.student_entropy, find_places(batch))),
             ("first_tokens", columns < NUM_FIRST_TOKENS),
             ("quarter_1", quarters == 0),
             ("quarter_2", quarters == 1),
@@ -94,28 +94,6 @@ class TokenMetrics:
             name, values = "sampling/sampling_logp_difference", differences.abs()
         self.metrics.add(f"{name}/mean", values.sum(dtype=torch.float64), len(values))
         self.metrics.add_extreme(f"{name}/max", max, [values.max()])
-
-
-def fork_tokens(entropy: Tensor, counts: Tensor, batch: MicroBatch) -> Tensor:
-    """
-    Mark the forks: the tokens of each completion, one in five and at least one, with the student's highest entropies.
-
-    Args:
-        entropy: (N,), nats.
-        counts: (N,), bool; the other tokens are none.
-        batch: micro-batch of the tokens.
-
-    Returns:
-        (N,), bool.
-    """
-    rows = batch.token_places()[0]
-    order = entropy.where(counts, -1.0).argsort(descending=True, stable=True)
-    order = order[rows[order].argsort(stable=True)]  # row by row, the highest entropy first
-    sizes = batch.loss_mask.sum(1)  # (B,)
-    ranks = torch.arange(len(rows), device=rows.device) - (sizes.cumsum(0) - sizes)[rows]  # `rows` is sorted already
-    num_counted = torch.zeros_like(sizes).index_add_(0, rows, counts.long())
-    is_fork = ranks < ((num_counted + FORKS - 1) // FORKS)[rows]
-    return torch.zeros_like(counts).scatter_(0, order, is_fork)
 
 
 def problem_divergences(batch: MicroBatch, losses: TokenLosses) -> list[tuple[int, float, float]]:

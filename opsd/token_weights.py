@@ -11,7 +11,7 @@ from opsd.losses import TokenLosses, TokenStatistics
 from opsd.metrics import Metrics
 
 NAMES = ("none", "growing", "falling", "student_entropy", "teacher_certainty", "top_entropy", "top_divergence")
-TOP_SHARE = 0.2  # of the tokens of a completion that count with the weights top_...
+TOP_ONE_IN = 5  # of a completion's tokens, so many times fewer are its top ones
 
 
 class Places(NamedTuple):
@@ -30,15 +30,13 @@ def find_places(batch: MicroBatch) -> Places:
     return Places(rows, columns - first[rows], counts[rows])
 
 
-def _top(values: Tensor, places: Places) -> Tensor:
-    """Give 1 to the `TOP_SHARE` of a completion's tokens with the largest values, at least to one, and 0 to others."""
+def top_tokens(values: Tensor, places: Places) -> Tensor:
+    """Mark the fifth, rounded up, of each completion's tokens with the largest values, both (N,)."""
     order = values.argsort(descending=True, stable=True)
-    order = order[
-        places.rows[order].argsort(stable=True)
-    ]  # the completions one after the other, each from its largest
-    ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    starts = torch.arange(len(order), device=order.device) - places.places
-    return (ranks - starts < (TOP_SHARE * places.lengths).ceil()).to(values.dtype)
+    order = order[places.rows[order].argsort(stable=True)]  # completion by completion, each from its largest
+    numbers = torch.arange(len(order), device=order.device)
+    ranks = torch.empty_like(order).scatter_(0, order, numbers) - (numbers - places.places)  # within the completion
+    return ranks < (places.lengths + TOP_ONE_IN - 1) // TOP_ONE_IN
 
 
 class Weights(NamedTuple):
@@ -67,11 +65,11 @@ TOKEN_WEIGHTS: Mapping[str, Weights] = {
     ),
     "top_entropy": Weights(
         "1 for the fifth of a completion's tokens at which the student's entropy is largest, 0 for the others",
-        lambda statistics, places: _top(statistics.student_entropy, places),
+        lambda statistics, places: top_tokens(statistics.student_entropy, places).to(statistics.divergence.dtype),
     ),
     "top_divergence": Weights(
         "1 for the fifth of a completion's tokens at which the divergence is largest, 0 for the others",
-        lambda statistics, places: _top(statistics.divergence, places),
+        lambda statistics, places: top_tokens(statistics.divergence, places).to(statistics.divergence.dtype),
     ),
 }
 

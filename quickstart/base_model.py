@@ -61,11 +61,11 @@ class BaseModelConfig:
     """What can be chosen about the pre-training: its mix of examples and its optimization."""
 
     seed: int = 0
-    problem_only_examples: int = 13  # per step, behind the student's prompt
-    reference_examples: int = 19  # per step, behind the teacher's prompt
+    problem_only_examples: int = 13  # per step, after the student's prompt
+    reference_examples: int = 19  # per step, after the teacher's prompt
     own_style_examples: int = 0  # the same where the reference is in the style of the responses
     rationale_examples: int = 0  # conversations: a rationale for the reference, then the response
-    thinking_examples: int = 0  # in thinking mode, half of them behind each role's prompt
+    thinking_examples: int = 0  # in thinking mode, half of them after each role's prompt
     drop_carry_overflowing: float = 0.90  # probability of dropping an incoming carry where the digits reach 10 alone
     drop_carry_other: float = 0.35  # the same where they do not
     reference_slip: float = 0.5  # probability that a total in a reference is replaced by a random one

@@ -3,8 +3,8 @@ A larger model that adds right, to teach the quickstart's base model by on-polic
 
     python quickstart/teacher_model.py --base_model outputs/quickstart/model --output_dir outputs/quickstart/teacher
 
-It is the base model with twice the layers. The new ones change nothing at first. Then all is trained behind the
-student's prompt, on examples in which no carry is dropped.
+It is the base model with twice the layers. The new ones change nothing at first. Then all is trained on
+additions after the student's prompt, in which no carry is dropped.
 """
 
 import argparse
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def right_carries(seed: int) -> BaseModelConfig:
-    """Return a training behind the student's prompt alone, in which no carry is dropped."""
+    """Return a training after the student's prompt alone, in which no carry is dropped."""
     return BaseModelConfig(
         seed=seed,
         problem_only_examples=32,
@@ -34,7 +34,7 @@ def right_carries(seed: int) -> BaseModelConfig:
 
 
 def deepen(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
-    """Return a model with a new layer behind each of a model's own. Its logits are those of the model."""
+    """Return a model with a new layer after each of a model's own. Its logits are those of the model."""
     config = type(model.config)(**model.config.to_dict() | {"layer_types": None})
     config.num_hidden_layers *= 2
     config.layer_types = 2 * model.config.layer_types

@@ -5,13 +5,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from helpers import ADAPTER, CPU, OPSD, ROOT
+from helpers import ADAPTER, CPU, OPSD, ROOT, JsonHandler, serving
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -32,7 +30,7 @@ def standing_in():
     """The Hub on a port of its own; yields its address, the files of each commit, and all that was asked for."""
     commits, asked = [], []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_POST(self):
             length = self.headers["Content-Length"]
             body = self.rfile.read(int(length)) if length else self.read_chunks()
@@ -67,27 +65,8 @@ def standing_in():
                 self.rfile.readline()
             return b"".join(parts)
 
-        def reply(self, content, status=200):
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", commits, asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with serving(Handler) as address:
+        yield address, commits, asked
 
 
 def run_with_hub(address, *words):

@@ -4,11 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import helpers
@@ -35,9 +33,9 @@ def standing_in(models, answer=None):
     """A server of these models on a port of its own; yields its address and the list of what it is asked."""
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(helpers.JsonHandler):
         def do_GET(self):
-            self.reply(200, {"object": "list", "data": models})
+            self.reply({"object": "list", "data": models})
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -46,31 +44,13 @@ def standing_in(models, answer=None):
             choice = {"index": 0, "text": text, "finish_reason": reason, "logprobs": None}
             usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": tokens, "total_tokens": 0}
             reply = {"id": "1", "object": "text_completion", "created": 0, "model": body["model"], "choices": [choice]}
-            self.reply(status, reply | {"usage": usage} if status == 200 else {"error": {"message": text}})
+            self.reply(reply | {"usage": usage} if status == 200 else {"error": {"message": text}}, status)
 
         def answer(self, body):
             return 200, f"\\boxed{{{body['model']} {body.get('seed')}}}", 7, "stop"
 
-        def reply(self, status, content):
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with helpers.serving(Handler) as address:
+        yield f"{address}/v1", asked
 
 
 QUESTIONS = [Question("b", index, f"{index}+1", str(index + 1), None, [5, 6, index]) for index in range(3)]

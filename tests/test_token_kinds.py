@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 from data_collator import Rollout
 from opsd.losses import TokenLosses, TokenStatistics
 from opsd.token_kinds import MATHEMATICS, OTHER, STYLE, WORD, is_epistemic, kind_of, make_token_kinds, word_lists
-from opsd.token_statistics import fork_tokens
+from opsd.token_weights import find_places, top_tokens
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_forks_do_not_depend_on_the_batch(make_trainer):
         batch = make_batch(trainer, [text])
         size = len(batch.of_tokens(batch.completion_ids))
         entropies.append(torch.rand(size, generator=generator))
-        forks.append(fork_tokens(entropies[-1], torch.ones(size, dtype=torch.bool), batch))
+        forks.append(top_tokens(entropies[-1], find_places(batch)))
         assert forks[-1].sum() == -(-size // 5)
         assert entropies[-1][forks[-1]].min() >= entropies[-1].quantile(1 - forks[-1].sum() / size)
     together = make_batch(trainer, texts)
     entropy = torch.cat(entropies)
-    assert_close(fork_tokens(entropy, torch.ones_like(entropy, dtype=torch.bool), together), torch.cat(forks))
+    assert_close(top_tokens(entropy, find_places(together)), torch.cat(forks))

@@ -1,6 +1,5 @@
 """Weights of tokens: each against its formula written out, in the loss and the gradient, and what is logged."""
 
-import math
 import re
 
 import pytest
@@ -28,7 +27,7 @@ def write(problem, occurrence):
 
 def top_fifth(values):
     """1 for the fifth of the values that is largest, rounded up."""
-    chosen = sorted(range(len(values)), key=lambda i: -values[i])[: math.ceil(0.2 * len(values))]
+    chosen = sorted(range(len(values)), key=lambda i: -values[i])[: -(-len(values) // 5)]
     return torch.tensor([float(i in chosen) for i in range(len(values))])
 
 

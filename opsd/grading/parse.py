@@ -165,7 +165,8 @@ LETTER_UNITS = set("mgshlLNJWVKCF")
 PLURAL = re.compile(r"\w*[^s]s|people|(?:wo)?men|children|dice|mice")
 # Plural or not, these change the number before them or are no nouns.
 NOT_COUNTED = re.compile(
-    r"(?:half|halve|score|gross|dozen|ten|lakh|crore|quarter|third|hundred|thousand|\w*illion|minu|plu|les|i|wa|ha|doe|thi|"
+    r"(?:half|halve|score|gross|dozen|ten|lakh|crore|quarter|third|hundred|thousand|\w*illion|"
+    r"minu|plu|les|i|wa|ha|doe|thi|"
     r"unles|alway|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|hundred|thousand|\w*illion)th)s?"
 )
 ADJECTIVE = r"(?:(?:real|distinct|different|possible|total|whole|ordered) )?"

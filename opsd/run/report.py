@@ -27,7 +27,7 @@ PANELS = {
 
 
 def append_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write each row as a line of JSON behind those that are there."""
+    """Write each row as a line of JSON after those that are there."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:
         lines.write("".join(json.dumps(row) + "\n" for row in rows))

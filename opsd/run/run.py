@@ -324,9 +324,11 @@ class Run:
         if step is None or not is_here or int(Path(self.checkpoint).name.rpartition("-")[2]) < step:
             return
         if training_args.process_index == 0:
-            print(  # noqa: T201
-                f"{run_dir} is finished, after step {step}: there is nothing to do. To train on, raise --max_steps "
-                "or --num_train_epochs"
+            logger.info(
+                "%s is finished, after step %d: there is nothing to do. To train on, raise --max_steps or "
+                "--num_train_epochs",
+                run_dir,
+                step,
             )
         sys.exit(0)
 
@@ -433,7 +435,7 @@ class Run:
         run_dir, repo_id = Path(args.output_dir), args.hub_model_id or Path(args.output_dir).absolute().name
         options = {"private": args.hub_private_repo, "token": args.hub_token, "revision": args.hub_revision}
         try:
-            print(f"uploaded to {publish(run_dir, repo_id, **options)}", flush=True)  # noqa: T201
+            logger.info("uploaded to %s", publish(run_dir, repo_id, **options))
         except (OSError, ValueError) as error:
             return (
                 f"--push_to_hub: {error}\nThe run is finished, and its model is in {run_dir}. Upload it with: python "
