@@ -49,6 +49,9 @@ def engine_options(gpu_memory_utilization: float | None = None) -> dict[str, Any
     has_gpu = torch.cuda.is_available()
     for name, value in (ENVIRONMENT | ({} if has_gpu else CPU_ENVIRONMENT)).items():
         os.environ.setdefault(name, value)
+    if os.environ.get("ATEN_CPU_CAPABILITY") == "default":  # PyTorch would compile vector code, which it then lacks
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # of engines in processes of their own
+        torch._dynamo.config.disable = True
     return ENGINE | ({"gpu_memory_utilization": gpu_memory_utilization or 0.9} if has_gpu else CPU_ENGINE)
 
 

@@ -59,11 +59,8 @@ for arithmetic in "${arithmetics[@]}"; do
             name="${arithmetic:-own ($own)} | $threads | $model"
             echo "== $name"
             start=$SECONDS
-            # What PyTorch compiles for vLLM is vector code, which is not there without vectors
-            compiler=
-            [[ $arithmetic != *=default* ]] || compiler=TORCHDYNAMO_DISABLE=1
             # shellcheck disable=SC2086  # the arithmetic is none, one or two assignments
-            env $arithmetic $compiler OMP_NUM_THREADS="$threads" TINY_MODEL="${models[$model]}" \
+            env $arithmetic OMP_NUM_THREADS="$threads" TINY_MODEL="${models[$model]}" \
                 python -m pytest -q -n $((2 / threads)) --dist loadfile --durations 0 --durations-min 60 \
                 "${selection[@]}" "$@" >"$results/log" 2>&1
             status=$?
