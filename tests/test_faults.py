@@ -263,13 +263,13 @@ def test_first_interrupt_saves_and_second_ends_at_once(
 
 
 @pytest.mark.multiprocess
-def test_finished_run_is_left_as_it_is(tiny_model_dir, train_file, whole_run, capsys):
+def test_finished_run_is_left_as_it_is(tiny_model_dir, train_file, whole_run, caplog):
     arguments = command_line(tiny_model_dir, train_file, whole_run, "--resume_from_checkpoint", "true")
     before = {file: file.read_bytes() for file in whole_run.rglob("*") if file.is_file()}
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as left, caplog.at_level("INFO"):
         opsd_train.main(arguments)
     assert left.value.code == 0
-    assert f"{whole_run} is finished, after step {STEPS}: there is nothing to do" in capsys.readouterr().out
+    assert f"{whole_run} is finished, after step {STEPS}: there is nothing to do" in caplog.text
     assert {file: file.read_bytes() for file in whole_run.rglob("*") if file.is_file()} == before
 
 
