@@ -20,6 +20,7 @@ from eval.evaluate_math import build_parser
 from grpo_train import GRPOArguments
 from opsd.config import FIXED, OPSDConfig
 from opsd.run.arguments import BaselineArguments, ModelArguments, RunArguments
+from opsd.run.flags import HELP
 from opsd_train import OPSDArguments
 from sft_train import SFTArguments
 
@@ -111,8 +112,8 @@ def inherited_rows() -> list[str]:
     for kind in (OPSDConfig, ModelConfig, SFTConfig, GRPOConfig):
         known = {setting.name: setting for setting in fields(kind)} | known
     for name in sorted(flags_in_use() & known.keys() - own):
-        sentence = re.split(r"(?<=[.?])\s", " ".join((known[name].metadata.get("help") or "").split()))[0]
-        rows.append(row(name, default_of(known[name]), sentence))
+        theirs = " ".join((known[name].metadata.get("help") or "").split())
+        rows.append(row(name, default_of(known[name]), HELP.get(name) or re.split(r"(?<=[.?])\s", theirs)[0]))
     return rows
 
 
