@@ -16,9 +16,10 @@ from opsd_trainer import OPSDTrainer
 
 def main(result: str) -> None:
     """
-    Train two steps of SGD, whose change of the weights is the gradient, and evaluate: without a limit, with two.
+    Train two steps of SGD, whose change of the weights is the gradient, and evaluate: padded, packed, with two limits.
 
-    The rollouts of the second process are longer, so that it alone needs the higher number of micro-batches.
+    The teacher is an average of the students, the loss is clipped and over the student's top tokens. The rollouts of
+    the second process are longer, so that it alone needs the higher number of micro-batches.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
@@ -36,10 +37,17 @@ def main(result: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         problems = make_problems()
         make_trainer = make_trainer_factory(TINY_MODEL, problems, Path(folder))
-        for limit in (None, 300, 1):
+        for name, limit in (("padded", None), ("packed", None), ("300", 300), ("1", 1)):
             sizes.clear()
             trainer = make_trainer(
+                packing=name != "padded",
                 max_tokens_per_micro_batch=limit,
+                fixed_teacher=False,
+                use_ema_teacher=True,
+                ema_decay=0.5,
+                top_k_loss=20,
+                jsd_clip_mode="token",
+                jsd_token_clip=0.5,
                 gradient_accumulation_steps=2,
                 max_steps=2,
                 optim="sgd",
@@ -52,12 +60,12 @@ def main(result: str) -> None:
             )
             length = 60 if trainer.accelerator.process_index else 5  # in characters
             script_rollouts(trainer, lambda problem, _, length=length: work_out(problem)[:length] + "<|im_end|>")
-            trained = {name: w for name, w in trainer.model.named_parameters() if w.requires_grad}
-            before = {name: whole(trainer, weight) for name, weight in trained.items()}
+            trained = {key: w for key, w in trainer.model.named_parameters() if w.requires_grad}
+            before = {key: whole(trainer, weight) for key, weight in trained.items()}
             trainer.train()
-            after = {name: w for name, w in trainer.model.named_parameters() if w.requires_grad}  # FSDP's are others
-            runs[limit] = {
-                "changes": {name: whole(trainer, weight) - before[name] for name, weight in after.items()},
+            after = {key: w for key, w in trainer.model.named_parameters() if w.requires_grad}  # FSDP's are others
+            runs[name] = {
+                "changes": {key: whole(trainer, weight) - before[key] for key, weight in after.items()},
                 "losses": recorder.values("loss"),
                 "eval_loss": trainer.evaluate()["eval_loss"],
                 "sizes": gather_object([list(sizes)]),

@@ -198,24 +198,29 @@ def test_teacher_model(
     "launcher", ["ddp", *(pytest.param(launcher, marks=pytest.mark.slow) for launcher in ("zero2", "zero3", "fsdp2"))]
 )
 def test_a_limit_of_tokens(launcher, deepspeed_build, tmp_path):
-    """Micro-batches divided on the way give the gradients of whole ones, on processes that need different numbers."""
+    """
+    Packed micro-batches give the gradients of padded ones, and so do those divided on the way.
+
+    The processes need different numbers of them.
+    """
     log, result = tmp_path / "log", tmp_path / "result.pt"
     status = launch(launcher, 2, log, result, worker=LIMIT_WORKER, TORCH_EXTENSIONS_DIR=deepspeed_build)
     assert status == 0, log.read_text()[-5000:]
     runs = torch.load(result)
-    whole = runs.pop(None)
+    padded = runs.pop("padded")
     expected = {"world_size": 2} | LAUNCHERS[launcher]
-    numbers = [[len(process) for process in run["sizes"]] for run in (whole, runs[300], runs[1])]
-    assert numbers == [[4, 4], [8, 8], [16, 16]]  # in two steps
-    shortest, longest = ([tokens for _, tokens in process] for process in runs[1]["sizes"])
+    numbers = [[len(process) for process in run["sizes"]] for run in (padded, *runs.values())]
+    assert numbers == [[4, 4], [4, 4], [8, 8], [16, 16]]  # in two steps
+    shortest, longest = ([tokens for _, tokens in process] for process in runs["1"]["sizes"])
     assert 3 * max(shortest) <= 300 < 3 * min(longest)  # the first process alone would do with fewer
-    for limit, run in runs.items():
+    for name, run in runs.items():
+        limit = float("inf") if name == "packed" else int(name)
         assert expected.items() <= run["process"].items()
         assert all(tokens <= limit or rollouts == 1 for process in run["sizes"] for rollouts, tokens in process)
-        assert run["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-        assert run["eval_loss"] == pytest.approx(whole["eval_loss"], rel=1e-5)
-        for name, change in whole["changes"].items():
-            assert change.norm() > 0 and (run["changes"][name] - change).norm() <= 1e-4 * change.norm(), name
+        assert run["losses"] == pytest.approx(padded["losses"], rel=1e-5)
+        assert run["eval_loss"] == pytest.approx(padded["eval_loss"], rel=1e-5)
+        for key, change in padded["changes"].items():
+            assert change.norm() > 0 and (run["changes"][key] - change).norm() <= 1e-4 * change.norm(), key
 
 
 @pytest.mark.multiprocess
