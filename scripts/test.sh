@@ -19,5 +19,5 @@ ruff format --check .
 mypy
 for script in scripts/*.sh eval/*.sh .ci/run; do [ ! -e "$script" ] || bash -n "$script"; done
 # Two engines would not fit a GPU
-[ $# -gt 0 ] || [ $venv = .venv-gpu ] || set -- -n 2 --dist loadfile
+[ $# -gt 0 ] || [ $venv = .venv-gpu ] || set -- -n 2 --dist loadfile --no-loadscope-reorder
 exec python -m pytest "$@"
