@@ -31,23 +31,23 @@ def test_quickstart_teaches_the_model(tiny_model_dir, tmp_path):
     The whole program, shorter than by default: the builder of the model, real training, real vLLM, held-out problems.
 
     With 100 steps, over three seeds and two kinds of processors, it gave 0.50 to 0.51 for the base, 0.995 for the
-    teacher and 0.98 to 1.00 for OPSD.
+    teacher and 0.98 to 1.00 for OPSD; with 60 steps 0.97.
     """
     subprocess.run(
-        [sys.executable, ROOT / "quickstart" / "run.py", "--output_dir", tmp_path, "--steps", "60"],
+        [sys.executable, ROOT / "quickstart" / "run.py", "--output_dir", tmp_path, "--steps", "40"],
         check=True,
         timeout=1200,
     )
     report = json.loads((tmp_path / "report.json").read_text())
     assert 0.35 <= report["base"]["avg_at_4"] <= 0.65
     assert report["teacher"]["avg_at_4"] >= 0.95
-    assert report["opsd"]["avg_at_4"] >= max(0.90, report["base"]["avg_at_4"] + 0.30)
-    assert [point["step"] for point in report["curve"]] == [0, 12, 24, 36, 48, 60]
+    assert report["opsd"]["avg_at_4"] >= max(0.85, report["base"]["avg_at_4"] + 0.30)
+    assert [point["step"] for point in report["curve"]] == [0, 8, 16, 24, 32, 40]
     assert report["curve"][0]["avg_at_4"] == report["base"]["avg_at_4"]
     assert report["curve"][-1]["avg_at_4"] == report["opsd"]["avg_at_4"]
-    assert report["opsd"]["steps"] == 60
+    assert report["opsd"]["steps"] == 40
     rollouts = saved_rollouts(tmp_path / "opsd")
-    assert len(rollouts) == 1920
+    assert len(rollouts) == 1280
     assert report["opsd"]["generated_tokens"] == sum(rollout["num_tokens"] for rollout in rollouts)
     for plot in ("accuracy.png", "tokens.png"):
         assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
