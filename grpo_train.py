@@ -33,6 +33,7 @@ from data_collator import (
     texts_of,
 )
 from opsd.config import check_unused
+from opsd.grading import find_rule
 from opsd.rewards import REWARDS, make_reward
 from opsd.run.arguments import BaselineArguments, parse_arguments
 from opsd.run.problem_data import drop_long_rows
@@ -73,6 +74,20 @@ class GRPOArguments(BaselineArguments):
             "choices": REWARDS,
         },
     )
+    verifier: str = field(
+        default="math",
+        metadata={
+            "help": "What gives the reward, as in the evaluator: math, exact_match, multiple_choice, python_tests, or "
+            "MODULE:FUNCTION of your own, from the working directory, with (completion, answer, row) -> number in "
+            "[0, 1] or None. Goes with --reward math."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        find_rule(self.verifier)
+        if self.verifier != "math" and self.reward != "math":
+            raise ValueError(f"--reward {self.reward}: leave it out with --verifier {self.verifier}, the reward then")
 
 
 def prepare(
@@ -82,12 +97,16 @@ def prepare(
     max_prompt_length: int | None,
     student_prompt: str = STUDENT_PROMPT,
 ) -> Dataset:
-    """Make rows of `prompt`, the turns up to the problem, and `answer`; drop long prompts and control tokens."""
+    """
+    Make rows of `prompt`, the turns up to the problem, of `answer`, and of `row`, the texts that a verifier sees; drop
+    long prompts and control tokens.
+    """
 
     def converse(row: dict[str, Any]) -> dict[str, Any]:
         content, history = fill_template(student_prompt, **texts_of(row)), row.get("history") or []
+        prompt = [*history, {"role": "user", "content": content}]
         num_tokens = len(encode_chat_prompt(tokenizer, content, thinking, history))
-        return {"prompt": [*history, {"role": "user", "content": content}], "num_tokens": num_tokens}
+        return {"prompt": prompt, "row": texts_of(row), "num_tokens": num_tokens}
 
     used = [name for name in ("history", *placeholders(student_prompt)) if name in dataset.column_names]
     rows = dataset.map(converse, remove_columns=used, desc="Making prompts")
@@ -167,7 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = OnPolicyGRPOTrainer(
         model=model_args.model_name_or_path,
         args=training_args,
-        reward_funcs=make_reward(script_args.reward, script_args.thinking, tokenizer),
+        reward_funcs=make_reward(script_args.reward, script_args.thinking, tokenizer, script_args.verifier),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,

@@ -89,8 +89,9 @@ def needed_columns(
     texts = training_args.needed_texts
     needed = {flag: column for flag, column in columns.items() if flag.removesuffix("_column") in texts}
     needed |= {name: name for name in sorted(texts - {"problem", "solution", "answer"})}
-    if training_args.grades_rollouts and script_args.answer_column is None:
-        flags = ["verify_rollouts", "teacher_context", "correct_weight", "incorrect_weight"]
+    is_graded = training_args.grades_rollouts or training_args.verifier != "math"
+    if is_graded and script_args.answer_column is None:
+        flags = ["verify_rollouts", "verifier", "teacher_context", "correct_weight", "incorrect_weight"]
         flags += ["policy_gradient_weight", "curriculum", "eval_accuracy_samples"]
         given = [
             f"--{f} {getattr(training_args, f)}" for f in flags if getattr(training_args, f) != getattr(OPSDConfig, f)

@@ -1,8 +1,12 @@
 """Benchmarks as data, and the questions with their prompts that come out of one."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,8 +20,11 @@ from data_collator import (
     placeholders,
     texts_of,
 )
+from opsd.grading import check_answers
 from opsd.run.problem_data import SUFFIXES, find_local, load_problems
 from opsd.thinking import check_thinking_mode
+
+ASKED = "Which choice is right? The final answer is its letter, within \\boxed{}."
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,12 @@ class Benchmark:
     solution_column: str = "solution"
     answer_type_column: str | None = None
     revision: str | None = "main"  # commit, tag or branch on the Hub; none of the commits is known here
+    config: str | None = None  # configuration of the data set
+    verifier: str = "math"
+    # Of multiple choice. The column of a list, to which the answer is an index or a letter, in the order of the data;
+    # or the columns of wrong choices beside that of the answer, in an order that each problem has for good
+    choices_column: str | None = None
+    wrong_columns: Sequence[str] = ()
     subsets: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name -> answer types, scored separately too
 
 
@@ -56,6 +69,33 @@ BENCHMARKS = (
     Benchmark("aime26", "MathArena/aime_2026"),
     Benchmark("hmmt26", "MathArena/hmmt_feb_2026"),
     Benchmark("hmmt26-nov", "MathArena/hmmt_nov_2026"),
+    # Outside of mathematics
+    Benchmark(
+        "gpqa-diamond",
+        "Idavidrein/gpqa",
+        config="gpqa_diamond",
+        problem_column="Question",
+        answer_column="Correct Answer",
+        wrong_columns=("Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3"),
+        verifier="multiple_choice",
+    ),
+    Benchmark(
+        "mmlu",
+        "cais/mmlu",
+        split="test",
+        config="all",
+        problem_column="question",
+        choices_column="choices",
+        verifier="multiple_choice",
+    ),
+    Benchmark(
+        "mmlu-pro",
+        "TIGER-Lab/MMLU-Pro",
+        split="test",
+        problem_column="question",
+        choices_column="options",
+        verifier="multiple_choice",
+    ),
 )
 
 
@@ -77,7 +117,8 @@ def find_benchmark(dataset: str, data_root: Path | None = None, **columns: str) 
                 return known
             for copy in (data_root / known.name, *(data_root / (known.name + suffix) for suffix in SUFFIXES)):
                 if copy.exists():
-                    return replace(known, path=str(copy), revision=None)
+                    config = known.config if (copy / "README.md").is_file() else None  # which describes them
+                    return replace(known, path=str(copy), revision=None, config=config)
             raise FileNotFoundError(
                 f"--data_root {data_root}: there is no {known.name} in it, neither a folder of that name nor a file "
                 f"ending in {', '.join(SUFFIXES)}"
@@ -92,6 +133,40 @@ def find_benchmark(dataset: str, data_root: Path | None = None, **columns: str) 
     return Benchmark(dataset, dataset, **columns)
 
 
+def list_choices(benchmark: Benchmark, row: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Return a row of multiple choice with the choices in the problem, and a letter as answer.
+
+    Raises:
+        ValueError: for a row without choices, or whose answer is none of them.
+    """
+    columns = (benchmark.answer_column, *benchmark.wrong_columns)
+    for column in (benchmark.problem_column, *columns, *filter(None, [benchmark.choices_column])):
+        if column not in row:
+            raise ValueError(f"the data set has no column {column}; it has {', '.join(row)}")
+    answer = row[benchmark.answer_column]
+    if benchmark.choices_column is None:
+        if empty := [column for column in columns if row[column] is None or not str(row[column]).strip()]:
+            raise ValueError(f"the column {empty[0]} is empty")
+        choices = [str(row[column]).strip() for column in columns]
+        answer, problem = choices[0], row[benchmark.problem_column]
+        if choices.count(answer) > 1:
+            raise ValueError(f"the right choice is also a wrong one: {answer}")
+        choices.sort(key=lambda choice: hashlib.sha256(f"{problem}\n{choice}".encode()).digest())
+        place = choices.index(answer)
+    else:
+        choices = row[benchmark.choices_column]
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(ascii_uppercase):
+            raise ValueError(f"the column {benchmark.choices_column} holds {choices!r}, and no list of choices")
+        is_letter = isinstance(answer, str) and len(answer) == 1 and answer in ascii_uppercase
+        place = ascii_uppercase.index(answer) if is_letter else answer
+        if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(choices):
+            raise ValueError(f"the answer {answer!r} is none of {len(choices)} choices")
+    lines = [f"({ascii_uppercase[i]}) {str(choice).strip()}" for i, choice in enumerate(choices)]
+    problem = "\n\n".join([str(row[benchmark.problem_column]).strip(), "\n".join(lines), ASKED])
+    return {**row, benchmark.problem_column: problem, benchmark.answer_column: ascii_uppercase[place]}
+
+
 @dataclass(frozen=True)
 class Question:
     """A problem with its reference answer and the token ids of its prompt."""
@@ -102,6 +177,8 @@ class Question:
     gold: str
     answer_type: str | None
     prompt_ids: list[int]
+    verifier: str = "math"
+    row: Mapping[str, str] = field(default_factory=dict)  # other texts of the data, for a verifier
 
 
 def load_questions(
@@ -138,12 +215,29 @@ def load_questions(
     if benchmark.answer_type_column:
         columns["answer_type_column"] = benchmark.answer_type_column
     questions = []
-    source = {"revision": benchmark.revision, "system_prompt": system_prompt}
-    rows = load_problems(benchmark.path, benchmark.split, columns, **source)
+    choices = [*benchmark.wrong_columns, *([benchmark.choices_column] if benchmark.choices_column else [])]
+    composed = (partial(list_choices, benchmark), choices) if choices else None
+    source = {"revision": benchmark.revision, "config": benchmark.config, "system_prompt": system_prompt}
+    rows = load_problems(benchmark.path, benchmark.split, columns, composed=composed, **source)
+    check_answers(benchmark.verifier, rows["answer"])
     check_history(tokenizer, rows)
     for index, row in enumerate(rows):
         content = fill_template(template, **texts_of(row))
         prompt_ids = encode_chat_prompt(tokenizer, content, thinking, row.get("history") or ())
         answer = row["answer"].strip()
-        questions.append(Question(benchmark.name, index, row["problem"], answer, row.get("answer_type"), prompt_ids))
+        other = {
+            name: text for name, text in texts_of(row).items() if name not in ("problem", "answer", "answer_type")
+        }
+        questions.append(
+            Question(
+                benchmark.name,
+                index,
+                row["problem"],
+                answer,
+                row.get("answer_type"),
+                prompt_ids,
+                benchmark.verifier,
+                other,
+            )
+        )
     return questions

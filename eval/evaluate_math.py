@@ -1,5 +1,5 @@
 """
-Evaluation on mathematical problems: Avg@k, pass@k and majority@k of a base model and any number of LoRA adapters.
+Evaluation on problems with answers: Avg@k, pass@k and majority@k of a base model and any number of LoRA adapters.
 
     python eval/evaluate_math.py --base_model Qwen/Qwen3-1.7B --checkpoint_dir outputs/run/checkpoint-* \
         --dataset aime24 aime25 hmmt25 --val_n 12 --output_file outputs/eval/run.json
@@ -58,7 +58,17 @@ from eval.run_files import (
 from eval.scores import Estimate, accuracy_within, budgets, elect, estimate, pass_at_k, pass_sizes, vote_classes
 from eval.server import Server, connect, generate_from
 from opsd.adapters import Adapter, check_model_folder
-from opsd.grading import EXTRACT_METHODS, GRADERS, GradingPool, Verdict, extract_answer
+from opsd.grading import (
+    BUILT_IN,
+    EXTRACT_METHODS,
+    GRADERS,
+    GradingPool,
+    Verdict,
+    check_answers,
+    describe_verifier,
+    extract,
+    find_rule,
+)
 from opsd.run.flags import SWITCH
 from opsd.run.hub import cached_commit, check_model
 from opsd.run.problem_data import is_path
@@ -74,6 +84,7 @@ logger = logging.getLogger(__name__)
 MERGE_PROMPTS, MERGE_TOKENS = 4, 256  # that a merged adapter is checked on: so many, each up to so many tokens
 OF_ENGINES = ("merge_adapter", "gpu_memory_utilization", "tensor_parallel_size", "data_parallel", "enforce_eager")
 OF_ENGINES = (*OF_ENGINES, "max_model_len")  # flags of engines in this process
+JUDGED = ", judged by "
 BASE = "base"  # the name of the base model in files and tables; a checkpoint's is its folder
 
 
@@ -96,23 +107,31 @@ def make_sample(request: Request, completion: Completion) -> Sample:
         answer_type=question.answer_type,
         text=completion.text,
         seconds=completion.seconds,
+        verifier=question.verifier,
+        row=dict(question.row),
     )
 
 
 def grade(batches: Iterable[Sequence[Sample]], pool: GradingPool, *, thinking: bool, method: str) -> Iterator[Sample]:
-    """Grade samples as they come, in the pool's processes; yields each as soon as it has its verdict."""
+    """
+    Grade samples as they come, in the pool's processes; yields each as soon as it has its verdict.
+
+    `method` is how the answers are found that the verifier `math` compares.
+    """
     waiting: dict[Future[Verdict], Sample] = {}
 
     def verdicts(done: Iterable[Future[Verdict]]) -> Iterator[Sample]:
         for future in done:
             sample, verdict = waiting.pop(future), future.result()
-            sample.correct, sample.status = verdict.equal, verdict.status
+            sample.correct, sample.status, sample.score = verdict.equal, verdict.status, verdict.score
             yield sample
 
     for batch in batches:
         for sample in batch:
-            sample.extracted = extract_answer(sample.text, thinking, method)
-            waiting[pool.submit(sample.extracted, sample.gold, sample.answer_type)] = sample
+            found = extract(sample.text, sample.verifier, thinking, method)
+            sample.extracted = found if find_rule(sample.verifier).votes else None
+            row = {"problem": sample.problem, "answer": sample.gold} | sample.row
+            waiting[pool.submit(found, sample.gold, sample.answer_type, sample.verifier, row)] = sample
         yield from verdicts(wait(waiting, timeout=0).done)
     yield from verdicts(as_completed(list(waiting)))
 
@@ -132,7 +151,7 @@ def majority(drawn: Sequence[Sample], pool: GradingPool) -> Sample | None:
     """Return the first sample of the largest class of equal answers (see `eval.scores`); `None` without answers."""
 
     def equal(known: str, answer: str) -> bool:
-        return pool.submit(answer, known, drawn[0].answer_type).result().equal is True
+        return pool.submit(answer, known, drawn[0].answer_type, drawn[0].verifier).result().equal is True
 
     elected = elect(vote_classes([sample.extracted for sample in drawn], equal))
     return None if elected is None else drawn[elected]
@@ -157,16 +176,18 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         Shares in [0, 1], over the problems that are graded, `None` if there are none: `avg_at_k` with `standard_error`
         and `interval` (see `eval.scores.estimate`), `pass_at_k` (k -> unbiased pass@k), `majority_at_k`, and `greedy`
         (also `None` without such samples). Over all samples: `truncated` (share that hit the length limit),
-        `unclosed_thinking` (share without the end of a thought; `None` without thinking), `mean_tokens`,
-        `tokens_per_second` (generated tokens over the seconds that an engine worked for them; `None` where these are
-        not known), and `status` (how verdicts were reached, counted); as pairs problem, sample: `missed` (see
-        `is_missed`) and `cut_off` (at the length limit). `val_n`, `num_problems`, `num_ungraded` (problems left out).
+        `mean_score` (of those that a verifier has judged), `unclosed_thinking` (share without the end of a thought;
+        `None` without thinking), `mean_tokens`, `tokens_per_second` (generated tokens over the seconds that an engine
+        worked for them; `None` where these are not known), and `status` (how verdicts were reached, counted); as pairs
+        problem, sample: `missed` (see `is_missed`) and `cut_off` (at the length limit). `val_n`, `num_problems`,
+        `num_ungraded` (problems left out).
         `problems`: for each one `problem_id`, `problem`, `gold`, the lists `correct`, `extracted`, `num_tokens`, the
         `majority` answer with `majority_correct`.
     """
     ordered = sorted(samples, key=lambda sample: sample.key)
     drawn = [sample for sample in ordered if sample.sample != GREEDY]
     groups = [list(group) for _, group in itertools.groupby(drawn, key=lambda sample: sample.problem_id)]
+    votes = find_rule(drawn[0].verifier).votes
     with ThreadPoolExecutor() as threads:  # that wait for the pool's processes
         elected = list(threads.map(lambda group: majority(group, pool), groups))
     problems = []
@@ -180,11 +201,13 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
                 "extracted": [sample.extracted for sample in group],
                 "num_tokens": [sample.num_tokens for sample in group],
                 "majority": None if vote is None else vote.extracted,
-                "majority_correct": False if vote is None else vote.correct,
+                "majority_correct": (False if votes else None) if vote is None else vote.correct,
             }
         )
     greedy = [sample.correct for sample in ordered if sample.sample == GREEDY and sample.correct is not None]
     graded = [problem for problem in problems if None not in problem["correct"]]
+    judged = [sample for sample in drawn if sample.correct is not None]
+    scores = [float(sample.correct) if sample.score is None else sample.score for sample in judged]
     average = estimate([statistics.fmean(problem["correct"]) for problem in graded]) if graded else Estimate()
     sizes = pass_sizes(min(len(problem["correct"]) for problem in graded)) if graded else []
     return {
@@ -197,7 +220,10 @@ def score(samples: Iterable[Sample], pool: GradingPool, *, thinking: bool) -> di
         "pass_at_k": {
             str(k): statistics.fmean(pass_at_k(len(p["correct"]), sum(p["correct"]), k) for p in graded) for k in sizes
         },
-        "majority_at_k": statistics.fmean(problem["majority_correct"] for problem in graded) if graded else None,
+        "majority_at_k": statistics.fmean(problem["majority_correct"] for problem in graded)
+        if graded and votes
+        else None,
+        "mean_score": statistics.fmean(scores) if scores else None,
         "greedy": statistics.fmean(greedy) if greedy else None,
         "truncated": statistics.fmean(sample.finish_reason == "length" for sample in drawn),
         "unclosed_thinking": statistics.fmean(after_thought(sample.text, True) is None for sample in drawn)
@@ -376,8 +402,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--enable_thinking", **thinking, help="thinking mode of the chat template (default: true)")
     add("--output_file", type=Path, help="JSON; its siblings are .jsonl, .md, .png (default: outputs/eval/MODEL.json)")
     add("--overwrite", **SWITCH, help="start anew in place of going on")
-    add("--extract", choices=EXTRACT_METHODS, default="final", help="how answers are found (default: %(default)s)")
-    add("--grader", choices=GRADERS, default="strict", help="how they are compared (default: %(default)s)")
+    judges = (
+        f"{', '.join(BUILT_IN)}, or MODULE:FUNCTION from the working directory, with (completion, answer, row) -> "
+    )
+    run = "default: that of the runs of --checkpoint_dir, or math"
+    add("--verifier", help=f"{judges}number in [0, 1] or None, of data sets other than these benchmarks ({run})")
+    math = "for the verifier math (default: %(default)s)"
+    add("--extract", choices=EXTRACT_METHODS, default="final", help=f"how answers are found, {math}")
+    add("--grader", choices=GRADERS, default="strict", help=f"how they are compared, {math}")
     add("--grade_workers", type=int, help="processes that grade (default: as many as there are cores, at most 8)")
     add("--grade_timeout", type=float, default=10.0, help="seconds for an answer (default: %(default)s)")
     add("--regrade", type=Path, metavar="FILE", help="grade the samples of this output file anew, without an engine")
@@ -433,7 +465,10 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
     if args.base_url is None:
         adapters = [Adapter.read(folder, "checkpoint_dir") for folder in args.checkpoint_dir]
         lora_rank = 0 if args.merge_adapter else max([adapter.rank for adapter in adapters], default=0)
-    columns = {name: getattr(args, name) for name in ("problem_column", "answer_column", "solution_column")}
+    settle_prompts(args)
+    find_rule(args.verifier)
+    names = ("problem_column", "answer_column", "solution_column", "verifier")
+    columns = {name: getattr(args, name) for name in names}
     if args.dataset_revision is not None:
         columns["revision"] = args.dataset_revision
     benchmarks = [find_benchmark(name, args.data_root, split=args.dataset_split, **columns) for name in args.dataset]
@@ -450,7 +485,10 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
             f"--data_parallel {args.data_parallel}: with --tensor_parallel_size {args.tensor_parallel_size} this "
             f"takes {needed} GPUs, of which {gpus} are visible"
         )
-    settle_prompts(args)
+    if all(benchmark.verifier != "math" for benchmark in benchmarks):
+        for flag, default in (("extract", "final"), ("grader", "strict")):
+            if (value := getattr(args, flag)) != default:
+                raise ValueError(f"--{flag} {value}: is for the verifier math, which no data set has; leave it out")
     if args.output_file is None:
         args.output_file = Path("outputs", "eval", Path(args.base_model).name + ".json")
     check_output_file(args.output_file)
@@ -481,7 +519,7 @@ def settle_revision(args: argparse.Namespace) -> None:
 
 def settle_prompts(args: argparse.Namespace) -> None:
     """
-    Complete the prompts of `args` with those that the models were trained with; `None` is the default prompt.
+    Complete prompts and verifier of `args` by those that the models were trained with; `None` is the default prompt.
 
     Raises:
         ValueError: for models with different ones, for a template that cannot be, and for one that nothing would use.
@@ -490,7 +528,7 @@ def settle_prompts(args: argparse.Namespace) -> None:
     if getattr(args, unused) is not None:
         raise ValueError(f"--{unused}: not used {'with' if args.privileged else 'without'} --privileged; leave it out")
     prompt, refused = (TEACHER_PROMPT, set()) if args.privileged else (STUDENT_PROMPT, {"solution", "answer"})
-    for flag, default in ((role, prompt), ("system_prompt", None)):
+    for flag, default in ((role, prompt), ("system_prompt", None), ("verifier", "math")):
         if getattr(args, flag) is not None:
             continue
         recorded = {}
@@ -536,6 +574,11 @@ def check_output_file(file: Path) -> None:
         raise ValueError(f"--output_file {file}: name a file that ends in .json; its samples go beside it, in .jsonl")
 
 
+def describe_judge(verifier: str) -> str:
+    """Return what stands behind the hash of a data set; of mathematics nothing, so that results of before go on."""
+    return "" if verifier == "math" else JUDGED + describe_verifier(verifier)
+
+
 def run_settings(
     args: argparse.Namespace,
     sampling: Sampling,
@@ -556,7 +599,8 @@ def run_settings(
         settings[name] = getattr(args, name)
     settings |= {"data_sets": {}, "prompts": {}, "adapters": {}, "versions": package_versions()}
     for name, loaded in questions.items():
-        settings["data_sets"][name] = content_hash([[q.problem, q.gold, q.answer_type] for q in loaded])
+        content = content_hash([[q.problem, q.gold, q.answer_type] for q in loaded])
+        settings["data_sets"][name] = content + describe_judge(loaded[0].verifier)
         settings["prompts"][name] = content_hash([question.prompt_ids for question in loaded])
     for folder in args.checkpoint_dir:
         files = [Path(folder, "adapter_config.json"), Path(folder, "adapter_model.safetensors")]
@@ -586,6 +630,13 @@ def regrade(args: argparse.Namespace) -> str:
     if target != source and target.exists() and not args.overwrite:
         raise ValueError(f"--output_file {target}: exists; name another file, or replace it with --overwrite")
     handle, samples = open_samples(source.with_suffix(".jsonl"))
+    named = {benchmark.name for benchmark in BENCHMARKS}
+    for sample in samples:
+        if args.verifier is not None and sample.benchmark not in named:
+            check_answers(args.verifier, [sample.gold])
+            sample.verifier = args.verifier
+    for name, verifier in {sample.benchmark: sample.verifier for sample in samples}.items():
+        settings["data_sets"][name] = settings["data_sets"][name].partition(JUDGED)[0] + describe_judge(verifier)
     settings |= {"extract": args.extract, "grader": args.grader, "grade_timeout": args.grade_timeout}
     settings["versions"] |= {"math-verify": package_versions()["math-verify"]}
     arguments = json.loads(source.read_text(encoding="utf-8"))["arguments"]

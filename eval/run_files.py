@@ -34,6 +34,9 @@ class Sample:
     correct: bool | None = None  # `None`: ungraded
     status: str | None = None  # how the verdict was reached
     seconds: float | None = field(default=None, compare=False)  # share of the engine's time; no property of the text
+    verifier: str = "math"
+    row: dict[str, str] = field(default_factory=dict)  # other texts of the data, for a verifier
+    score: float | None = None  # in [0, 1]; 1 is right
 
     @property
     def key(self) -> tuple[str, str, int, int]:

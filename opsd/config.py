@@ -20,7 +20,7 @@ from data_collator import (
 )
 from opsd.contexts import CONTEXTS, FALLBACKS, TEACHER_CONTEXTS, Context
 from opsd.curriculum import CURRICULA
-from opsd.grading import EXTRACT_METHODS
+from opsd.grading import EXTRACT_METHODS, find_rule
 from opsd.losses import CLIP_MODES, TOP_K_SUPPORTS, Objective
 from opsd.token_weights import NAMES as TOKEN_WEIGHTS
 
@@ -314,6 +314,14 @@ class OPSDConfig(GOLDConfig):
             "choices": EXTRACT_METHODS,
         },
     )
+    verifier: str = field(
+        default="math",
+        metadata={
+            "help": "What judges the rollouts, as in the evaluator: math, exact_match, multiple_choice, python_tests, "
+            "or MODULE:FUNCTION of your own, from the working directory, with (completion, answer, row) -> number in "
+            "[0, 1] or None. Right is 1."
+        },
+    )
     reference_fallback: str = field(
         default="skip",
         metadata={
@@ -333,8 +341,9 @@ class OPSDConfig(GOLDConfig):
     policy_gradient_weight: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of GRPO's loss, which is added. The reward is 1 for a right answer and 0 otherwise; "
-            "advantages are normalized within the --num_generations rollouts of a problem."
+            "help": "Weight of GRPO's loss, which is added. The reward is what --verifier says, by default 1 for a "
+            "right answer and 0 otherwise; advantages are normalized within the --num_generations rollouts of a "
+            "problem."
         },
     )
     curriculum: str = field(
@@ -462,6 +471,9 @@ class OPSDConfig(GOLDConfig):
             choices, value = setting.metadata.get("choices"), getattr(self, setting.name)
             if choices is not None and value is not None and value not in choices:
                 raise ValueError(f"--{setting.name} {value}: must be one of {', '.join(map(str, choices))}")
+        find_rule(self.verifier)
+        if self.verifier != "math" and self.extract != "final":
+            self._refuse("extract", f"be final with --verifier {self.verifier}, which reads the whole response")
         if self.teacher_context == "reference_only" and self.teacher_prompt == TEACHER_PROMPT:
             self.teacher_prompt = REFERENCE_ONLY_PROMPT
         self._check_combinations()

@@ -12,6 +12,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
+from data_collator import texts_of
+from opsd.grading import RIGHT
 from opsd.rollouts import own_randomness, sample_apart
 from opsd.thinking import decode_response
 
@@ -108,10 +110,12 @@ class HeldOutAccuracy(Base):
         with own_randomness(self.args.seed, self.accelerator):
             completions = sample_apart(self.sampler, prompts, self.state.global_step)
         texts = [decode_response(self.processing_class, completion.ids) for completion in completions]
-        verdicts = self.teacher_context.verifier(texts, answers)
+        rows = [texts_of(row) for row in own.remove_columns("student_prompt_ids") for _ in range(num_samples)]
+        scores = self.teacher_context.verifier(texts, answers, rows)
         shares = []
         for place in range(len(own)):
-            right = verdicts[place * num_samples : (place + 1) * num_samples]
-            if None not in right:
-                shares.append((process + place * self.accelerator.num_processes, sum(right) / num_samples))
+            of_problem = scores[place * num_samples : (place + 1) * num_samples]
+            if None not in of_problem:
+                share = sum(score >= RIGHT for score in of_problem) / num_samples
+                shares.append((process + place * self.accelerator.num_processes, share))
         return dict(sorted(gather_object(shares)))

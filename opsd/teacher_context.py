@@ -8,6 +8,7 @@ from torch import nn
 from data_collator import Rollout, SelfDistillationDataCollator
 from opsd.config import OPSDConfig
 from opsd.contexts import Peer, boxed
+from opsd.grading import RIGHT
 from opsd.metrics import Metrics
 from opsd.rewards import Verifier, as_reference, group_advantages
 from opsd.rollouts import Sampler
@@ -40,7 +41,7 @@ class TeacherContext:
         self.args, self.collator, self.sampler, self.teacher = args, collator, sampler, teacher
         self.metrics, self.end_ids = metrics, set(end_ids)
         self.num_rationale_tokens = 0  # sampled for the last step
-        self.verifier = Verifier(args.student_thinking, args.extract) if args.grades_rollouts else None
+        self.verifier = Verifier(args.student_thinking, args.extract, args.verifier) if args.grades_rollouts else None
 
     def build(self, rollouts: Sequence[Rollout], group_size: int, model: nn.Module) -> None:
         """
@@ -55,27 +56,31 @@ class TeacherContext:
         """
         if self.verifier is not None:
             texts = [decode_response(self.collator.tokenizer, rollout.completion_ids) for rollout in rollouts]
-            self._grade(rollouts, self.verifier(texts, [rollout.answer for rollout in rollouts]), group_size)
+            answers, rows = [rollout.answer for rollout in rollouts], [rollout.texts for rollout in rollouts]
+            self._grade(rollouts, self.verifier(texts, answers, rows), group_size)
             if (find_peers := self.args.context.of_group) is not None:
                 seen = [Peer(r.is_correct, not r.is_truncated, len(r.completion_ids)) for r in rollouts]
                 self._refer_to_peers(rollouts, find_peers(seen, group_size), texts, group_size)
         if self.args.reason_first:
             self._add_rationales(rollouts, model)
 
-    def _grade(self, rollouts: Sequence[Rollout], correct: Sequence[bool | None], group_size: int) -> None:
-        """Set weights and advantages by the grades."""
+    def _grade(self, rollouts: Sequence[Rollout], scores: Sequence[float | None], group_size: int) -> None:
+        """Set weights by what is right, and advantages by the scores."""
+        correct = [None if score is None else score >= RIGHT for score in scores]
         weight_of = {True: self.args.correct_weight, False: self.args.incorrect_weight, None: 1.0}
         for rollout, is_correct in zip(rollouts, correct, strict=True):
             rollout.is_correct, rollout.weight = is_correct, weight_of[is_correct]
         if self.args.policy_gradient_weight > 0.0:
-            for rollout, advantage in zip(rollouts, group_advantages(correct, group_size), strict=True):
+            for rollout, advantage in zip(rollouts, group_advantages(scores, group_size), strict=True):
                 rollout.advantage = advantage
         graded = [is_correct for is_correct in correct if is_correct is not None]
         self.metrics.add_values("rewards/accuracy/mean", graded)
+        if self.args.verifier != "math":
+            self.metrics.add_values("rewards/score/mean", [score for score in scores if score is not None])
         self.metrics.add_values("rewards/ungraded_ratio", [is_correct is None for is_correct in correct])
         if group_size == 1:
             return
-        groups = [set(correct[start : start + group_size]) for start in range(0, len(correct), group_size)]
+        groups = [set(scores[start : start + group_size]) for start in range(0, len(scores), group_size)]
         groups = [group - {None} for group in groups]
         self.metrics.add_values("frac_reward_zero_std", [len(group) == 1 for group in groups if group])
 

@@ -69,7 +69,7 @@ def test_there_is_no_circle_of_imports():
         (("opsd.run.hub",), ()),
         (("opsd.run.problem_data",), ("opsd.grading", "opsd.run.conversations", "opsd.run.hub", "opsd.thinking")),
         (("opsd.alarm",), ("data_collator", "opsd.config")),
-        (("opsd.held_out",), ("opsd.rollouts", "opsd.thinking")),
+        (("opsd.held_out",), ("data_collator", "opsd.grading", "opsd.rollouts", "opsd.thinking")),
         (("opsd.teacher_model",), ("opsd.adapters", "opsd.config", "opsd.losses", "opsd.packing")),
         (("opsd.teacher",), ("opsd.config", "opsd.teacher_model")),
         (("opsd.rollouts",), ("opsd.adapters", "opsd.config", "opsd.vllm_engine")),

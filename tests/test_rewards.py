@@ -10,19 +10,20 @@ from opsd.rewards import Verifier, as_reference, group_advantages
 def test_verifier():
     completions = [r"so \boxed{46}", r"so \boxed{47}", "so 46", r"\boxed{46.0}", r"\boxed{46}", r"\boxed{46}"]
     verifier = Verifier(thinking=False)
-    assert verifier(completions, ["46", "46", "46", "46", None, " "]) == [True, False, False, True, None, None]
+    answers = ["46", "46", "46", "46", None, " "]
+    assert verifier(completions, answers, [{}] * 6) == [True, False, False, True, None, None]
 
 
 def test_verifier_of_last_numbers():
     verifier = Verifier(thinking=False, method="last_number")
-    assert verifier(["so 46", "46 or 47", "1,046"], ["46", "46", "1046"]) == [True, False, True]
+    assert verifier(["so 46", "46 or 47", "1,046"], ["46", "46", "1046"], [{}] * 3) == [True, False, True]
 
 
 @pytest.mark.parametrize(("thinking", "unfinished"), [(False, True), (True, False)])
 def test_thoughts_that_have_not_ended_have_no_answer_in_thinking_mode(thinking, unfinished):
     verifier = Verifier(thinking)
     completions = [r"\boxed{46}", r"\boxed{47}</think>\boxed{46}", r"\boxed{46}</think>\boxed{47}"]
-    assert verifier(completions, ["46"] * 3) == [unfinished, True, False]
+    assert verifier(completions, ["46"] * 3, [{}] * 3) == [unfinished, True, False]
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,9 @@ def test_marks_survive_decoding(tokenizer, is_special):
     for text in (r"\boxed{5}</think>so \boxed{7}", r"\boxed{5}<channel|>so \boxed{7}"):
         ids = tokenizer(text + "<|im_end|>", add_special_tokens=False).input_ids
         assert decode_response(tokenizer, ids) == text
-        assert Verifier(thinking=True)([decode_response(tokenizer, ids)], ["7"]) == [True]
+        assert Verifier(thinking=True)([decode_response(tokenizer, ids)], ["7"], [{}]) == [True]
         reward = make_reward("math", True, tokenizer)
-        assert reward(completions=[[{"content": "stripped"}]], completion_ids=[ids], answer=["7"]) == [1.0]
+        assert reward(completions=[[{"content": "stripped"}]], completion_ids=[ids], answer=["7"], row=[{}]) == [1.0]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ class Verdict:
     The comparison of a prediction with a reference answer.
 
     Attributes:
-        equal: True if they are the same; `None` for status `ungraded` only.
+        equal: True if they are the same; `None` for status `ungraded`, and where another verifier could not judge.
         status: how that was decided.
             `exact`, `rational`: by the text alone, as the same text or as whole numbers, decimals and fractions;
             `number`, `expression`: by values, of an expression with variables at several points;
@@ -58,15 +58,22 @@ class Verdict:
             `set`, `tuple`: element by element, in any order or in order; an interval is a tuple;
             `kind`: one is a number and the other is not, a set and the other a tuple, and the like;
             `math_verify`, `release`: by math-verify's `verify`, as a part of the grader or as all of it;
+            `verifier`: by another verifier than the grader of mathematics, or `error` if it raised one;
             not equal because of `no_answer`, `no_gold` (no reference answer), `too_large` (beyond the limits of this
             package, or without a value at enough points), `timeout`, `memory` or `crashed` (of the worker);
             `ungraded`: a reference answer of type `description` that is not one mathematical expression.
         seconds: the processor time that it took.
+        score: in [0, 1], what a reward takes; by default 1 if equal and 0 if not, `None` where `equal` is `None`.
     """
 
     equal: bool | None
     status: str
     seconds: float
+    score: float | None = None
+
+    def __post_init__(self):
+        if self.score is None and self.equal is not None:
+            object.__setattr__(self, "score", float(self.equal))
 
 
 class _UndefinedError(Exception):

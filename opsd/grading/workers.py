@@ -8,18 +8,33 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
+from typing import NamedTuple
 
 from opsd.grading.compare import GRADERS, MAX_DIGITS, Verdict, compare_texts, grade
 from opsd.grading.extract import Answer, answer_text
+from opsd.grading.verifiers import BUILT_IN, RIGHT, Row, judge, last_line
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 600  # enough for a worker's imports on any machine
 STANDSTILL = 20  # a worker whose answer takes so many times its limit without using a processor is ended, too
+
+
+class _Task(NamedTuple):
+    """What a worker is asked."""
+
+    prediction: str | None
+    gold: str | None
+    answer_type: str | None
+    verifier: str
+    row: Row
 
 
 class _Worker:
@@ -27,23 +42,27 @@ class _Worker:
 
     def __init__(self, timeout: float, memory_limit_gib: float, grader: str):
         self.timeout = timeout
-        self.settings = f"{grader!r}, {timeout}, {memory_limit_gib}"
+        self.settings = f"{grader!r}, {timeout}, {memory_limit_gib}, {os.getcwd()!r}"
         self.running: tuple[subprocess.Popen[bytes], Connection] | None = None
 
-    def grade(self, *answer: str | None) -> Verdict:
+    def grade(self, task: _Task) -> tuple[Verdict, str]:
+        """Return the verdict, and of a verifier that could not judge what happened."""
         if self.running is not None and self.running[0].poll() is not None:
             self.stop()
         process, connection = self.running or self._start()
         start, status = time.perf_counter(), "timeout"
         try:
-            connection.send(answer)
+            connection.send(task)
             if connection.poll(STANDSTILL * self.timeout):
                 return connection.recv()
         except (EOFError, ConnectionError):  # the process has ended
             if process.wait() != -signal.SIGPROF:
                 status = "crashed"
         self.stop()
-        return Verdict(False, status, min(self.timeout, time.perf_counter() - start))
+        seconds = min(self.timeout, time.perf_counter() - start)
+        if task.verifier == "math":
+            return Verdict(False, status, seconds), ""
+        return Verdict(None, status, seconds), f"its process ended by {status}"
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Connection]:
         connection, other_end = Pipe()
@@ -67,7 +86,8 @@ class _Worker:
 
 class GradingPool(contextlib.AbstractContextManager):
     """
-    Worker processes that grade answers. A worker that exceeds its limits is killed and replaced.
+    Worker processes that grade answers, as mathematics or by another verifier (see `verifiers.py`). A worker that
+    exceeds its limits is killed and replaced.
 
     A worker is a program of its own, without torch, vLLM and the caller's main program. So it is safe beside an
     engine, from any thread, and with several pools at a time. Workers start when the text alone does not decide, and
@@ -93,28 +113,62 @@ class GradingPool(contextlib.AbstractContextManager):
         for _ in range(workers):
             self._idle.put(_Worker(timeout, memory_limit_gib, grader))
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="grading")
+        self._reported: set[tuple[str, str]] = set()  # verifier, and first word of what happened to it
+        self._reporting = threading.Lock()
 
-    def submit(self, prediction: Answer, gold: Answer, answer_type: str | None = None) -> "Future[Verdict]":
+    def submit(
+        self,
+        prediction: Answer,
+        gold: Answer,
+        answer_type: str | None = None,
+        verifier: str = "math",
+        row: Row | None = None,
+    ) -> "Future[Verdict]":
         """
         Grade in the background; arguments and errors as of `grade`.
 
         The future's result is a verdict, whatever happens to the worker, or a `RuntimeError` if none can be started.
+        A verifier other than "math" that fails, or exceeds the limits, gives the verdict `None` and a warning, once
+        for each kind of failure.
+
+        Args:
+            verifier: whose judgement is asked, of what its `extract` returns.
+            row: texts of the data, for a verifier other than "math".
         """
         start = time.thread_time()
-        prediction, gold = answer_text(prediction), answer_text(gold)
-        decided = compare_texts(prediction, gold, answer_type) if self.grader == "strict" else None
+        text = prediction if isinstance(prediction, str) and verifier != "math" else answer_text(prediction)
+        gold = answer_text(gold)
+        decided: tuple[bool | None, str] | None = None
+        if verifier != "math" and (text is None or gold is None):
+            decided = False, "no_gold" if gold is None else "no_answer"
+        elif verifier == "math" and self.grader == "strict":
+            decided = compare_texts(text, gold, answer_type)
         if decided is None:
-            return self._threads.submit(self._grade, prediction, gold, answer_type)
+            return self._threads.submit(self._grade, _Task(text, gold, answer_type, verifier, row or {}))
         future: Future[Verdict] = Future()
         future.set_result(Verdict(*decided, time.thread_time() - start))
         return future
 
-    def _grade(self, *answer: str | None) -> Verdict:
+    def _grade(self, task: _Task) -> Verdict:
         worker = self._idle.get()
         try:
-            return worker.grade(*answer)
+            verdict, failure = worker.grade(task)
         finally:
             self._idle.put(worker)
+        if failure:
+            self._report(task.verifier, failure)
+        return verdict
+
+    def _report(self, verifier: str, failure: str) -> None:
+        kind = verifier, failure.split(" ")[0] if ":" in failure else failure
+        with self._reporting:
+            is_new = kind not in self._reported
+            self._reported.add(kind)
+        if is_new:
+            logger.warning(
+                "--verifier %s could not judge a completion: %s. Such completions count as not graded, which the "
+                "reward of GRPO takes for 0; they are not reported again", verifier, failure,
+            )  # fmt: skip
 
     def grade_all(self, answers: Iterable[tuple[Answer, Answer] | tuple[Answer, Answer, str | None]]) -> list[Verdict]:
         """Return the verdicts on (prediction, gold) or (prediction, gold, answer_type), in their order."""
@@ -130,8 +184,12 @@ class GradingPool(contextlib.AbstractContextManager):
         self.close()
 
 
-def work(descriptor: int, grader: str, timeout: float, memory_limit_gib: float) -> None:
-    """Answer each (prediction, gold, answer_type) that comes over the connection `descriptor` with its verdict."""
+def work(descriptor: int, grader: str, timeout: float, memory_limit_gib: float, directory: str) -> None:
+    """
+    Answer each task that comes over the connection `descriptor` with its verdict, and with what a verifier raised.
+
+    A verifier of the user's is imported from `directory`, and works in it.
+    """
     connection: Connection = Connection(descriptor)
     connection.send("ready")
     resource.setrlimit(resource.RLIMIT_AS, (int(memory_limit_gib * 2**30),) * 2)
@@ -140,13 +198,29 @@ def work(descriptor: int, grader: str, timeout: float, memory_limit_gib: float) 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time limit that this process has
     with contextlib.suppress(EOFError):  # the parent has ended
         while True:
-            prediction, gold, answer_type = connection.recv()
+            task, failure = connection.recv(), ""
             # The signal ends the process, even within C code or if its parent was killed.
             signal.setitimer(signal.ITIMER_PROF, timeout)
             start = time.thread_time()
             try:
-                verdict = grade(prediction, gold, grader=grader, answer_type=answer_type)
+                if task.verifier == "math":
+                    verdict = grade(task.prediction, task.gold, grader=grader, answer_type=task.answer_type)
+                else:
+                    verdict, failure = _verify(task, directory)
             except (MemoryError, SystemError):
                 verdict = Verdict(False, "memory", time.thread_time() - start)
             signal.setitimer(signal.ITIMER_PROF, 0)
-            connection.send(verdict)
+            connection.send((verdict, failure))
+
+
+def _verify(task: _Task, directory: str) -> tuple[Verdict, str]:
+    """Return the verdict of a verifier other than "math", and the last line of what it raised."""
+    start = time.thread_time()
+    try:
+        if task.verifier not in BUILT_IN:
+            os.chdir(directory)
+        score = judge(task.verifier, str(task.prediction), str(task.gold), task.row)
+    except (Exception, SystemExit) as error:
+        return Verdict(None, "error", time.thread_time() - start), last_line(error)
+    is_right = None if score is None else score >= RIGHT
+    return Verdict(is_right, "verifier", time.thread_time() - start, score), ""

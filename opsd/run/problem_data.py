@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def load_problems(
     config: str | None = None,
     revision: str | None = None,
     system_prompt: str | None = None,
+    composed: tuple[Callable[[dict[str, Any]], dict[str, Any]], Sequence[str]] | None = None,
 ) -> Dataset:
     """
     Load one split of a data set into memory, as rows of texts.
@@ -99,6 +100,8 @@ def load_problems(
         config: configuration of a folder or of a Hub data set.
         revision: commit, tag or branch of a Hub data set.
         system_prompt: the first turn of all prompts; `None` leaves those of the conversations.
+        composed: what makes the needed texts of a row as it is stored, and the other columns that this takes. Classes
+            come as their numbers.
 
     Returns:
         Rows of the columns without their `_column`, and, where there are any, of `history`: the turns before the
@@ -117,8 +120,14 @@ def load_problems(
     filled: set[str] = set()  # flags of the columns that hold a text or number
     has_conversations = False
     unread: set[str] = set()  # keys of their turns
-    for place, row in _read_rows(_find(name, split, config, revision), every):
+    read = every | {column: column for column in (composed[1] if composed else ())}
+    for place, row in _read_rows(_find(name, split, config, revision), read, has_classes=composed is not None):
         num_rows += 1
+        if composed is not None:
+            try:
+                row = composed[0](row)
+            except ValueError as error:
+                raise ValueError(f"--dataset_name {name}: {place}: {error}") from error
         names.update(dict.fromkeys(row))
         row |= _unpack_conversations(row, every, place)
         if isinstance(turns := row.get(every["problem_column"]), list):
@@ -311,12 +320,14 @@ def _check_columns(names: list[str], columns: Mapping[str, str]) -> None:
             raise ValueError(message)
 
 
-def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield rows, each with the place where it stands."""
+def _read_rows(
+    source: Dataset | list[Path], columns: Mapping[str, str], has_classes: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield rows, each with the place where it stands. `has_classes`: numbers of classes are wanted."""
     if isinstance(source, Dataset):
         rows = source.select_columns(sorted(set(columns.values()) & set(source.column_names)))
         for column, feature in rows.features.items():
-            if isinstance(feature, ClassLabel):
+            if isinstance(feature, ClassLabel) and not has_classes:
                 raise ValueError(f"column {column}: holds numbers of classes, not text: {feature}")
         floats = (Value("float16"), Value("float32"))
         narrow = {name: getattr(np, kind.dtype) for name, kind in rows.features.items() if kind in floats}
@@ -337,7 +348,7 @@ def _read_rows(source: Dataset | list[Path], columns: Mapping[str, str]) -> Iter
             table = pq.read_table(file, columns=needed if has_all else None, partitioning=None)
         except ValueError as error:
             raise ValueError(f"{file}: not readable as Parquet: {error}") from error
-        yield from ((f"{file}, {place}", row) for place, row in _read_rows(Dataset(table), columns))
+        yield from ((f"{file}, {place}", row) for place, row in _read_rows(Dataset(table), columns, has_classes))
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -154,6 +154,8 @@ def evaluation_command(settings: Mapping[str, Mapping[str, Any]]) -> str:
         columns = {"problem": script["problem_column"], "answer": answer_column}
         for name, column in columns.items():
             words += [f"--{name}_column", column] if column != name else []
+        if (verifier := training.get("verifier", script.get("verifier", "math"))) != "math":
+            words += ["--verifier", verifier]
         thinking = script.get("thinking", training.get("student_thinking"))
         words += ["--enable_thinking", str(bool(thinking)).lower()]
         words += ["--max_new_tokens", str(training.get("max_completion_length") or training["max_length"])]

@@ -31,6 +31,7 @@ from trl.import_utils import is_vllm_available
 
 from data_collator import check_chat_template, check_history
 from opsd.adapters import Adapter, add_to_skeleton, check_model_folder, check_vllm_lora_support, make_skeleton
+from opsd.grading import BUILT_IN, check_answers, describe_verifier
 from opsd.run.arguments import OUTPUT_DIR, ModelArguments, RunArguments
 from opsd.run.card import render_card
 from opsd.run.checkpoints import find_checkpoint
@@ -270,6 +271,12 @@ class Run:
         train_dataset, eval_dataset = load(args.dataset_name, args.dataset_split), None
         if args.eval_dataset_name is not None:
             eval_dataset = load(args.eval_dataset_name, args.eval_dataset_split)
+        verifier = getattr(self.training_args, "verifier", getattr(args, "verifier", "math"))  # SFT has none
+        for dataset in (train_dataset, eval_dataset):
+            if dataset is not None and "answer" in dataset.column_names:
+                check_answers(verifier, dataset["answer"])
+        if verifier not in BUILT_IN:
+            self.data_hashes["verifier"] = describe_verifier(verifier)
         needed = {*map(row_name, columns), "history"}
         compared = [name for name in train_dataset.column_names if name in needed]
         self.data_hashes["train_dataset"] = text_hash(train_dataset.select_columns(compared))
