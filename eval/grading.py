@@ -5,7 +5,8 @@ Grade mathematical answers from the command line, see `opsd.grading`.
     python eval/grading.py --responses FILE.jsonl --thinking
 
 read lines with `pred` and `gold`, or `response` and `gold` (text, numbers or null; optional: `answer_type`), and write
-one JSON line for each, in order: `equal`, `status` and `seconds` of its `Verdict`, for responses also `extracted`.
+one JSON line for each, in order: `equal`, `status`, `seconds` and `score` of its `Verdict`, for responses also
+`extracted`.
 """
 
 import argparse

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from opsd.grading import Answer, GradingPool, Row, answer_text, extract, extract_answer
+from opsd.grading import RIGHT, Answer, GradingPool, Row, answer_text, extract, extract_answer
 from opsd.thinking import after_thought, decode_response
 
 REWARDS = ("math", "exact_match", "last_number")
@@ -66,9 +66,20 @@ def make_reward(
         return exact_match
     grade = Verifier(thinking, "last_number" if name == "last_number" else "final", verifier)
 
-    def math(completion_ids: Sequence[list[int]], answer: Sequence[str], row: Sequence[Row], **_: Any) -> list[float]:
-        texts = [decode_response(tokenizer, ids) for ids in completion_ids]
-        return [score or 0.0 for score in grade(texts, answer, row)]
+    def math(
+        completion_ids: Sequence[list[int]],
+        answer: Sequence[str],
+        row: Sequence[Row],
+        log_metric: Callable[[str, float], None],
+        **_: Any,
+    ) -> list[float]:
+        scores = grade([decode_response(tokenizer, ids) for ids in completion_ids], answer, row)
+        if verifier != "math":  # whose mean reward is the share of right ones
+            judged = [score for score in scores if score is not None]
+            log_metric("rewards/ungraded_ratio", 1 - len(judged) / len(scores))
+            if judged:
+                log_metric("rewards/accuracy/mean", statistics.fmean(score >= RIGHT for score in judged))
+        return [score or 0.0 for score in scores]
 
     math.__name__ = verifier.rpartition(":")[2]  # in the metrics
     return math

@@ -236,7 +236,7 @@ def test_data_flags_that_a_program_does_not_use(run, no_model, caplog, program, 
 def test_rewards(tiny_model_dir, response, answer, math, exact_match):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     arguments = {"completions": [[{"role": "assistant", "content": response}]], "answer": [answer], "prompts": []}
-    arguments["row"] = [{}]
+    arguments |= {"row": [{}], "log_metric": None}
     arguments["completion_ids"] = [tokenizer(response + "<|im_end|>", add_special_tokens=False).input_ids]
     assert make_reward("math", False, tokenizer)(**arguments) == [math]
     assert make_reward("exact_match", False, tokenizer)(**arguments) == [exact_match]
@@ -247,7 +247,10 @@ def test_thoughts_that_were_cut_off_earn_nothing(tiny_model_dir):
     texts = [r"<think>\boxed{1}", r"</think>\boxed{1}"]
     completion_ids = tokenizer(texts, add_special_tokens=False).input_ids
     reward = make_reward("math", True, tokenizer)
-    assert reward(completions=[], completion_ids=completion_ids, answer=["1", "1"], row=[{}] * 2) == [0.0, 1.0]
+    assert reward(completions=[], completion_ids=completion_ids, answer=["1", "1"], row=[{}] * 2, log_metric=None) == [
+        0.0,
+        1.0,
+    ]
 
 
 @pytest.mark.vllm

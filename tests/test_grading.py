@@ -820,7 +820,7 @@ def test_command_line(tmp_path, capsys):
         (False, "no_answer"),
         (True, "expression"),
     ]
-    assert all(line.keys() == {"equal", "status", "seconds"} for line in lines)
+    assert all(line.keys() == {"equal", "status", "seconds", "score"} for line in lines)
     responses.write_text(
         r'{"response": "<think>\\boxed{7}</think>8", "gold": 7}' + "\n" + r'{"response": "\\boxed{7}", "gold": 7}'
     )

@@ -58,7 +58,9 @@ def test_marks_survive_decoding(tokenizer, is_special):
         assert decode_response(tokenizer, ids) == text
         assert Verifier(thinking=True)([decode_response(tokenizer, ids)], ["7"], [{}]) == [True]
         reward = make_reward("math", True, tokenizer)
-        assert reward(completions=[[{"content": "stripped"}]], completion_ids=[ids], answer=["7"], row=[{}]) == [1.0]
+        assert reward(
+            completions=[[{"content": "stripped"}]], completion_ids=[ids], answer=["7"], row=[{}], log_metric=None
+        ) == [1.0]
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,11 @@ def describe_run(
         starts_fresh = model_args.use_peft and getattr(args, "adapter_name_or_path", None) is None
         lines += [("teacher", _teacher(training_args, starts_fresh)), ("objective", _objective(training_args))]
     elif isinstance(training_args, GRPOConfig):
-        reward = (
-            f"reward 1 for a right answer ({getattr(args, 'reward', None)}), KL coefficient {training_args.beta:g}"
-        )
-        lines.append(("objective", f"GRPO ({training_args.loss_type} loss), {reward}"))
+        reward = f"reward 1 for a right answer ({getattr(args, 'reward', None)})"
+        if (verifier := getattr(args, "verifier", "math")) != "math":
+            reward = f"reward by {verifier}"
+        text = f"GRPO ({training_args.loss_type} loss), {reward}, KL coefficient {training_args.beta:g}"
+        lines.append(("objective", text))
     else:
         learned = "the solution" if getattr(training_args, "completion_only_loss", None) else "prompt and solution"
         lines.append(("objective", f"cross entropy of the tokens of {learned}"))

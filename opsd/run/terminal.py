@@ -51,7 +51,8 @@ class _Formatter(logging.Formatter):
 
 def share_right(logs: Mapping[str, Any]) -> float | None:
     """The share of graded rollouts that are right, under the name of OPSD or of one of GRPO's rewards."""
-    return next((logs[n] for n in logs if n.startswith("rewards/") and n.endswith("/mean")), None)
+    names = ["rewards/accuracy/mean", *(n for n in logs if n.startswith("rewards/") and n.endswith("/mean"))]
+    return next((logs[name] for name in names if name in logs), None)
 
 
 def count_tokens(logs: Mapping[str, Any]) -> int | None:

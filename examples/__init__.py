@@ -1,0 +1,1 @@
+"""Programs and verifiers to start from."""
