@@ -15,6 +15,7 @@ import opsd_train
 from eval import engine as sampling_engine
 from eval import evaluate_math
 from eval.benchmarks import BENCHMARKS, find_benchmark, load_questions
+from opsd import rewards
 from opsd.config import OPSDConfig
 from opsd.grading import BUILT_IN, GradingPool, check_answers, describe_verifier, extract, find_rule
 from opsd.rewards import Verifier, make_reward
@@ -57,6 +58,7 @@ def own(tmp_path, monkeypatch):
     name = f"own_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rewards, "GRADE_WORKERS", 1)  # each takes a second to start
     return name
 
 
@@ -518,6 +520,7 @@ def test_example_of_sorted_words(tmp_path, monkeypatch):
     train, test = ((tmp_path / f"{split}.jsonl").read_text().splitlines() for split in ("train", "test"))
     assert (len(train), len(test), len(set(train) | set(test))) == (256, 80, 336)
     monkeypatch.chdir(root)
+    monkeypatch.setattr(rewards, "GRADE_WORKERS", 1)
     row = {"problem": "cat ant bee", "answer": "ant bee cat"}
     grade = Verifier(thinking=False, name="examples.sort_words:share_in_place")
     texts = ["Sorted:\nant bee cat", "ant cat bee", "ant bee", ""]

@@ -179,7 +179,7 @@ def find_rule(name: str) -> Rule:
     if not (module_name and function_name):
         raise ValueError(f"--verifier {name}: neither one of {', '.join(BUILT_IN)} nor MODULE:FUNCTION")
     folder = os.getcwd()
-    sys.path.insert(0, folder)
+    sys.path[:0] = [folder]  # for this import, also of what the module itself imports from there
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
