@@ -465,6 +465,7 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
     if args.base_url is None:
         adapters = [Adapter.read(folder, "checkpoint_dir") for folder in args.checkpoint_dir]
         lora_rank = 0 if args.merge_adapter else max([adapter.rank for adapter in adapters], default=0)
+    given = args.verifier
     settle_prompts(args)
     find_rule(args.verifier)
     names = ("problem_column", "answer_column", "solution_column", "verifier")
@@ -484,6 +485,10 @@ def check_arguments(args: argparse.Namespace) -> tuple[Sampling, list[Benchmark]
         raise ValueError(
             f"--data_parallel {args.data_parallel}: with --tensor_parallel_size {args.tensor_parallel_size} this "
             f"takes {needed} GPUs, of which {gpus} are visible"
+        )
+    if given is not None and all(benchmark.verifier != given for benchmark in benchmarks):
+        raise ValueError(
+            f"--verifier {given}: the benchmarks among --dataset have their own, and there is no other data"
         )
     if all(benchmark.verifier != "math" for benchmark in benchmarks):
         for flag, default in (("extract", "final"), ("grader", "strict")):

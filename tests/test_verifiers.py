@@ -431,6 +431,13 @@ def test_flags_of_mathematics_are_refused_without_it(evaluated, words, capsys, f
     assert f"{' '.join(flag)}: is for the verifier math" in capsys.readouterr().err
 
 
+def test_verifier_that_no_data_set_would_have_is_refused(evaluated, tmp_path, capsys):
+    write(tmp_path, "mmlu", MMLU)
+    with pytest.raises(SystemExit):
+        evaluated("mmlu", [], "--data_root", str(tmp_path), "--verifier", "exact_match")
+    assert "--verifier exact_match: the benchmarks among --dataset have their own" in capsys.readouterr().err
+
+
 # Benchmarks of multiple choice
 
 GPQA = {
