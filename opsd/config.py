@@ -516,19 +516,12 @@ class OPSDConfig(GOLDConfig):
             self._refuse("token_weights", "be none with --policy_gradient_weight, whose mean is over all tokens alike")
         if self.correct_weight == self.incorrect_weight == 0.0 and not has_reward:
             self._refuse("incorrect_weight", "be positive where --correct_weight and --policy_gradient_weight are 0")
-        if self.vllm_importance_sampling_correction:
-            if not (self.use_vllm and (self.use_tinker_loss or has_reward)):
-                self._refuse(
-                    "vllm_importance_sampling_correction",
-                    "go with --use_vllm, which reports its probabilities, and with a policy gradient: "
-                    "--use_tinker_loss or --policy_gradient_weight",
-                )
-            if self.vllm_mode != "colocate":
-                self._refuse(
-                    "vllm_importance_sampling_correction",
-                    "go with --vllm_mode colocate: a server may report probabilities before or after its truncation, "
-                    "and does not say which",
-                )
+        if self.vllm_importance_sampling_correction and not (self.use_vllm and (self.use_tinker_loss or has_reward)):
+            self._refuse(
+                "vllm_importance_sampling_correction",
+                "go with --use_vllm, which reports its probabilities, and with a policy gradient: "
+                "--use_tinker_loss or --policy_gradient_weight",
+            )
 
     def _check_teacher_model(self) -> None:
         """Raise `ValueError` for what does not go with a second model as teacher, or without one."""

@@ -105,8 +105,9 @@ class VLLMSampler(VLLMGeneration):
         args, kwargs: those of `VLLMGeneration`.
         seed: of the run.
         adapter_dir: folder through which adapters reach a server; `None` for a memory-backed one.
-        logprobs_mode: of a colocated engine. "raw_logprobs": of the model itself, before temperature, penalties and
-            truncation. "processed_logprobs": of the distribution that was sampled from.
+        logprobs_mode: of a colocated engine; a server has its own, see `check_server_logprobs`. "raw_logprobs": of the
+            model itself, before temperature, penalties and truncation. "processed_logprobs": of the distribution that
+            was sampled from.
         engine_arguments: further arguments of `vllm.LLM`, such as `revision`.
 
     Raises:
@@ -213,6 +214,18 @@ class VLLMSampler(VLLMGeneration):
             if kind.__call__ is not calls[kind]:
                 module.__class__ = type(kind.__name__, (kind,), {"__call__": calls[kind]})
         self._sleep()
+
+    def check_server_logprobs(self) -> None:
+        """Raise `ValueError` if a server reports other log-probabilities than those of `logprobs_mode`."""
+        if self.mode != "server" or not self.accelerator.is_main_process:
+            return
+        with self._server_errors():
+            reported = self.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+        if reported != self.logprobs_mode:
+            raise ValueError(
+                f"--vllm_importance_sampling_correction: the vLLM server at {self._url} runs with --logprobs-mode "
+                f"{reported}; start it as scripts/serve_vllm.sh --logprobs-mode {self.logprobs_mode}"
+            )
 
     def close(self) -> None:
         """Free what a colocated engine holds, so that this process can start another one."""
@@ -456,7 +469,8 @@ def make_vllm_sampler(
         datasets: encoded examples that will be sampled from.
 
     Raises:
-        ValueError: if `--vllm_max_model_length` is too small.
+        ValueError: if `--vllm_max_model_length` is too small, or if a server reports log-probabilities that importance
+            weights cannot be made of.
     """
     longest = _longest_sequence(args, datasets)
     if args.vllm_max_model_length is not None and args.vllm_max_model_length < longest:
@@ -464,7 +478,7 @@ def make_vllm_sampler(
             f"--vllm_max_model_length {args.vllm_max_model_length}: the longest prompt needs {longest} tokens with "
             "what is sampled after it; leave the flag out, or lower --max_length to drop long problems"
         )
-    return VLLMSampler.from_config(
+    sampler = VLLMSampler.from_config(
         args,
         model,
         accelerator,
@@ -477,6 +491,9 @@ def make_vllm_sampler(
         adapter_dir=args.vllm_adapter_dir,
         logprobs_mode="processed_logprobs" if args.vllm_importance_sampling_correction else "raw_logprobs",
     )
+    if args.vllm_importance_sampling_correction:
+        sampler.check_server_logprobs()
+    return sampler
 
 
 CACHE_BYTES = 4 * 2**30  # a constant: what is drawn depends on which prompts share a call
