@@ -233,8 +233,8 @@ def test_what_needs_rollouts_of_the_present_policy(settings, message):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_two_processes(problems, tiny_model_dir, tmp_path):
-    """Each process gets its rollouts: those that follow from step, prompt and seed; after a resume too."""
+def test_two_processes(train, problems, tiny_model_dir, tmp_path):
+    """Each gets its own rollouts, which follow from step, prompt and seed. One process goes on with them too."""
     problems.select(range(12)).to_json(data := tmp_path / "train.jsonl")
     with RolloutServer() as server:
         port, log = server.url.rpartition(":")[2], tmp_path / "log"
@@ -254,6 +254,11 @@ def test_two_processes(problems, tiny_model_dir, tmp_path):
     assert len(server.samples) == 4 * 4 + 4  # of the resumed run: what did not wait in the checkpoint
     losses = [[logs["loss"] for logs in results[run] if "loss" in logs] for run in ("run", "resumed")]
     assert losses[1][2:] == pytest.approx(losses[0][2:], rel=1e-6) and len(losses[1]) == 4
+    with RolloutServer() as server:
+        settings = {"max_staleness": 1, "max_steps": 4, "output_dir": str(tmp_path / "alone")}
+        train(server, alone := Recorder(), resume=str(tmp_path / "run" / "checkpoint-2"), **settings)
+        assert len(server.samples) == 4
+    assert alone.values("loss") == pytest.approx(losses[0][2:], rel=1e-5)
 
 
 @pytest.mark.multiprocess
