@@ -36,6 +36,7 @@ from opsd.rollouts import Sampler, TransformersSampler, make_vllm_sampler
 from opsd.run.checkpoints import CompleteCheckpoints
 from opsd.run.report import append_lines, drop_later_steps
 from opsd.saved_statistics import SavedStatistics, check_number
+from opsd.stale_rollouts import RolloutsAhead
 from opsd.teacher import Teacher
 from opsd.teacher_context import TeacherContext
 from opsd.throughput import Throughput
@@ -77,6 +78,7 @@ class StepCallback(TrainerCallback):
         trainer._check_packing()
         trainer.teacher.start(trainer.model_wrapped, trainer._run_state, trainer._resumed_from)
         trainer._start_curriculum()
+        trainer.rollouts_ahead.start(trainer._resumed_from)
         if trainer.accelerator.is_main_process:
             drop_later_steps(Path(trainer.args.output_dir, COMPLETIONS), trainer.state.global_step)
 
@@ -170,6 +172,7 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         self.throughput = Throughput(self.metrics, *self.teacher.networks(self.model))
         self.logged_counts += ("num_generated_tokens",) + ("num_rationale_tokens",) * args.reason_first
         self.sampler = self._make_sampler(use_vllm)
+        self.rollouts_ahead = RolloutsAhead(self)
         self.teacher_context = TeacherContext(
             args, self.collator, self.sampler, self.teacher, self.metrics, self.end_ids
         )
@@ -268,6 +271,9 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
             self._sample(rollouts)
         with self.metrics.timed("context"):
             self.teacher_context.build(rollouts, self.num_generations if is_training else 1, self.model_wrapped)
+        if is_training and self.args.max_staleness:
+            with self.metrics.timed("rollout"):
+                self.rollouts_ahead.ask()
         advantage_scale = self._count_tokens(rollouts)
         parts = divide(rollouts, num_batches, self._is_packed, self.args.max_tokens_per_micro_batch)
         batches = [self.collator(part).to(self.accelerator.device) for part in parts]
@@ -289,9 +295,12 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         return rollouts
 
     def _sample(self, rollouts: list[Rollout]) -> None:
-        """Sample the completions from the student's weights as they are now."""
-        self.sampler.sync(self.state.global_step, reuse=not self.model.training)
-        completions = self.sampler.sample([rollout.prompt_ids for rollout in rollouts])
+        """Sample the completions from the student as it is now, or take those that were asked for ahead."""
+        prompts, is_training = [rollout.prompt_ids for rollout in rollouts], self.model.training
+        completions = self.rollouts_ahead.take(prompts) if is_training else None
+        self.sampler.sync(self.state.global_step, reuse=not is_training)
+        if completions is None:
+            completions = self.sampler.sample(prompts)
         self.teacher.check_ids([completion.ids for completion in completions])
         end_ids = set(self.end_ids)
         for rollout, completion in zip(rollouts, completions, strict=True):
@@ -548,8 +557,10 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         super()._save_optimizer_and_scheduler(output_dir)
         if self.teacher.weights is not None:
             self.teacher.weights.save(output_dir)
-        if self.curriculum is not None and self.accelerator.is_main_process:
-            self.curriculum.save(output_dir)
+        if self.accelerator.is_main_process:
+            self.rollouts_ahead.save(output_dir)
+            if self.curriculum is not None:
+                self.curriculum.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

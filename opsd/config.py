@@ -91,6 +91,7 @@ INTERVALS = {
     "min_p": ("[0, 1)", "; 0 switches it off"),
     "presence_penalty": ("[-2, 2]", "; 0 switches it off"),
     "max_completion_length": ("[1, inf)", ""),
+    "max_staleness": ("[0, 1]", ": rollouts are asked for at most one optimizer step ahead"),
     "ema_decay": ("[0, 1)", "; for a teacher that stays, --fixed_teacher"),
     "ema_update_steps": ("[1, inf)", ""),
     "max_reasoning_length": ("[1, inf)", ""),
@@ -199,6 +200,14 @@ class OPSDConfig(GOLDConfig):
         metadata={"help": "Tokens of prompt and completion together. Longer solutions are cut in their middle."},
     )
     max_completion_length: int = field(default=1024, metadata={"help": "Maximum number of tokens of a rollout."})
+    max_staleness: int = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps by which the sampling weights may be older than those in training. 0: strictly "
+            "on-policy. 1: with --vllm_mode server, which samples the next step's rollouts while the present step "
+            "trains; for --beta 0, and for a policy gradient with importance weights."
+        },
+    )
     vllm_gpu_memory_utilization: float = field(
         default=0.6, metadata={"help": "Share of a GPU's memory for the colocated vLLM engine."}
     )
@@ -510,6 +519,7 @@ class OPSDConfig(GOLDConfig):
         if self.use_ema_teacher and self.fixed_teacher:
             self._refuse("use_ema_teacher", "be left out with --fixed_teacher: choose one teacher")
         self._check_teacher_model()
+        self._check_staleness()
         if self.top_k_loss_add_tail and not self.top_k_loss:
             self._refuse("top_k_loss_add_tail", "go with --top_k_loss")
 
@@ -528,19 +538,31 @@ class OPSDConfig(GOLDConfig):
             self._refuse("token_weights", "be none with --policy_gradient_weight, whose mean is over all tokens alike")
         if self.correct_weight == self.incorrect_weight == 0.0 and not has_reward:
             self._refuse("incorrect_weight", "be positive where --correct_weight and --policy_gradient_weight are 0")
-        if self.vllm_importance_sampling_correction:
-            if not (self.use_vllm and (self.use_tinker_loss or has_reward)):
-                self._refuse(
-                    "vllm_importance_sampling_correction",
-                    "go with --use_vllm, which reports its probabilities, and with a policy gradient: "
-                    "--use_tinker_loss or --policy_gradient_weight",
-                )
-            if self.vllm_mode != "colocate":
-                self._refuse(
-                    "vllm_importance_sampling_correction",
-                    "go with --vllm_mode colocate: a server may report probabilities before or after its truncation, "
-                    "and does not say which",
-                )
+        if self.vllm_importance_sampling_correction and not (self.use_vllm and (self.use_tinker_loss or has_reward)):
+            self._refuse(
+                "vllm_importance_sampling_correction",
+                "go with --use_vllm, which reports its probabilities, and with a policy gradient: "
+                "--use_tinker_loss or --policy_gradient_weight",
+            )
+
+    def _check_staleness(self) -> None:
+        """Raise `ValueError` for what does not go with rollouts from weights that are one step old."""
+        if not self.max_staleness:
+            return
+        has_policy_gradient = self.use_tinker_loss or self.policy_gradient_weight > 0.0
+        if not (self.use_vllm and self.vllm_mode == "server"):
+            self._refuse("max_staleness", "be 0 without --use_vllm and --vllm_mode server, which samples meanwhile")
+        if self.beta > 0.0 and not self.use_tinker_loss:
+            self._refuse("beta", "be 0 with --max_staleness 1: reverse and mixed divergences need on-policy rollouts")
+        if has_policy_gradient and not self.vllm_importance_sampling_correction:
+            self._refuse(
+                "vllm_importance_sampling_correction",
+                "be true with --max_staleness 1 and a policy gradient: its weights stand for the older policy",
+            )
+        if self.curriculum != "none":
+            self._refuse("curriculum", "be none with --max_staleness 1: it draws by the scores of the step before")
+        if self.ignore_data_skip:
+            self._refuse("ignore_data_skip", "be false with --max_staleness 1: the next prompts follow from the step")
 
     def _check_teacher_model(self) -> None:
         """Raise `ValueError` for what does not go with a second model as teacher, or without one."""

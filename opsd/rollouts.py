@@ -16,7 +16,7 @@ import tempfile
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -91,6 +91,14 @@ class Completion(NamedTuple):
     logprobs: list[float] | None  # None: the sampler does not report them
 
 
+class Requests(NamedTuple):
+    """Completions that a server has been asked for."""
+
+    prompts: list[list[int]]  # token ids, of all processes in their order
+    own: slice  # of this process among them
+    replies: list[Future]  # in the main process: for each prompt what `VLLMClient.generate` returns
+
+
 class VLLMSampler(VLLMGeneration):
     """
     `VLLMGeneration` that serves the adapter natively and seeds each sample.
@@ -105,8 +113,9 @@ class VLLMSampler(VLLMGeneration):
         args, kwargs: those of `VLLMGeneration`.
         seed: of the run.
         adapter_dir: folder through which adapters reach a server; `None` for a memory-backed one.
-        logprobs_mode: of a colocated engine. "raw_logprobs": of the model itself, before temperature, penalties and
-            truncation. "processed_logprobs": of the distribution that was sampled from.
+        logprobs_mode: of a colocated engine; a server has its own, see `check_server_logprobs`. "raw_logprobs": of the
+            model itself, before temperature, penalties and truncation. "processed_logprobs": of the distribution that
+            was sampled from.
         engine_arguments: further arguments of `vllm.LLM`, such as `revision`.
 
     Raises:
@@ -133,6 +142,7 @@ class VLLMSampler(VLLMGeneration):
         self.num_syncs = 0
         self.adapter_bytes = 0  # of the last sync
         self._adapter: Any = None  # what vLLM holds: a LoRARequest, or with a server its name
+        self._asked: list[Future] = []  # what `ask` has asked for last
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -214,10 +224,24 @@ class VLLMSampler(VLLMGeneration):
                 module.__class__ = type(kind.__name__, (kind,), {"__call__": calls[kind]})
         self._sleep()
 
+    def check_server_logprobs(self) -> None:
+        """Raise `ValueError` if a server reports other log-probabilities than those of `logprobs_mode`."""
+        if self.mode != "server" or not self.accelerator.is_main_process:
+            return
+        with self._server_errors():
+            reported = self.vllm_client.get_server_info()["model_config"]["logprobs_mode"]
+        if reported != self.logprobs_mode:
+            raise ValueError(
+                f"--vllm_importance_sampling_correction: the vLLM server at {self._url} runs with --logprobs-mode "
+                f"{reported}; start it as scripts/serve_vllm.sh --logprobs-mode {self.logprobs_mode}"
+            )
+
     def close(self) -> None:
-        """Free what a colocated engine holds, so that this process can start another one."""
+        """Free what a colocated engine holds, so that this process can start another one; ask a server no more."""
         if self.mode == "colocate":
             stop_engine(self.llm)
+        for reply in self._asked:
+            reply.cancel()
 
     def _sleep(self) -> None:
         """Free the GPU for training: the cache, and the weights too if each sync sends all of them."""
@@ -258,7 +282,12 @@ class VLLMSampler(VLLMGeneration):
             self._synced_step = step
 
     def sync_weights(self) -> None:
-        """Hand the present adapter (in full fine-tuning: all weights) to vLLM. All processes call it together."""
+        """
+        Hand the present adapter (in full fine-tuning: all weights) to vLLM. All processes call it together.
+
+        A server first finishes what it was asked for before (`ask`), from the weights that it holds.
+        """
+        wait(self._asked)
         self._synced_step = None
         self.num_syncs += 1
         config = self._lora_config
@@ -327,11 +356,11 @@ class VLLMSampler(VLLMGeneration):
             settings: sampling settings under vLLM's names, in place of those of the rollouts.
         """
         _, completions, logprobs, _ = self.generate(prompts, base=base, **settings)
-        return [
-            # vLLM's NaN arrives as None.
-            Completion(ids, [math.nan if value is None else value for (value,) in values])
-            for ids, values in zip(completions, logprobs, strict=True)
-        ]
+        return list(map(self._completion, completions, logprobs))
+
+    @staticmethod
+    def _completion(ids: list[int], logprobs: list[list[Any]]) -> Completion:
+        return Completion(ids, [math.nan if value is None else value for (value,) in logprobs])  # None: vLLM's NaN
 
     def generate(
         self,
@@ -351,10 +380,21 @@ class VLLMSampler(VLLMGeneration):
         Returns:
             Prompts, completions, and log-probabilities and ids of the sampled tokens, (prompts, tokens, 1).
         """
-        keys = prompt_keys(prompts, self.seed, self.step)
+        sample = self._sample_colocated if self.mode == "colocate" else self._sample_from_server
+        seeds, adapter = self._seeds(prompts, self.step), None if base else self._adapter
+        completions, logprobs, logprob_token_ids = sample(prompts, seeds, self._sampling | settings, adapter)
+        return prompts, completions, logprobs, logprob_token_ids
+
+    def _seeds(self, prompts: list[list[int]], step: int) -> list[int]:
+        """Derive the seed of each prompt of this process. All processes call it together."""
+        keys = prompt_keys(prompts, self.seed, step)
         keys_of_processes = gather_object([keys])
-        seeds = sample_seeds(keys, chain.from_iterable(keys_of_processes[: self.accelerator.process_index]))
-        sampling = {
+        return sample_seeds(keys, chain.from_iterable(keys_of_processes[: self.accelerator.process_index]))
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        """Sampling settings of the rollouts, under vLLM's names."""
+        return {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
@@ -363,10 +403,6 @@ class VLLMSampler(VLLMGeneration):
             "max_tokens": self.max_completion_length,
             "logprobs": 0,
         } | self.generation_kwargs
-        sampling |= settings
-        sample = self._sample_colocated if self.mode == "colocate" else self._sample_from_server
-        completions, logprobs, logprob_token_ids = sample(prompts, seeds, sampling, None if base else self._adapter)
-        return prompts, completions, logprobs, logprob_token_ids
 
     def _sample_colocated(
         self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any], adapter: Any
@@ -403,25 +439,69 @@ class VLLMSampler(VLLMGeneration):
     def _sample_from_server(
         self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any], adapter: str | None
     ) -> tuple:
-        """The main process asks for the rollouts of all processes, each with its seed, all at once."""
+        replies = self._replies(self._request(prompts, seeds, settings, adapter))
+        return tuple(
+            [reply[key][0] for reply in replies] for key in ("completion_ids", "logprobs", "logprob_token_ids")
+        )
+
+    def _request(
+        self, prompts: list[list[int]], seeds: list[int], settings: dict[str, Any], adapter: str | None
+    ) -> Requests:
+        """Let the main process ask for the completions of all processes, each with its seed, all at once."""
         if adapter is not None:
             settings = settings | {"model": adapter}
 
-        def request(prompt: list[int], seed: int) -> dict[str, list]:
+        def generate(prompt: list[int], seed: int) -> dict[str, list]:
             return self.vllm_client.generate([prompt], generation_kwargs=settings | {"seed": seed})
 
         all_prompts, all_seeds = gather_object(prompts), gather_object(seeds)
         counts = gather_object([len(prompts)])  # processes may need different numbers of rationales
+        replies = []
+        if self.accelerator.is_main_process:
+            executor = ThreadPoolExecutor(max_workers=64)
+            replies = [executor.submit(generate, *asked) for asked in zip(all_prompts, all_seeds, strict=True)]
+            executor.shutdown(wait=False)  # its threads end with the last reply
+        before = sum(counts[: self.accelerator.process_index])
+        return Requests(all_prompts, slice(before, before + len(prompts)), replies)
+
+    def _replies(self, requests: Requests) -> list[dict[str, list]]:
+        """Wait for the server; return the replies of this process. All processes call it together."""
         replies = None
         if self.accelerator.is_main_process:
-            with self._server_errors(), ThreadPoolExecutor(max_workers=64) as executor:
-                replies = list(executor.map(request, all_prompts, all_seeds))
+            try:
+                with self._server_errors():
+                    replies = [reply.result() for reply in requests.replies]
+            finally:  # after an error
+                for reply in requests.replies:
+                    reply.cancel()
         (replies,) = broadcast_object_list([replies])
-        before = sum(counts[: self.accelerator.process_index])
-        replies = replies[before : before + len(prompts)]
-        return tuple(
-            [reply[key][0] for reply in replies] for key in ("completion_ids", "logprobs", "logprob_token_ids")
-        )
+        return replies[requests.own]
+
+    # Sampling ahead
+
+    def ask(self, prompts: list[list[int]], step: int) -> Requests:
+        """
+        Ask a server for the rollouts of a later step, and do not wait. All processes call it together.
+
+        They come from the weights of the last sync, with the seeds that `sample` would give them in that step.
+
+        Args:
+            prompts: token ids of this process.
+            step: number of optimizer steps before the one that will train on them.
+        """
+        requests = self._request(prompts, self._seeds(prompts, step), self._sampling, self._adapter)
+        self._asked = requests.replies
+        return requests
+
+    def collect(self, requests: Requests) -> list[Completion]:
+        """
+        Wait for what `ask` asked for; return the completions of this process. All processes call it together.
+
+        Raises:
+            ConnectionError: in the main process, if the server failed.
+        """
+        replies = self._replies(requests)
+        return [self._completion(reply["completion_ids"][0], reply["logprobs"][0]) for reply in replies]
 
 
 def _longest_sequence(args: OPSDConfig, datasets: Sequence[Dataset]) -> int:
@@ -456,7 +536,8 @@ def make_vllm_sampler(
         datasets: encoded examples that will be sampled from.
 
     Raises:
-        ValueError: if `--vllm_max_model_length` is too small.
+        ValueError: if `--vllm_max_model_length` is too small, or if a server reports log-probabilities that importance
+            weights cannot be made of.
     """
     longest = _longest_sequence(args, datasets)
     if args.vllm_max_model_length is not None and args.vllm_max_model_length < longest:
@@ -464,7 +545,7 @@ def make_vllm_sampler(
             f"--vllm_max_model_length {args.vllm_max_model_length}: the longest prompt needs {longest} tokens with "
             "what is sampled after it; leave the flag out, or lower --max_length to drop long problems"
         )
-    return VLLMSampler.from_config(
+    sampler = VLLMSampler.from_config(
         args,
         model,
         accelerator,
@@ -477,6 +558,9 @@ def make_vllm_sampler(
         adapter_dir=args.vllm_adapter_dir,
         logprobs_mode="processed_logprobs" if args.vllm_importance_sampling_correction else "raw_logprobs",
     )
+    if args.vllm_importance_sampling_correction:
+        sampler.check_server_logprobs()
+    return sampler
 
 
 CACHE_BYTES = 4 * 2**30  # a constant: what is drawn depends on which prompts share a call

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import psutil
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from data_collator import MicroBatch, start_rollouts
@@ -288,3 +290,69 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class RolloutServer:
+    """
+    A stand-in for the server of rollouts (`scripts/serve_vllm.sh`) on a port of its own, as a context manager.
+
+    What it samples follows from a request's seed alone. It replies to a sample after `hold(sample)`, where
+    `sample["number"]` counts them from 0; a text that `hold` returns is the reason for which it fails.
+    """
+
+    def __init__(self, hold: Callable[[dict], str | None] = lambda _: None, logprobs_mode: str = "raw_logprobs"):
+        self.samples: list[dict] = []  # what was asked for: "number", "model", "prompt", "seed"
+        self.adapters: dict[str, dict[str, torch.Tensor]] = {}  # name -> tensors, of all that were loaded
+        self.faults: list[str] = []  # of the one that asks
+        stand_in, lock, in_work = self, threading.Lock(), Counter()
+
+        class Handler(JsonHandler):
+            def do_GET(self):
+                config = {"model_config": {"logprobs_mode": logprobs_mode}}
+                self.reply({"data": [{"id": "base"}], "vllm_config": config})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/v1/load_lora_adapter":
+                    tensors = load_file(Path(body["lora_path"], "adapter_model.safetensors"))
+                    stand_in.adapters[body["lora_name"]] = tensors
+                    self.reply({})
+                elif self.path == "/v1/unload_lora_adapter":
+                    if in_work[body["lora_name"]]:
+                        stand_in.faults.append(f"{body['lora_name']} is unloaded while it samples")
+                    self.reply({})
+                else:
+                    self.complete(body)
+
+            def complete(self, body):
+                with lock:
+                    sample = {"number": len(stand_in.samples), "model": body["model"]}
+                    sample |= {"prompt": body["prompt"][0], "seed": body["seed"]}
+                    stand_in.samples.append(sample)
+                    in_work[body["model"]] += 1
+                failure = hold(sample)
+                with lock:
+                    in_work[body["model"]] -= 1
+                if failure is not None:
+                    self.reply({"error": failure}, 400)
+                    return
+                ids = stand_in.completion(body["seed"], body["stop_token_ids"][0])[: body["max_tokens"]]
+                logprobs = {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": [-1.0] * len(ids)}
+                choice = {"prompt_token_ids": body["prompt"][0], "token_ids": ids}
+                self.reply({"choices": [choice | {"logprobs": logprobs | {"top_logprobs": [None] * len(ids)}}]})
+
+        self.handler = Handler
+
+    @staticmethod
+    def completion(seed: int, end_id: int) -> list[int]:
+        """Token ids that a seed draws."""
+        draw = random.Random(seed)
+        return [draw.randrange(20, 200) for _ in range(draw.randrange(3, 9))] + [end_id]
+
+    def __enter__(self) -> "RolloutServer":
+        self._serving = serving(self.handler)
+        self.url = self._serving.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._serving.__exit__(*error)

@@ -190,7 +190,8 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     With "full" there is also a full fine-tuning. With "tensor_parallel" there is only the first run, with one engine
     over two processes. With "teacher_model FOLDER" there is only a run against that teacher, on rollouts that are
     given, without vLLM. With "server PORT PID" there is a run against a server, and one in which the server dies. With
-    "variants" there are only those of `VARIANTS`, three steps of eight rollouts each.
+    "stale PORT" there is only a run whose rollouts are asked for ahead, and it resumed. With "variants" there are only
+    those of `VARIANTS`, three steps of eight rollouts each.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
@@ -204,6 +205,20 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
         _, port, pid = further
         common |= {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": port}
 
+    if "stale" in further:
+        common |= {"vllm_mode": "server", "vllm_server_host": "127.0.0.1", "vllm_server_port": further[1]}
+        common |= {"max_staleness": 1, "beta": 0.0, "vllm_adapter_dir": Path(folder, "adapters")}
+        trainer = train(common | {"output_dir": run})
+        results = {"run": trainer.state.log_history, "seed": trainer.args.seed}
+        if trainer.accelerator.is_main_process:
+            shutil.copytree(run / "checkpoint-2", resumed / "checkpoint-2")
+        trainer.accelerator.wait_for_everyone()
+        trainer = train(common | {"output_dir": resumed, "resume_from_checkpoint": True})
+        if trainer.accelerator.is_main_process:
+            results["resumed"] = trainer.state.log_history
+            Path(folder, "results.json").write_text(json.dumps(results))
+        shutdown(trainer, trainer.sampler)
+        return
     if "teacher_model" in further:
         KeptTrainer.is_scripted = True
         common |= {

@@ -64,6 +64,7 @@ def test_there_is_no_circle_of_imports():
             ("opsd.saved_statistics",),
             ("data_collator", "opsd.config", "opsd.losses", "opsd.metrics", "opsd.rollouts", "opsd.teacher_context"),
         ),
+        (("opsd.stale_rollouts",), ("opsd.rollouts",)),
         (("opsd.throughput",), ("data_collator", "opsd.metrics")),
         (("opsd.rewards",), ("opsd.grading", "opsd.thinking")),
         (("opsd.run.hub",), ()),

@@ -742,15 +742,6 @@ GROUP = {"num_generations": 4}
             "vllm_importance_sampling_correction",
         ),
         ({"vllm_importance_sampling_correction": True, "use_vllm": True}, "vllm_importance_sampling_correction"),
-        (
-            {
-                "vllm_importance_sampling_correction": True,
-                "use_vllm": True,
-                "use_tinker_loss": True,
-                "vllm_mode": "server",
-            },
-            "vllm_importance_sampling_correction",
-        ),
         ({"num_generations": 5}, "num_generations"),
         ({"num_generations": 0}, "num_generations"),
     ],

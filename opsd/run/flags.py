@@ -53,8 +53,8 @@ GROUPS = {
         "max_completion_length", "num_generations", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
         "verify_rollouts", "verifier", "extract", "curriculum", "use_vllm", "vllm_mode",
         "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode", "vllm_server_host",
-        "vllm_server_port", "vllm_adapter_dir", "log_completions", "log_completions_steps", "num_completions_to_print",
-        "save_completions", "save_token_statistics", "token_statistics_steps",
+        "vllm_server_port", "vllm_adapter_dir", "max_staleness", "log_completions", "log_completions_steps",
+        "num_completions_to_print", "save_completions", "save_token_statistics", "token_statistics_steps",
     ),
     "optimization": (
         "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "effective_batch_size",

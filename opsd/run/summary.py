@@ -194,7 +194,9 @@ def _rollouts(args: Any) -> str:
         colocated = f"vLLM in the training processes, {args.vllm_gpu_memory_utilization:g} of each GPU"
         sampler = colocated if args.vllm_mode == "colocate" else "vLLM on a server"
     text = f"{sampler}; up to {args.max_completion_length:,} tokens, temperature {args.temperature:g}"
-    return f"{text}, top-p {args.top_p:g}, top-k {args.top_k or 'off'}"
+    text += f", top-p {args.top_p:g}, top-k {args.top_k or 'off'}"
+    is_stale = isinstance(args, OPSDConfig) and args.max_staleness
+    return text + ("; sampled one step ahead" if is_stale else "")
 
 
 def _output(args: TrainingArguments, checkpoint: str | None) -> str:
