@@ -236,7 +236,8 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         if num_examples < needed:
             raise ValueError(
                 f"the train dataset has {num_examples} usable examples, fewer than one step takes ({needed}); lower "
-                "--per_device_train_batch_size or --gradient_accumulation_steps, or raise --max_length"
+                "--effective_batch_size, or --per_device_train_batch_size and --gradient_accumulation_steps; if "
+                "examples were left out as too long, raise --max_length"
             )
         check_number(args, num_examples)
 

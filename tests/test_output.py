@@ -180,6 +180,7 @@ def test_curves_and_what_was_learned(tmp_path):
     plot_curves(LOGS + held_out, tmp_path / "held_out.png")
     width = [int.from_bytes((tmp_path / name).read_bytes()[16:20]) for name in ("training.png", "held_out.png")]
     assert width[1] == width[0] * 5 / 4  # a panel more
+    assert describe_learning(LOGS[:1]) == ["loss 0.5", "divergence 0.25", "share right 40 %"]
     assert describe_learning(LOGS[-1:]) == []
     plot_curves(LOGS[-1:], tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()

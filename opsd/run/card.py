@@ -127,7 +127,8 @@ def usage(settings: Mapping[str, Any]) -> dict[str, str]:
     load = [
         f"from {package} import {kind}"
         + ("\nfrom transformers import AutoTokenizer" if package == "peft" else ", AutoTokenizer"),
-        f'model = {kind}.from_pretrained("{folder}")',
+        # Merged in bfloat16, most of a young adapter would be lost
+        f'model = {kind}.from_pretrained("{folder}"' + (', dtype="float32")' if package == "peft" else ")"),
         f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
     ]
     save = [f'model.save_pretrained("{merged}")', f'tokenizer.save_pretrained("{merged}")']

@@ -113,7 +113,7 @@ def plot_curves(logs: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def describe_learning(logs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Loss, divergence and shares right at the first log against the last one, each as `NAME FIRST -> LAST`."""
+    """Loss, divergence and shares right: `NAME FIRST -> LAST` of the first and the last log, `NAME VALUE` of one."""
     described = []
     for name, metric, prefix in (
         ("loss", "loss", ""),
@@ -122,10 +122,9 @@ def describe_learning(logs: Sequence[Mapping[str, Any]]) -> list[str]:
         ("held-out accuracy", "accuracy", "eval_"),
     ):
         if points := curve(logs, metric, prefix):
-            (_, first), (_, last) = points[0], points[-1]
             is_share = name in ("share right", "held-out accuracy")
-            values = f"{100 * first:.0f} % -> {100 * last:.0f} %" if is_share else f"{first:.3g} -> {last:.3g}"
-            described.append(f"{name} {values}")
+            values = [f"{100 * y:.0f} %" if is_share else f"{y:.3g}" for _, y in (points[0], points[-1])]
+            described.append(f"{name} {' -> '.join(values[: len(points)])}")
     return described
 
 

@@ -460,7 +460,8 @@ class Run:
         output_dir, step = self.training_args.output_dir, trainer.state.global_step
         lines = [f"step {step}/{trainer.state.max_steps} after {duration(seconds)}"]
         if learned := describe_learning(trainer.state.log_history):
-            lines[0] += ", first log -> last log:  " + "  ".join(learned)
+            compared = "first log -> last log" if " -> " in learned[0] else "in its only log"
+            lines[0] += f", {compared}:  " + "  ".join(learned)
         if trainer.stop_signal is not None:
             lines.append(
                 f"stopped by {trainer.stop_signal.name} before the end; {trainer.last_complete} is complete: go on "
