@@ -32,7 +32,7 @@ HEAD = """# Flags
 texts. Flags also stand in a YAML file for `--config`, one `name: value` a line. A flag with a default of `False` may
 stand alone: `--fixed_teacher` is `--fixed_teacher true`.
 
-[Your own data](own_data.md) says which eight flags to look at first. [Method](method.md) explains those of teacher and
+[Your own data](own_data.md) says which flags to look at first. [Method](method.md) explains those of teacher and
 loss.
 """
 INHERITED = """Every flag of TRL's `GOLDConfig`, `SFTConfig`, `GRPOConfig` and `ModelConfig` works too, with the
