@@ -111,6 +111,12 @@ def test_batch_steps_rollouts_and_output():
     assert "all its weights are trained" in lines["model"]
     drawn = describe(per_device_train_batch_size=16, curriculum="divergence")
     assert drawn["steps"] == "6, 3 epochs: 40 examples, 2 steps an epoch, drawn by divergence"
+    held_out = describe(eval_dataset_name="held_out.csv", eval_strategy="steps", eval_steps=5)
+    assert "evaluation" not in lines and held_out["evaluation"] == "held_out.csv, each 5 steps"
+    sampled = describe(
+        eval_dataset_name="held_out.csv", eval_strategy="epoch", eval_accuracy_samples=4, answer_column="answer"
+    )
+    assert sampled["evaluation"] == "held_out.csv, each epoch; 4 graded completions of each problem"
     unknown = describe(num_rows=None, max_steps=50)
     assert (unknown["steps"], unknown["data"].rpartition(": ")[2]) == ("50", "not loaded here")
 

@@ -71,6 +71,8 @@ def describe_run(
         lines.append(("objective", f"cross entropy of the tokens of {learned}"))
     if hasattr(training_args, "max_completion_length"):
         lines.append(("rollouts", _rollouts(training_args)))
+    if args.eval_dataset_name is not None:
+        lines.append(("evaluation", _evaluation(args, training_args)))
     lines.append(("output", _output(training_args, checkpoint)))
     return lines
 
@@ -197,6 +199,14 @@ def _rollouts(args: Any) -> str:
     text += f", top-p {args.top_p:g}, top-k {args.top_k or 'off'}"
     is_stale = isinstance(args, OPSDConfig) and args.max_staleness
     return text + ("; sampled one step ahead" if is_stale else "")
+
+
+def _evaluation(args: RunArguments, training_args: TrainingArguments) -> str:
+    strategy = getattr(training_args.eval_strategy, "value", training_args.eval_strategy)
+    each = f"{training_args.eval_steps:g} steps" if strategy == "steps" else strategy
+    text = f"{args.eval_dataset_name}, each {each}"
+    num_samples = getattr(training_args, "eval_accuracy_samples", 0)
+    return f"{text}; {num_samples} graded completion{'s' * (num_samples > 1)} of each problem" if num_samples else text
 
 
 def _output(args: TrainingArguments, checkpoint: str | None) -> str:
