@@ -36,8 +36,8 @@ stand alone: `--fixed_teacher` is `--fixed_teacher true`.
 loss.
 """
 INHERITED = """Every flag of TRL's `GOLDConfig`, `SFTConfig`, `GRPOConfig` and `ModelConfig` works too, with the
-exceptions below. These are the ones that recipes and quickstart set. Defaults are those of `opsd_train.py`, else of
-the program that has the flag.
+exceptions below. These are the ones that recipes, quickstart and these pages name. Defaults are those of
+`opsd_train.py`, else of the program that has the flag.
 """
 REFUSED = """OPSD has these flags from TRL's GOLD trainer and from transformers. They must keep their value.
 Another one is refused with the reason.
@@ -95,10 +95,10 @@ def field_rows(settings: list[Field]) -> list[str]:
 
 
 def flags_in_use() -> set[str]:
-    """The flags that recipes and the quickstart's files set."""
+    """The flags that recipes and the quickstart's files set, and those that other pages name."""
     names: set[str] = set()
-    for recipe in ROOT.glob("scripts/run_*.sh"):
-        names |= set(re.findall(r"--(\w+)", recipe.read_text(encoding="utf-8")))
+    for file in [*ROOT.glob("scripts/run_*.sh"), *(page for page in ROOT.glob("docs/*.md") if page != PAGE)]:
+        names |= set(re.findall(r"--(\w+)", file.read_text(encoding="utf-8")))
     for file in ROOT.glob("quickstart/*.yaml"):
         names |= yaml.safe_load(file.read_text(encoding="utf-8")).keys()
     return names
@@ -111,7 +111,7 @@ def inherited_rows() -> list[str]:
     known: dict[str, Field] = {}
     for kind in (OPSDConfig, ModelConfig, SFTConfig, GRPOConfig):
         known = {setting.name: setting for setting in fields(kind)} | known
-    for name in sorted(flags_in_use() & known.keys() - own):
+    for name in sorted(flags_in_use() & known.keys() - own - FIXED.keys()):
         theirs = " ".join((known[name].metadata.get("help") or "").split())
         rows.append(row(name, default_of(known[name]), HELP.get(name) or re.split(r"(?<=[.?])\s", theirs)[0]))
     return rows
