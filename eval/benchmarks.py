@@ -42,7 +42,7 @@ class Benchmark:
     config: str | None = None  # configuration of the data set
     verifier: str = "math"
     # Of multiple choice. The column of a list, to which the answer is an index or a letter, in the order of the data;
-    # or the columns of wrong choices beside that of the answer, in an order that each problem has for good
+    # or the columns of wrong choices beside that of the answer, in an order that follows from the problem
     choices_column: str | None = None
     wrong_columns: Sequence[str] = ()
     subsets: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name -> answer types, scored separately too
@@ -228,16 +228,6 @@ def load_questions(
         other = {
             name: text for name, text in texts_of(row).items() if name not in ("problem", "answer", "answer_type")
         }
-        questions.append(
-            Question(
-                benchmark.name,
-                index,
-                row["problem"],
-                answer,
-                row.get("answer_type"),
-                prompt_ids,
-                benchmark.verifier,
-                other,
-            )
-        )
+        asked = benchmark.name, index, row["problem"], answer, row.get("answer_type"), prompt_ids
+        questions.append(Question(*asked, benchmark.verifier, other))
     return questions

@@ -240,11 +240,12 @@ def test_run_stops_resumes_and_starts_anew(run, tmp_path, problems):
     assert kept.exists() and (out / "checkpoint-best").exists()
 
 
-def test_run_that_the_alarm_stops_is_measured_and_can_go_on(run, tmp_path, problems, capsys, monkeypatch):
+def test_run_that_the_alarm_stops_is_measured_and_can_go_on(run, tmp_path, problems, caplog, monkeypatch):
     """The alarm gives its sign at step 1. Then held-out problems without answers are refused."""
     held_out, blank = tmp_path / "held_out.jsonl", tmp_path / "blank.jsonl"
     problems.select(range(40, 44)).to_json(held_out)
     problems.select([0]).remove_columns("answer").add_column("answer", [" "]).to_json(blank)
+    caplog.set_level("INFO")
     sign = Sign(1, 1, "all is lost", "another task")
     monkeypatch.setattr(Alarm, "read", lambda self, logs: [sign] if logs["step"] == 1 and "loss" in logs else [])
     evaluation = ["--eval_strategy", "steps", "--eval_steps", "1", "--eval_accuracy_samples", "2", "--save_steps", "5"]
@@ -253,7 +254,8 @@ def test_run_that_the_alarm_stops_is_measured_and_can_go_on(run, tmp_path, probl
         run(*evaluation)
     evaluation += ["--answer_column", "answer"]
     out = run("--stop_on_collapse", *evaluation)
-    said = capsys.readouterr().out
+    said = caplog.text
+    caplog.clear()
     assert "stopped before the end by --stop_on_collapse at step 1: all is lost; " in said
     assert "checkpoint-1 is complete" in said and len(re.findall(r"evaluation .* held-out \d+\.\d ± ", said)) == 2
     assert (out / "adapter_model.safetensors").exists() and "held-out accuracy" in (out / "README.md").read_text()
@@ -261,7 +263,7 @@ def test_run_that_the_alarm_stops_is_measured_and_can_go_on(run, tmp_path, probl
 
     run("--resume_from_checkpoint", "true", "--stop_on_collapse", "--save_steps", "1", *evaluation)
     assert len(logged(out, 2, "eval_accuracy")) == 3 and len(logged(out, 2, "eval_accuracy_gain")) == 2
-    assert "stopped" not in capsys.readouterr().out
+    assert "stopped" not in caplog.text
     with pytest.raises(SystemExit, match="no row of --eval_dataset_name has an answer to grade against"):
         run("--overwrite_output_dir", *evaluation, "--eval_dataset_name", str(blank))
 
@@ -529,11 +531,12 @@ def test_real_mathematics(run):
     assert all(entry["divergence"] > 0.0 for entry in state["log_history"] if "divergence" in entry)
 
 
-def test_what_a_run_shows_and_leaves(run, capsys, tiny_model_dir):
+def test_what_a_run_shows_and_leaves(run, capsys, caplog, tiny_model_dir):
     """After the summary a line for each log and three at the end; no bar and no dictionary beside them."""
+    caplog.set_level("INFO")
     out = run("--disable_tqdm", "false")
     shown = capsys.readouterr()
-    lines = shown.out.splitlines()
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("opsd.run.")]
     lines = lines[next(place for place, line in enumerate(lines) if line.startswith("step 1/2")) :]
     assert [line.split("  ")[0] for line in lines[:2]] == ["step 1/2", "step 2/2"]
     assert lines[2].startswith("step 2/2 after ") and "first log -> last log:  loss " in lines[2]

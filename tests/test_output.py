@@ -80,7 +80,7 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-def test_tokens_a_second_and_time_left_of_a_resumed_run(monkeypatch, capsys):
+def test_tokens_a_second_and_time_left_of_a_resumed_run(monkeypatch, caplog):
     """From step 10 and 1,000 tokens on: 400 tokens and 2 steps in 4 s, 2 s of evaluation, then 200 and 1 in 4 s."""
     clock = iter((100.0, 104.0, 106.0, 110.0))
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(clock))
@@ -88,6 +88,7 @@ def test_tokens_a_second_and_time_left_of_a_resumed_run(monkeypatch, capsys):
         global_step=10, max_steps=20, is_world_process_zero=True, log_history=[{"num_generated_tokens": 1000}]
     )
     callback = TerminalCallback()
+    caplog.set_level(logging.INFO)
     callback.on_train_begin(None, state, None)
     for state.global_step, logs in (
         (12, {"loss": 1.0, "num_generated_tokens": 1400}),
@@ -95,7 +96,7 @@ def test_tokens_a_second_and_time_left_of_a_resumed_run(monkeypatch, capsys):
         (13, {"loss": 1.0, "num_generated_tokens": 1600}),
     ):
         callback.on_log(None, state, None, logs)
-    assert capsys.readouterr().out.splitlines() == [
+    assert caplog.messages == [
         "step 12/20  loss 1  tok/s 100  left 16s",
         "step 12/20  evaluation  loss 2",
         "step 13/20  loss 1  tok/s 50  left 23s",

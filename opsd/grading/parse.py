@@ -39,11 +39,13 @@ class ParsedAnswer:
 BALANCED = r"(?P<b>[(\[{](?:[^()\[\]{}]|(?&b))*+[)\]}])"  # intervals mix ( and [
 DOUBLED = r"\{(\{(?:[^{}]|(?1))*+\})\}|\((\((?:[^()]|(?2))*+\))\)"
 SYMBOLS = {
-    **{"−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/", "∕": "/"},
+    **{"−": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot "},
+    **{"÷": "/", "⁄": "/", "∕": "/", "∣": "|", "∶": ":", "≡": r"\equiv "},
     **{"≤": r"\le ", "≥": r"\ge ", "≦": r"\le ", "≧": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∓": r"\mp "},
-    **{"∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "°": r"^\circ ", "º": r"^\circ ", "∅": r"\emptyset "},
-    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∖": r"\setminus ", "∣": "|", "≡": r"\equiv ", "∶": ":"},
-    **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ", "⟩": r"\rangle "},
+    **{"∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "°": r"^\circ ", "º": r"^\circ "},
+    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∖": r"\setminus ", "∅": r"\emptyset "},
+    **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil "},
+    **{"⟨": r"\langle ", "⟩": r"\rangle "},
     **{"ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}"},
     **{"≈": r"\approx ", "。": ".", "、": ",", '"': "", "µ": "μ", "μ": "μ", "✓": "", "✔": "", "∎": ""},
 }

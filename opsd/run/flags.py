@@ -279,7 +279,7 @@ def check_flags(program: str, run_class: str, config_class: str, arguments: Sequ
         parser.add_argument(name, action="store_true")
     given, unknown = parser.parse_known_args(arguments)
     if given.help or given.h or given.help_all:
-        print(help_text(program, flags, show_all=given.help_all))  # noqa: T201
+        sys.stdout.write(help_text(program, flags, show_all=given.help_all) + "\n")
         sys.exit()
     if given.config:
         config = yaml.safe_load(Path(given.config[0]).read_text(encoding="utf-8"))

@@ -218,7 +218,7 @@ class Run:
                 tokenizer = self.load_tokenizer()
                 lines = describe_prompts(encode(first, tokenizer), prompts, tokenizer, **self._template_settings())
         file = Path(self.args.dry_run_file or Path(self.training_args.output_dir, "dry_run.json"))
-        self._print_summary(num_rows, [*lines, ("settings", f"all in {file}")])
+        sys.stdout.write(self._summarize(num_rows, [*lines, ("settings", f"all in {file}")]) + "\n")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(self.settings(), indent=2, default=str) + "\n", encoding="utf-8")
 
@@ -228,16 +228,17 @@ class Run:
             return
         dataset = trainer.train_dataset
         lines = describe_prompts(dataset, prompts, trainer.processing_class, **self._template_settings())
-        self._print_summary(len(dataset), lines)
+        logger.info("%s", self._summarize(len(dataset), lines))
 
     def _template_settings(self) -> dict[str, Any]:
         return {"enable_thinking": getattr(self.args, "thinking", False)}
 
-    def _print_summary(self, num_rows: int | None, lines: Lines) -> None:
-        summary = describe_run(self.args, self.training_args, self.model_args, num_rows, self.checkpoint)
-        print(render(summary + lines), flush=True)  # noqa: T201
+    def _summarize(self, num_rows: int | None, lines: Lines) -> str:
+        """Describe the run, and `lines` after it; warn of its risks."""
         for risk in find_risks(self.training_args):
             logger.warning("%s", risk)
+        summary = describe_run(self.args, self.training_args, self.model_args, num_rows, self.checkpoint)
+        return render(summary + lines)
 
     # Data and model
 
@@ -428,7 +429,7 @@ class Run:
             plot_curves(trainer.state.log_history, output_dir / CURVES)
             if trainer.stop_signal is None and trainer.stop_reason is None:
                 mark_finished(output_dir, trainer.state.global_step)
-            self._print_end(trainer, settings, time.monotonic() - start)
+            self._say_end(trainer, settings, time.monotonic() - start)
             failure = self._publish() if self.training_args.push_to_hub and trainer.stop_signal is None else None
         shutdown(trainer, sampler)
         if trainer.is_world_process_zero() and failure is not None:
@@ -455,8 +456,8 @@ class Run:
         card = render_card(self.method, settings, state.log_history, state.global_step, len(trainer.train_dataset))
         Path(self.training_args.output_dir, "README.md").write_text(card, encoding="utf-8")
 
-    def _print_end(self, trainer: Trainer, settings: dict[str, Any], seconds: float) -> None:
-        """Print what was learned, where the result is, and the command that evaluates it or goes on."""
+    def _say_end(self, trainer: Trainer, settings: dict[str, Any], seconds: float) -> None:
+        """Say what was learned, where the result is, and the command that evaluates it or goes on."""
         output_dir, step = self.training_args.output_dir, trainer.state.global_step
         lines = [f"step {step}/{trainer.state.max_steps} after {duration(seconds)}"]
         if learned := describe_learning(trainer.state.log_history):
@@ -476,7 +477,8 @@ class Run:
             what = "adapter" if self.model_args.use_peft else "model"
             lines.append(f"{what}: {output_dir}  (beside it {METRICS}, {CURVES}, README.md)")
             lines.append(f"evaluate it: {evaluation_command(settings)}")
-        print("\n".join(lines), flush=True)  # noqa: T201
+        for line in lines:
+            logger.info("%s", line)
 
 
 def text_hash(rows: Iterable[Any]) -> str:

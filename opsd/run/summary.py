@@ -197,8 +197,7 @@ def _rollouts(args: Any) -> str:
         sampler = colocated if args.vllm_mode == "colocate" else "vLLM on a server"
     text = f"{sampler}; up to {args.max_completion_length:,} tokens, temperature {args.temperature:g}"
     text += f", top-p {args.top_p:g}, top-k {args.top_k or 'off'}"
-    is_stale = isinstance(args, OPSDConfig) and args.max_staleness
-    return text + ("; sampled one step ahead" if is_stale else "")
+    return text + ("; sampled one step ahead" if getattr(args, "max_staleness", 0) else "")
 
 
 def _evaluation(args: RunArguments, training_args: TrainingArguments) -> str:

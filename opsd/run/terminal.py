@@ -11,6 +11,8 @@ import transformers
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+logger = logging.getLogger(__name__)
+
 PROJECT = ("opsd", "opsd_train", "opsd_trainer", "sft_train", "grpo_train", "data_collator", "__main__")
 
 
@@ -28,7 +30,7 @@ def set_up_terminal() -> None:
 def _say_interrupted(kind: type[BaseException], error: BaseException, traceback: Any) -> None:
     """Say in one line that Ctrl-C came outside of the training, which handles it itself."""
     if issubclass(kind, KeyboardInterrupt):
-        print("interrupted outside of the training", file=sys.stderr)  # noqa: T201
+        sys.stderr.write("interrupted outside of the training\n")  # logging may not be set up yet
     else:
         sys.__excepthook__(kind, error, traceback)
 
@@ -114,7 +116,7 @@ def format_log(
 
 
 class TerminalCallback(TrainerCallback):
-    """Prints a line for each log, in place of the bar and the dictionaries of transformers."""
+    """Says a line for each log, in place of the bar and the dictionaries of transformers."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.start = self.last_log = time.monotonic()
@@ -133,7 +135,7 @@ class TerminalCallback(TrainerCallback):
             self.last_log = now
             left = (now - self.start) * (state.max_steps - state.global_step) / (state.global_step - self.first_step)
         if line := format_log(state.global_step, state.max_steps, logs, speed, left):
-            print(line, flush=True)  # noqa: T201
+            logger.info("%s", line)
 
 
 def replace_progress(trainer: Trainer) -> None:
