@@ -270,6 +270,7 @@ def test_finished_run_is_left_as_it_is(tiny_model_dir, train_file, whole_run, ca
         opsd_train.main(arguments)
     assert left.value.code == 0
     assert f"{whole_run} is finished, after step {STEPS}: there is nothing to do" in caplog.text
+    assert "other settings" not in caplog.text
     assert {file: file.read_bytes() for file in whole_run.rglob("*") if file.is_file()} == before
 
 

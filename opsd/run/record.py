@@ -104,7 +104,8 @@ def check_resumed_settings(run_dir: Path, settings: Mapping[str, Mapping[str, An
             f"--resume_from_checkpoint: {run_dir} was trained with other settings:\n  " + "\n  ".join(refused) + "\n"
             "give them as before, or start anew with another --output_dir"
         )
-    applied = [text for name, text in changed.items() if name not in ("resume_from_checkpoint", "model_init_kwargs")]
+    of_trainer = ("resume_from_checkpoint", "model_init_kwargs", "ddp_find_unused_parameters")  # which it also sets
+    applied = [text for name, text in changed.items() if name not in of_trainer]
     if applied:
         logger.info("resumed with other settings: %s", ", ".join(applied))
 
