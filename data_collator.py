@@ -223,6 +223,8 @@ class Rollout:
     reasoning_prompt_ids: list[int] | None = None  # asks the teacher for a rationale
     completion_ids: list[int] = dataclasses.field(default_factory=list)  # with the end-of-sequence token, if sampled
     sampler_logprobs: list[float] | None = None  # log-probabilities that the sampler gave the completion's tokens
+    # Largest log-probabilities of the completion's tokens and their ids, (T, k) each, by a teacher on a server
+    teacher_top: tuple[Tensor, Tensor] | None = None
     is_truncated: bool = False  # no end-of-sequence token within --max_completion_length
     is_correct: bool | None = None  # None: not graded
     weight: float = 1.0  # of the divergence of the completion's tokens
@@ -295,6 +297,8 @@ class MicroBatch:
     weights: Tensor  # (B,), float32: of the divergence
     advantages: Tensor  # (B,), float32
     sampler_logprobs: Tensor | None  # (B, C), float32
+    teacher_top_logprobs: Tensor | None  # (B, C, k), float32: by a teacher on a server
+    teacher_top_ids: Tensor | None  # (B, C, k), int64
     student: PackedRole  # the same sequences without padding
     teacher: PackedRole
 
@@ -338,9 +342,16 @@ class MicroBatch:
         }
 
     def of_tokens(self, values: Tensor) -> Tensor:
-        """Select the N tokens of the loss: (B,) values of rows or (B, C) values of tokens -> (N,)."""
+        """Select the N tokens of the loss: (B,) values of rows or (B, C, ...) values of tokens -> (N, ...)."""
         rows, columns = self.token_places()
         return values[rows] if values.dim() == 1 else values[rows, columns]
+
+    @property
+    def teacher_top(self) -> tuple[Tensor, Tensor] | None:
+        """Log-probabilities and ids that a teacher on a server told of the tokens of the loss, (N, k) each."""
+        if self.teacher_top_logprobs is None or self.teacher_top_ids is None:
+            return None
+        return self.of_tokens(self.teacher_top_logprobs), self.of_tokens(self.teacher_top_ids)
 
 
 class SelfDistillationDataCollator:
@@ -591,6 +602,7 @@ class SelfDistillationDataCollator:
         sampler_logprobs = None
         if rollouts[0].sampler_logprobs is not None:
             sampler_logprobs = pad([torch.tensor(rollout.sampler_logprobs) for rollout in rollouts], 0.0)
+        tops = [rollout.teacher_top for rollout in rollouts if rollout.teacher_top is not None]
         return MicroBatch(
             rows=[rollout.row for rollout in rollouts],
             prompt_ids=prompt_ids,
@@ -603,6 +615,8 @@ class SelfDistillationDataCollator:
             weights=torch.tensor([rollout.weight for rollout in rollouts]),
             advantages=torch.tensor([rollout.advantage for rollout in rollouts]),
             sampler_logprobs=sampler_logprobs,
+            teacher_top_logprobs=pad([logprobs for logprobs, _ in tops], 0.0) if tops else None,
+            teacher_top_ids=pad([ids for _, ids in tops], 0) if tops else None,
             student=PackedRole.of_sequences([r.prompt_ids + r.completion_ids for r in rollouts]),
             teacher=PackedRole.of_sequences([r.teacher_prompt_ids + r.completion_ids for r in rollouts]),
         )

@@ -25,6 +25,7 @@ from opsd.held_out import HeldOutAccuracy
 from opsd.losses import (
     HeadSettings,
     TokenLosses,
+    TopLogprobs,
     check_head,
     dense_token_losses,
     fused_token_losses,
@@ -414,6 +415,8 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
                 teacher_logits = self.teacher.common(self.completion_logits(network, batch, "teacher"), dim=-1)
             student_logits = self.teacher.common(self.completion_logits(model, batch, "student"), dim=-1)
             return dense_token_losses(student_logits, teacher_logits, **self._loss_arguments(batch))
+        if batch.teacher_top is not None:
+            return self._in_forward(model, self._student_losses, batch, TopLogprobs(*batch.teacher_top), None)
         with self.metrics.timed("teacher"), self.teacher.active(model) as network:
             teacher_hidden, teacher_head = self._in_forward(network, self._teacher_outputs, batch)
         return self._in_forward(model, self._student_losses, batch, teacher_hidden, teacher_head)
@@ -430,7 +433,14 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         }
 
     def completion_logits(self, model: nn.Module, batch: MicroBatch, role: str) -> Tensor:
-        """Compute the logits (N, V) from which `role` predicts the tokens of the loss, with the model as it is."""
+        """
+        Compute the logits (N, V) from which `role` predicts the tokens of the loss, with the model as it is.
+
+        Those of a teacher on a server come from what it told (`TopLogprobs`).
+        """
+        if role == "teacher" and batch.teacher_top is not None:
+            top = TopLogprobs(*batch.teacher_top)
+            return top.fill(top.logprobs.new_empty(len(top.logprobs), self.teacher.vocab_size))
         if self._is_packed:
             config = self.accelerator.unwrap_model(model).config.get_text_config()
             inputs = packed_inputs(batch.packed(role), config)
@@ -482,7 +492,11 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         return hidden_states, self.teacher.head(self._causal_lm(policy).get_output_embeddings().weight)
 
     def _student_losses(
-        self, policy: nn.Module, batch: MicroBatch, teacher_hidden: Tensor, teacher_head: Tensor | None
+        self,
+        policy: nn.Module,
+        batch: MicroBatch,
+        teacher_hidden: Tensor | TopLogprobs,
+        teacher_head: Tensor | None,
     ) -> TokenLosses:
         student_hidden = self._hidden_states(policy, batch, "student")
         weight = self._causal_lm(policy).get_output_embeddings().weight  # (V, H)

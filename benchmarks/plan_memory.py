@@ -133,7 +133,7 @@ def activations(model: nn.Module, teacher_model: nn.Module, args: OPSDConfig) ->
         hidden.backward(torch.ones_like(hidden))
 
     with disable_input_dtype_casting(model, active=is_adapted and args.bf16):
-        teacher = peak_bytes(teacher_model, teach)
+        teacher = 0 if args.teacher_model_server_url is not None else peak_bytes(teacher_model, teach)
         student = peak_bytes(model, learn)
     return teacher, max(student - gradients, 0)
 
@@ -151,7 +151,7 @@ def plan(args: OPSDConfig, model_args: ModelArguments, num_processes: int, gpu_b
     dtype = torch.float32 if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
     model = build(model_args.model_name_or_path, dtype)
     config, teacher_model = model.config, None
-    if args.teacher_model_name_or_path is not None:
+    if args.teacher_model_name_or_path is not None and args.teacher_model_server_url is None:
         teacher_model = build(args.teacher_model_name_or_path, torch.bfloat16 if args.bf16 else dtype)
     with torch.device("meta"):
         if (peft_config := get_peft_config(model_args)) is not None:

@@ -235,6 +235,14 @@ class OPSDConfig(GOLDConfig):
             "both factors are averaged separately."
         },
     )
+    teacher_model_server_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a vLLM server of --teacher_model_name_or_path, such as http://host:8001. It scores the "
+            "rollouts, and the model is not loaded here. It tells the --top_k_loss largest log-probabilities of each "
+            "token; --top_k_loss_add_tail takes the others together."
+        },
+    )
     ema_decay: float = field(
         default=0.999,
         metadata={"help": "With --use_ema_teacher: at each update, teacher = decay teacher + (1 - decay) student."},
@@ -568,14 +576,29 @@ class OPSDConfig(GOLDConfig):
         """Raise `ValueError` for what does not go with a second model as teacher, or without one."""
         name = self.teacher_model_name_or_path
         if name is None:
-            if self.teacher_model_revision is not None:
-                self._refuse("teacher_model_revision", "go with --teacher_model_name_or_path")
+            for flag in ("teacher_model_revision", "teacher_model_server_url"):
+                if getattr(self, flag) is not None:
+                    self._refuse(flag, "go with --teacher_model_name_or_path")
             return
         for flag in ("fixed_teacher", "use_ema_teacher"):
             if getattr(self, flag):
                 self._refuse(flag, f"be false with --teacher_model_name_or_path {name}, which teaches and stays")
         if self.reason_first:
             self._refuse("reason_first", "be false with --teacher_model_name_or_path: no sampler has that model")
+        if self.teacher_model_server_url is not None:
+            self._check_teacher_server()
+
+    def _check_teacher_server(self) -> None:
+        """Raise `ValueError` for what needs more than the largest log-probabilities of the teacher."""
+        why = "with --teacher_model_server_url, which tells the k largest log-probabilities of a token"
+        if self.use_tinker_loss:
+            self._refuse("use_tinker_loss", f"be false {why}")
+        if not (self.top_k_loss and self.top_k_loss_add_tail):
+            self._refuse("top_k_loss", f"be given, and --top_k_loss_add_tail, {why}; 100, for example")
+        if self.top_k_loss_support != "teacher":
+            self._refuse("top_k_loss_support", f"be teacher {why}")
+        if (self.temperature if self.loss_temperature is None else self.loss_temperature) != 1.0:
+            self._refuse("loss_temperature", f"be 1 (by default it is --temperature) {why}")
 
     def _check_context(self) -> None:
         """Raise `ValueError` for what does not go with the teacher's context."""

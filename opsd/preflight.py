@@ -233,7 +233,8 @@ def _check_model(trainer: OPSDTrainer, rollouts: list[Rollout], add_noise: Calla
         trainer.processing_class(rollout.solution, add_special_tokens=False).input_ids[:NUM_TOKENS]
         for rollout in rollouts
     ]
-    teacher_before = _logprobs(trainer, teacher_prompts, solutions, as_teacher=True)
+    server = trainer.teacher.server
+    teacher_before = _logprobs(trainer, teacher_prompts, solutions, as_teacher=True) if server is None else None
 
     least_effect = SENSITIVITY * least.mean
     scale, too_little, too_much = NOISE, 0.0, math.inf
@@ -273,10 +274,15 @@ def _check_model(trainer: OPSDTrainer, rollouts: list[Rollout], add_noise: Calla
         checks.append(_compare("on-policy", "vLLM against the student", sampled_logprobs, student, tolerance))
     else:
         checks.append(Check("on-policy", "vLLM against the student", "no vLLM here", "", None))
-    checks += _check_teacher(trainer, teacher_prompts, solutions, teacher_before, tolerance)
+    if teacher_before is None:
+        checks.append(Check("teacher's weights", "before and after noise and sync", "on a server", "", None))
+    else:
+        checks += _check_teacher(trainer, teacher_prompts, solutions, teacher_before, tolerance)
 
     for rollout, ids in zip(rollouts, completions, strict=True):
         rollout.completion_ids = ids
+    if server is not None:
+        server.score(rollouts)
     batch = trainer.collator(rollouts).to(trainer.accelerator.device)
     batch.loss_mask = batch.completion_mask  # all tokens, whatever --num_loss_tokens_to_skip says
     batch.sampler_logprobs = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
@@ -318,6 +324,8 @@ def _check_padding(
     token_ids = batch.of_tokens(batch.completion_ids)
     model, checks = trainer.model_wrapped, []
     for role, role_prompts in (("student", prompts), ("teacher", teacher_prompts)):
+        if role == "teacher" and trainer.teacher.server is not None:
+            continue
         with trainer.teacher.active(model) if role == "teacher" else nullcontext(model) as network:
             logits = trainer.completion_logits(network, batch, role)
         padded = selective_log_softmax(logits.float(), token_ids)

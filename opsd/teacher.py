@@ -18,6 +18,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from opsd.config import OPSDConfig
 from opsd.teacher_model import check_teacher_model, load_teacher_model
+from opsd.teacher_server import TeacherServer
 
 # Integer types by the size of an entry in bytes
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,6 +37,7 @@ class Teacher:
       with one that was trained before).
     - "average": an exponential moving average of the trained weights (`use_ema_teacher`).
     - "other model": a second model (`teacher_model_name_or_path`), which is loaded here and stays as it is.
+    - "server": a second model on a vLLM server (`teacher_model_server_url`), which scores the rollouts.
     - "student": the current policy.
 
     Args:
@@ -45,6 +47,7 @@ class Teacher:
         tokenizer: of the model.
 
     Raises:
+        ConnectionError: for a server that does not answer.
         ValueError: for a second model that does not fit the first.
     """
 
@@ -53,13 +56,17 @@ class Teacher:
     ):
         self.args, self.model, self.accelerator = args, model, accelerator
         self.other: nn.Module | None = None  # a second model, as its launcher has wrapped it
+        self.server: TeacherServer | None = None  # that has a second model
         self.vocab_size: int = model.config.get_text_config().vocab_size  # entries of a distribution in the loss
         # A fresh adapter is a no-op, so the base model is the initial policy.
         if args.teacher_model_name_or_path is not None:
-            self.kind = "other model"
+            self.kind = "other model" if args.teacher_model_server_url is None else "server"
             student: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
             self.vocab_size = check_teacher_model(args, tokenizer, student)
-            self.other = load_teacher_model(args, student, accelerator)
+            if self.kind == "server":
+                self.server = TeacherServer(args)
+            else:
+                self.other = load_teacher_model(args, student, accelerator)
         elif args.use_ema_teacher:
             self.kind = "average"
         elif not args.fixed_teacher:
@@ -97,7 +104,7 @@ class Teacher:
             raise ValueError(
                 f"--resume_from_checkpoint {checkpoint}: its teacher is the {before}, and with these flags it would "
                 f"be the {self.kind}; give --fixed_teacher, --use_ema_teacher, --teacher_model_name_or_path, "
-                "--use_peft and --adapter_name_or_path as at the first start"
+                "--teacher_model_server_url, --use_peft and --adapter_name_or_path as at the first start"
             )
         if self.kind not in ("start policy", "average"):
             return

@@ -45,7 +45,8 @@ class TeacherContext:
 
     def build(self, rollouts: Sequence[Rollout], group_size: int, model: nn.Module) -> None:
         """
-        Set `is_correct`, `weight`, `advantage`, `teacher_prompt_ids` and `rationale_ids` of completed rollouts.
+        Set `is_correct`, `weight`, `advantage`, `teacher_prompt_ids` and `rationale_ids` of completed rollouts, and
+        `teacher_top` if the teacher is on a server.
 
         All processes call it together, each with its own rollouts.
 
@@ -63,6 +64,9 @@ class TeacherContext:
                 self._refer_to_peers(rollouts, find_peers(seen, group_size), texts, group_size)
         if self.args.reason_first:
             self._add_rationales(rollouts, model)
+        if self.teacher.server is not None:
+            with self.metrics.timed("teacher"):
+                self.teacher.server.score(rollouts)
 
     def _grade(self, rollouts: Sequence[Rollout], scores: Sequence[float | None], group_size: int) -> None:
         """Set weights by what is right, and advantages by the scores."""

@@ -84,12 +84,28 @@ def check_teacher_model(args: "OPSDConfig", tokenizer: PreTrainedTokenizerBase, 
         )
     if sizes[0] != sizes[1]:
         logger.info("heads of %d and %d entries: the loss is over the first %d", *sizes, min(sizes))
-    if args.loss_implementation == "fused" and read_head_settings(student) != read_head_settings(skeleton):
+    if args.teacher_model_server_url is not None:
+        _check_served(args, student, *sizes)
+    elif args.loss_implementation == "fused" and read_head_settings(student) != read_head_settings(skeleton):
         raise ValueError(
             f"--teacher_model_name_or_path {name}: scales or caps its logits otherwise than the student, "
             f"{read_head_settings(skeleton)} and {read_head_settings(student)}; choose --loss_implementation dense"
         )
     return min(sizes)
+
+
+def _check_served(args: "OPSDConfig", student: PreTrainedModel, size: int, size_of_teacher: int) -> None:
+    """Raise `ValueError` for heads whose entries a server's log-probabilities cannot be compared over."""
+    if size != size_of_teacher:
+        raise ValueError(
+            f"--teacher_model_server_url: heads of {size} (student) and {size_of_teacher} (teacher) entries, and the "
+            "server's log-probabilities are over all of its own; leave the flag out, and the teacher is loaded here"
+        )
+    if args.loss_implementation == "fused" and read_head_settings(student).logit_softcap is not None:
+        raise ValueError(
+            "--teacher_model_server_url: the student caps its logits, which the fused loss cannot turn round for the "
+            "teacher's; choose --loss_implementation dense"
+        )
 
 
 def load_options(args: "OPSDConfig") -> dict[str, Any]:

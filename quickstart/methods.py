@@ -71,13 +71,23 @@ ABLATIONS = {
         "completion_10": opsd("--max_completion_length 10"),
         "groups_of_8": opsd("--num_generations 8"),
     },
-    "Beyond the paper": {
-        "failed_only": opsd("--correct_weight 0"),
-        "curriculum": opsd("--curriculum divergence"),
+    "Teacher's context": {
+        "answer": opsd("--teacher_context answer"),
+        "reference_only": opsd("--teacher_context reference_only"),
+        "donor": opsd("--teacher_context donor"),
+        "wrong_hint": opsd("--teacher_context wrong_hint --num_generations 2"),
+    },
+    "Token weights": {
+        "tokens_growing": opsd("--token_weights growing"),
         "tokens_falling": opsd("--token_weights falling"),
         "tokens_student_entropy": opsd("--token_weights student_entropy"),
         "tokens_teacher_certainty": opsd("--token_weights teacher_certainty"),
+        "tokens_top_entropy": opsd("--token_weights top_entropy"),
         "tokens_top_divergence": opsd("--token_weights top_divergence"),
+    },
+    "Beyond the paper": {
+        "failed_only": opsd("--correct_weight 0"),
+        "curriculum": opsd("--curriculum divergence"),
         "group_self_distillation": without_solutions("", has_curve=True),
         "group_self_distillation_reward": without_solutions("--policy_gradient_weight 0.1"),
         "grpo": Method("grpo_train.py", has_curve=True),

@@ -124,7 +124,7 @@ def test_ablations_are_chosen_by_name():
         "Objectives": ["beta_0"],
         "Beyond the paper": ["grpo"],
     }
-    with pytest.raises(ValueError, match="--only nothing nowhere: there is no such method; there are beta_0,"):
+    with pytest.raises(ValueError, match="--only nothing nowhere: there is no such method; there are answer, beta_0,"):
         choose_methods(ABLATIONS, ["ema", "nothing", "nowhere"])
 
 

@@ -115,6 +115,30 @@ class TokenLosses(NamedTuple):
     logprobs: Tensor | None  # (N,), log p_S of the sampled tokens at `sampler_logprob_temperature`, detached
 
 
+class TopLogprobs(NamedTuple):
+    """The largest log-probabilities of each token, of a teacher that does not tell the others."""
+
+    logprobs: Tensor  # (..., k), nats
+    ids: Tensor  # (..., k), int64: the entries of the vocabulary that they belong to, each once
+
+    def fill(self, logits: Tensor) -> Tensor:
+        """
+        Write logits (N, V), for k at most V, whose softmax has these probabilities.
+
+        The other entries share the rest equally. So the distribution of the k entries and one for all others is that
+        of the teacher, and its entropy over the full vocabulary is an upper bound.
+        """
+        num_others = logits.shape[-1] - self.ids.shape[-1]
+        if num_others:
+            rest = 1 - self.logprobs.double().exp().sum(-1, keepdim=True)
+            # Rounding errors hide a rest that is smaller
+            share = rest.clamp(min=torch.finfo(self.logprobs.dtype).eps).log() - math.log(num_others)
+            # Below all that are known, or it would be among the top k
+            smallest = self.logprobs.min(-1, keepdim=True).values
+            logits.copy_(torch.minimum(share, smallest - 1e-5).to(logits.dtype).expand_as(logits))
+        return logits.scatter_(-1, self.ids, self.logprobs.to(logits.dtype))
+
+
 def top_k_indices(s: Tensor, t: Tensor, top_k: int, support: str) -> tuple[Tensor, Tensor | None]:
     """
     Select the entries that `top_k` keeps of the log-probabilities s and t, (..., V).

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from opsd.losses.divergence import Objective, TokenLosses, TokenStatistics
+from opsd.losses.divergence import Objective, TokenLosses, TokenStatistics, TopLogprobs
 from opsd.losses.elementwise import HeadSettings, chunk_losses, chunk_policy_gradient
 
 HAS_TRITON = find_spec("triton") is not None  # it comes with PyTorch's CUDA builds
@@ -75,6 +75,16 @@ def _project(hidden: Tensor, weight: Tensor, operand_dtype: torch.dtype, logits:
         torch.mm(hidden, block.T, out=logits[:, columns], **_out_dtype(hidden, logits))
 
 
+def _write_teacher_logits(
+    values: Tensor, weight: Tensor, rows: slice, head: HeadSettings, operand_dtype: torch.dtype, logits: Tensor
+) -> None:
+    """Write the output of the teacher's head for some tokens: from hidden states, or from `TopLogprobs`."""
+    if weight.dtype == torch.int64:  # ids of log-probabilities
+        TopLogprobs(values[rows], weight[rows]).fill(logits).div_(head.logit_scale)
+    else:
+        _project(values[rows], weight, operand_dtype, logits)
+
+
 def _automatic_chunk_size(bytes_per_token: int, device: torch.device) -> int:
     """
     Return the number of tokens whose buffers take 320 MiB or, on a GPU, 1.125 GiB, in whole tiles of a matrix product.
@@ -137,7 +147,7 @@ def _over_chunks(
                 policy_gradient_losses = chunk_policy_gradient(
                     student_logits, ids, advantages[rows], objective, head, teacher_logits, policy_gradient
                 )
-            _project(teacher_hidden[rows], teacher_weight, operand_dtype, teacher_logits)
+            _write_teacher_logits(teacher_hidden, teacher_weight, rows, head, operand_dtype, teacher_logits)
             use_triton = HAS_TRITON and is_supported(student_logits, objective)
             losses[rows], statistics[:, rows] = (chunk_losses_triton if use_triton else chunk_losses)(
                 student_logits, teacher_logits, ids, objective, head, gradient if needs_gradient else None
@@ -222,7 +232,7 @@ def _logprobs(
 
 def fused_token_losses(
     student_hidden: Tensor,
-    teacher_hidden: Tensor,
+    teacher_hidden: Tensor | TopLogprobs,
     lm_head_weight: Tensor,
     token_ids: Tensor,
     objective: Objective,
@@ -251,7 +261,8 @@ def fused_token_losses(
     operations.
 
     Args:
-        student_hidden, teacher_hidden: (N, H), the head's input, of any floating dtype.
+        student_hidden, teacher_hidden: (N, H), the head's input, of any floating dtype. In the teacher's place may be
+            its `TopLogprobs`, (N, k) each, for `top_k` k with `top_k_add_tail`, at temperature 1.
         lm_head_weight: (V, H). The head has no bias.
         teacher_lm_head_weight: (V, H), if the teacher has another head; its H may differ from the student's.
         head: how the logits follow from the head's output.
@@ -262,17 +273,23 @@ def fused_token_losses(
         As `dense_token_losses`; float32, or float64 if an input is.
 
     Raises:
-        ValueError: for shapes that do not fit, for a `chunk_size` below 1, and if the importance sampling correction
-            lacks `sampler_logprobs`.
+        ValueError: for shapes that do not fit, for a `chunk_size` below 1, if the importance sampling correction lacks
+            `sampler_logprobs`, and for `TopLogprobs` beside a head with `logit_softcap`.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, or None to choose it, got {chunk_size}")
-    teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
+    if is_top := isinstance(teacher_hidden, TopLogprobs):
+        teacher_values, teacher_weight = teacher_hidden.logprobs, teacher_hidden.ids
+        if head.logit_softcap is not None:
+            raise ValueError("the teacher's TopLogprobs do not go with capped logits: take dense_token_losses")
+    else:
+        teacher_values = teacher_hidden
+        teacher_weight = lm_head_weight if teacher_lm_head_weight is None else teacher_lm_head_weight
     of_tokens = (token_ids, weights, advantages, sampler_logprobs)
-    tensors = (student_hidden, teacher_hidden, lm_head_weight, teacher_weight, *of_tokens)
+    tensors = (student_hidden, teacher_values, lm_head_weight, teacher_weight, *of_tokens)
     shapes = [tuple(tensor.shape) for tensor in tensors if tensor is not None]
     n, h, teacher_h, v = shapes[0][0], shapes[0][-1], shapes[1][-1], shapes[2][0]
-    if shapes != [(n, h), (n, teacher_h), (v, h), (v, teacher_h)] + [(n,)] * (len(shapes) - 4):
+    if shapes != [(n, h), (n, teacher_h), (v, h), (n if is_top else v, teacher_h)] + [(n,)] * (len(shapes) - 4):
         raise ValueError(
             "expected student and teacher hidden states (N, H), heads (V, H), token ids, weights, advantages and "
             f"sampler_logprobs (N,), got {', '.join(map(str, shapes))}"
@@ -285,7 +302,7 @@ def fused_token_losses(
     advantages, importance_weights = objective.policy_gradient_factors(advantages, logprobs, sampler_logprobs)
     if objective.sampled_token and importance_weights is not None:
         weights = importance_weights if weights is None else weights * importance_weights
-    inputs = (student_hidden, lm_head_weight, teacher_hidden, teacher_weight, token_ids, weights, advantages)
+    inputs = (student_hidden, lm_head_weight, teacher_values, teacher_weight, token_ids, weights, advantages)
     num_trained = 2 if torch.is_grad_enabled() else 0  # student_hidden and lm_head_weight
     constants = [None if tensor is None else tensor.detach() for tensor in inputs[num_trained:]]
     settings = (objective, head, chunk_size, _dtypes(student_hidden, lm_head_weight))

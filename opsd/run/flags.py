@@ -39,7 +39,7 @@ GROUPS = {
     ),
     "teacher": (
         "fixed_teacher", "use_ema_teacher", "ema_decay", "ema_update_steps", "teacher_model_name_or_path",
-        "teacher_model_revision", "teacher_context",
+        "teacher_model_revision", "teacher_model_server_url", "teacher_context",
         "reference_fallback", "reason_first", "max_reasoning_length", "reasoning_prompt",
         "reasoning_generation_kwargs",
     ),

@@ -145,7 +145,8 @@ def _optimizer(args: TrainingArguments) -> str:
 def _teacher(args: OPSDConfig, starts_fresh: bool) -> str:
     """Say who the teacher is and what that means. `starts_fresh`: there is an adapter, which is new."""
     if args.teacher_model_name_or_path is not None:
-        text = f"{args.teacher_model_name_or_path}, another model: it stays what it is"
+        where = f" on the server {args.teacher_model_server_url}" if args.teacher_model_server_url else ""
+        text = f"{args.teacher_model_name_or_path}, another model{where}: it stays what it is"
     elif args.fixed_teacher:
         copied = "the model with its adapter off" if starts_fresh else "a copy of the weights at the start"
         text = f"the initial policy ({copied}): it stays what it is"
