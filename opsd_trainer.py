@@ -297,9 +297,11 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         return rollouts
 
     def _sample(self, rollouts: list[Rollout]) -> None:
-        """Sample the completions from the student as it is now, or take those that were asked for ahead."""
+        """Sample the completions from the student as it is now, or take those that are there already."""
         prompts, is_training = [rollout.prompt_ids for rollout in rollouts], self.model.training
         completions = self.rollouts_ahead.take(prompts) if is_training else None
+        if not is_training and self.first_samples:
+            completions = [self.first_samples[tuple(prompt)] for prompt in prompts]
         self.sampler.sync(self.state.global_step, reuse=not is_training)
         if completions is None:
             completions = self.sampler.sample(prompts)

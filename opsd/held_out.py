@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from data_collator import texts_of
 from opsd.grading import RIGHT
-from opsd.rollouts import own_randomness, sample_apart
+from opsd.rollouts import Completion, own_randomness, sample_apart
 from opsd.thinking import decode_response
 
 if TYPE_CHECKING:
@@ -51,8 +51,11 @@ class HeldOutAccuracy(Base):
 
     They are sampled as the rollouts are, with the same seeds at each evaluation, and graded as the rollouts are. So
     two evaluations differ by the weights alone, and their difference is paired by problem. Each process takes its
-    share of the problems. An evaluation leaves the random state of the training as it was.
+    share of the problems. An evaluation leaves the random state of the training as it was. Its loss is that of the
+    first completion of each problem.
     """
+
+    first_samples: dict[tuple[int, ...], Completion] = {}  # prompt -> completion, of the running evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the base class does, always with the same random numbers, which the training does not see."""
@@ -72,10 +75,12 @@ class HeldOutAccuracy(Base):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        measured = {}
         if self.args.eval_accuracy_samples:
             measured = self._measure_accuracy(dataloader.dataset, metric_key_prefix)
-            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        self.first_samples = {}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return output
 
     def _measure_accuracy(self, dataset: Dataset, prefix: str) -> dict[str, float]:
@@ -109,6 +114,8 @@ class HeldOutAccuracy(Base):
         answers = [answer for answer in own["answer"] for _ in range(num_samples)]
         with own_randomness(self.args.seed, self.accelerator):
             completions = sample_apart(self.sampler, prompts, self.state.global_step)
+        firsts = [(tuple(ids), completions[i * num_samples]) for i, ids in enumerate(own["student_prompt_ids"])]
+        self.first_samples = dict(gather_object(firsts))
         texts = [decode_response(self.processing_class, completion.ids) for completion in completions]
         rows = [texts_of(row) for row in own.remove_columns("student_prompt_ids") for _ in range(num_samples)]
         scores = self.teacher_context.verifier(texts, answers, rows)

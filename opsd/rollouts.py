@@ -516,6 +516,17 @@ def _longest_sequence(args: OPSDConfig, datasets: Sequence[Dataset]) -> int:
     return longest
 
 
+MOST_HELD_OUT = 256  # sequences at once, more than which need memory and hardly less time
+
+
+def _most_requests(args: OPSDConfig, num_processes: int, held_out: Sequence[Dataset]) -> int:
+    """Return how many sequences an engine samples at once: a step's rollouts, or more of the held-out problems."""
+    of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    of_evaluation = max((math.ceil(len(dataset) / num_processes) for dataset in held_out), default=0)
+    of_evaluation = min(of_evaluation * args.eval_accuracy_samples, MOST_HELD_OUT)
+    return max(of_step, of_evaluation) * args.vllm_tensor_parallel_size
+
+
 def make_vllm_sampler(
     args: OPSDConfig,
     model: nn.Module,
@@ -551,9 +562,7 @@ def make_vllm_sampler(
         accelerator,
         tokenizer,
         max_model_length=args.vllm_max_model_length or longest,
-        max_num_seqs=args.per_device_train_batch_size
-        * args.gradient_accumulation_steps
-        * args.vllm_tensor_parallel_size,
+        max_num_seqs=_most_requests(args, accelerator.num_processes, datasets[1:]),
         generation_kwargs={"presence_penalty": args.presence_penalty, "stop_token_ids": end_ids},
         adapter_dir=args.vllm_adapter_dir,
         logprobs_mode="processed_logprobs" if args.vllm_importance_sampling_correction else "raw_logprobs",

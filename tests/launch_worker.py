@@ -82,6 +82,44 @@ VARIANTS = {
         "jsd_token_clip": 0.05,
         "jsd_clip_mode": "token",
     },
+    "wrong_hint": {
+        "teacher_context": "wrong_hint",
+        "num_generations": 4,
+        "token_weights": "top_divergence",
+        "verifier": "exact_match",
+    },
+    "answer": {
+        "teacher_context": "answer",
+        "token_weights": "falling",
+        "teacher_system_prompt": "You know the answer.",
+        "verify_rollouts": True,
+        "max_tokens_per_micro_batch": 300,
+    },
+    "donor": {
+        "teacher_context": "donor",
+        "token_weights": "student_entropy",
+        "student_prompt": "Problem: {problem}\n\nHint: it begins with {problem}",
+        "verify_rollouts": True,
+    },
+    "reference_only": {
+        "teacher_context": "reference_only",
+        "token_weights": "teacher_certainty",
+        "verify_rollouts": True,
+    },
+    "shortest_rollout": {
+        "teacher_context": "shortest_rollout",
+        "num_generations": 4,
+        "token_weights": "top_entropy",
+        "fixed_teacher": False,
+        "use_ema_teacher": True,
+        "ema_decay": 0.5,
+    },
+    "other_model": {
+        "teacher_model_name_or_path": "TEACHER",
+        "fixed_teacher": False,
+        "token_weights": "growing",
+        "verify_rollouts": True,
+    },
 }
 
 
@@ -190,8 +228,9 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     With "full" there is also a full fine-tuning. With "tensor_parallel" there is only the first run, with one engine
     over two processes. With "teacher_model FOLDER" there is only a run against that teacher, on rollouts that are
     given, without vLLM. With "server PORT PID" there is a run against a server, and one in which the server dies. With
-    "stale PORT" there is only a run whose rollouts are asked for ahead, and it resumed. With "variants" there are only
-    those of `VARIANTS`, three steps of eight rollouts each.
+    "stale PORT" there is only a run whose rollouts are asked for ahead, and it resumed. With "variants FOLDER
+    NAME ..." there are only those of `VARIANTS`, three steps of eight rollouts each. The other model is that of the
+    folder.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
@@ -242,7 +281,8 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
         common |= {"per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", "1")), "max_steps": 3}
         common |= {"answer_column": "answer", "save_strategy": "no"}
         results, processes = {}, []
-        for name, settings in VARIANTS.items():
+        for name in further[2:]:
+            settings = {flag: further[1] if value == "TEACHER" else value for flag, value in VARIANTS[name].items()}
             trainer = train(common | settings | {"output_dir": Path(folder, name)})
             results[name] = trainer.state.log_history
             processes += gather_object([describe(trainer)])

@@ -18,14 +18,14 @@ EVALUATION = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_
 
 
 def script_shares(trainer, problems, shares_of_step, num_samples):
-    """Let each held-out problem have its share of right completions at each step, in `num_samples` and one before."""
+    """Let each held-out problem have its share of right completions at each step, in `num_samples`."""
     places = {problem: place for place, problem in enumerate(problems["problem"])}
 
     def write(problem, occurrence):
         if problem not in places:
             return work_out(problem)
         share = shares_of_step[trainer.state.global_step][places[problem]]
-        return work_out(problem, is_right=occurrence - 1 < share * num_samples)  # the first is the evaluation's loss
+        return work_out(problem, is_right=occurrence < share * num_samples)
 
     script_rollouts(trainer, write)
 

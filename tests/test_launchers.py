@@ -226,22 +226,36 @@ def test_a_limit_of_tokens(launcher, deepspeed_build, tmp_path):
 @pytest.mark.multiprocess
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_variants_under_zero3(tiny_model_dir, data, deepspeed_build, tmp_path):
-    """The teachers and objectives that the other runs lack: with vLLM, the same under ZeRO-3 as in one process."""
+@pytest.mark.parametrize("names", [list(VARIANTS)[:4], list(VARIANTS)[4:]], ids=["objectives", "contexts"])
+def test_variants_under_zero3(names, tiny_model_dir, data, teacher_model, deepspeed_build, tmp_path):
+    """
+    The teachers, contexts, token weights and objectives that the other runs lack, with vLLM.
+
+    They are the same under ZeRO-3 as in one process.
+    """
     histories = []
     for launcher, num_processes in (("cpu", 1), ("zero3", 2)):
         folder = tmp_path / launcher
         folder.mkdir()
         environment = {"TORCH_EXTENSIONS_DIR": deepspeed_build}
         status = launch(
-            launcher, num_processes, folder / "log", tiny_model_dir, data, folder, "variants", **environment
+            launcher,
+            num_processes,
+            folder / "log",
+            tiny_model_dir,
+            data,
+            folder,
+            "variants",
+            teacher_model,
+            *names,
+            **environment,
         )
         assert status == 0, (folder / "log").read_text()[-5000:]
         histories.append(json.loads((folder / "results.json").read_text()))
     expected, results = histories
     expected.pop("processes")
     processes = results.pop("processes")
-    assert len(processes) == 2 * len(VARIANTS) == 2 * len(results)
+    assert len(processes) == 2 * len(names) == 2 * len(results)
     assert all(process["world_size"] == 2 and process["zero_stage"] == 3 for process in processes)
     for name, history in results.items():
         assert len(values(history, "loss")) == 3
