@@ -602,7 +602,7 @@ class SelfDistillationDataCollator:
         sampler_logprobs = None
         if rollouts[0].sampler_logprobs is not None:
             sampler_logprobs = pad([torch.tensor(rollout.sampler_logprobs) for rollout in rollouts], 0.0)
-        tops = [rollout.teacher_top for rollout in rollouts if rollout.teacher_top is not None]
+        tops = [rollout.teacher_top for rollout in rollouts if rollout.teacher_top is not None]  # all or none
         return MicroBatch(
             rows=[rollout.row for rollout in rollouts],
             prompt_ids=prompt_ids,

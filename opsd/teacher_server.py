@@ -102,15 +102,14 @@ class TeacherServer:
             ConnectionError: if the server fails.
             ValueError: for a sequence that is longer than it reads.
         """
-        scored = [rollout for rollout in rollouts if rollout.completion_ids]
-        longest = max((len(r.teacher_prompt_ids) + len(r.completion_ids) for r in scored), default=0)
+        longest = max((len(r.teacher_prompt_ids) + len(r.completion_ids) for r in rollouts), default=0)
         if 0 < self.max_length <= longest:
             raise ValueError(
                 f"--teacher_model_server_url {self.url}: reads {self.max_length} tokens, and a prompt of the teacher "
                 f"with its completion has {longest}; start it with --max-model-len {longest + 1} or more, or give "
                 "--max_length"
             )
-        sequences = [rollout.teacher_prompt_ids + rollout.completion_ids for rollout in scored]
-        tops = self._ask(sequences, [len(rollout.teacher_prompt_ids) for rollout in scored]) if scored else []
-        for rollout, top in zip(scored, tops, strict=True):
+        sequences = [rollout.teacher_prompt_ids + rollout.completion_ids for rollout in rollouts]
+        tops = self._ask(sequences, [len(rollout.teacher_prompt_ids) for rollout in rollouts]) if sequences else []
+        for rollout, top in zip(rollouts, tops, strict=True):
             rollout.teacher_top = top

@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from data_collator import MicroBatch, start_rollouts
 from opsd_trainer import OPSDConfig, OPSDTrainer
@@ -33,6 +33,8 @@ SEED = int(os.environ.get("TEST_SEED", "42"))  # of rollouts and adapters; no te
 # Nats, between a sampler's log-probability of a token and that of the training forward. Against float64, those of the
 # tiny model in float32 are off by 5e-6 to 2e-5 at most and by 6e-7 on average; with stale weights by more than 0.1.
 LOGPROB_GAP, MEAN_LOGPROB_GAP = 1e-4, 1e-5
+
+TOP_K = 20  # log-probabilities that a teacher on a server tells of a token
 
 # Settings of runs on the tiny model, under the names of the flags
 
@@ -356,3 +358,41 @@ class RolloutServer:
 
     def __exit__(self, *error: Any) -> None:
         self._serving.__exit__(*error)
+
+
+@contextmanager
+def serving_teacher(path, max_length=1001, max_logprobs=TOP_K, shift=0.0, **of_model):
+    """Score as `vllm serve --served-model-name NAME` does; yields its address and what it was asked."""
+    model, asked = AutoModelForCausalLM.from_pretrained(path).double(), []
+
+    class Handler(JsonHandler):
+        def do_GET(self):
+            entry = {"id": "other", "root": path, "max_model_len": max_length} | of_model
+            self.reply({"data": [entry]})
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(body)
+            if body["prompt_logprobs"] > max_logprobs:
+                self.reply({"error": f"prompt_logprobs is greater than max allowed: {max_logprobs}"}, 400)
+                return
+            choices = [{"prompt_logprobs": self.score(ids, body["prompt_logprobs"])} for ids in body["prompt"]]
+            self.reply({"choices": choices})
+
+        @torch.no_grad()
+        def score(self, ids, k):
+            positions = [None]
+            for sampled, logits in zip(ids[1:], model(torch.tensor([ids])).logits[0], strict=False):
+                logprobs = logits.log_softmax(-1) + shift
+                top = logprobs.topk(k)
+                ranked = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+                entries = {
+                    str(i): {"logprob": value, "rank": rank} for rank, (i, value) in enumerate(ranked.items(), start=1)
+                }
+                rank = int((logprobs > logprobs[sampled]).sum()) + 1
+                entries[str(sampled)] = {"logprob": logprobs[sampled].item(), "rank": rank}
+                positions.append(entries)
+            return positions
+
+    with serving(Handler) as address:
+        yield address, asked

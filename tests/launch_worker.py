@@ -114,6 +114,14 @@ VARIANTS = {
         "use_ema_teacher": True,
         "ema_decay": 0.5,
     },
+    "server": {
+        "teacher_model_name_or_path": "TEACHER",
+        "teacher_model_server_url": "SERVER",
+        "fixed_teacher": False,
+        "top_k_loss": helpers.TOP_K,
+        "top_k_loss_add_tail": True,
+        "verify_rollouts": True,
+    },
     "other_model": {
         "teacher_model_name_or_path": "TEACHER",
         "fixed_teacher": False,
@@ -229,8 +237,8 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     over two processes. With "teacher_model FOLDER" there is only a run against that teacher, on rollouts that are
     given, without vLLM. With "server PORT PID" there is a run against a server, and one in which the server dies. With
     "stale PORT" there is only a run whose rollouts are asked for ahead, and it resumed. With "variants FOLDER
-    NAME ..." there are only those of `VARIANTS`, three steps of eight rollouts each. The other model is that of the
-    folder.
+    URL NAME ..." there are only those of `VARIANTS`, three steps of eight rollouts each. The other model is that of
+    the folder, and a server of it is at the URL.
     """
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         let_fsdp_run_on_cpu()
@@ -281,8 +289,9 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
         common |= {"per_device_train_batch_size": 8 // int(os.environ.get("WORLD_SIZE", "1")), "max_steps": 3}
         common |= {"answer_column": "answer", "save_strategy": "no"}
         results, processes = {}, []
-        for name in further[2:]:
-            settings = {flag: further[1] if value == "TEACHER" else value for flag, value in VARIANTS[name].items()}
+        for name in further[3:]:
+            places = {"TEACHER": further[1], "SERVER": further[2]}
+            settings = {flag: places.get(str(value), value) for flag, value in VARIANTS[name].items()}
             trainer = train(common | settings | {"output_dir": Path(folder, name)})
             results[name] = trainer.state.log_history
             processes += gather_object([describe(trainer)])

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from helpers import LOGPROB_GAP, free_port, save_model, saved_rollouts, started
+from helpers import LOGPROB_GAP, free_port, save_model, saved_rollouts, serving_teacher, started
 from launch_worker import ADAPTER, SETTINGS, VARIANTS
 from safetensors.torch import load_file
 from torch import Tensor
@@ -234,24 +234,15 @@ def test_variants_under_zero3(names, tiny_model_dir, data, teacher_model, deepsp
     They are the same under ZeRO-3 as in one process.
     """
     histories = []
-    for launcher, num_processes in (("cpu", 1), ("zero3", 2)):
-        folder = tmp_path / launcher
-        folder.mkdir()
-        environment = {"TORCH_EXTENSIONS_DIR": deepspeed_build}
-        status = launch(
-            launcher,
-            num_processes,
-            folder / "log",
-            tiny_model_dir,
-            data,
-            folder,
-            "variants",
-            teacher_model,
-            *names,
-            **environment,
-        )
-        assert status == 0, (folder / "log").read_text()[-5000:]
-        histories.append(json.loads((folder / "results.json").read_text()))
+    with serving_teacher(str(teacher_model)) as (url, _):
+        for launcher, num_processes in (("cpu", 1), ("zero3", 2)):
+            folder = tmp_path / launcher
+            folder.mkdir()
+            arguments = (tiny_model_dir, data, folder, "variants", teacher_model, url, *names)
+            log = folder / "log"
+            status = launch(launcher, num_processes, log, *arguments, TORCH_EXTENSIONS_DIR=deepspeed_build)
+            assert status == 0, log.read_text()[-5000:]
+            histories.append(json.loads((folder / "results.json").read_text()))
     expected, results = histories
     expected.pop("processes")
     processes = results.pop("processes")

@@ -1,31 +1,29 @@
 """A teacher on a vLLM server: its top log-probabilities in the loss, a stand-in for the server, and a real one."""
 
-import json
 import re
-from contextlib import contextmanager
 
 import pytest
 import torch
 from helpers import (
     ROOT,
-    JsonHandler,
+    TOP_K,
     Recorder,
     free_port,
     perturb_student,
     rollout,
     save_model,
     script_rollouts,
+    serving_teacher,
     started,
 )
-from helpers import serving as serving_http
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import Qwen3Config
 
 from opsd.losses import HeadSettings, Objective, TopLogprobs, dense_token_losses, fused_token_losses
 from opsd.preflight import run_preflight
+from opsd.rollouts import Completion
 from opsd_trainer import OPSDConfig
 
-TOP_K = 20
 FLAGS = {"fixed_teacher": False, "top_k_loss": TOP_K, "top_k_loss_add_tail": True}
 
 
@@ -91,45 +89,7 @@ def test_capped_logits_and_wrong_shapes_are_refused():
         fused_token_losses(hidden, TopLogprobs(top.logprobs[:2], top.ids[:2]), head, ids, Objective())
 
 
-# A stand-in
-
-
-@contextmanager
-def standing_in(path, max_length=1001, max_logprobs=TOP_K, shift=0.0, **of_model):
-    """Answer as `vllm serve --served-model-name NAME` does; yields its address and what it was asked."""
-    model, asked = AutoModelForCausalLM.from_pretrained(path).double(), []
-
-    class Handler(JsonHandler):
-        def do_GET(self):
-            entry = {"id": "other", "root": path, "max_model_len": max_length} | of_model
-            self.reply({"data": [entry]})
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append(body)
-            if body["prompt_logprobs"] > max_logprobs:
-                self.reply({"error": f"prompt_logprobs is greater than max allowed: {max_logprobs}"}, 400)
-                return
-            choices = [{"prompt_logprobs": self.score(ids, body["prompt_logprobs"])} for ids in body["prompt"]]
-            self.reply({"choices": choices})
-
-        @torch.no_grad()
-        def score(self, ids, k):
-            positions = [None]
-            for sampled, logits in zip(ids[1:], model(torch.tensor([ids])).logits[0], strict=False):
-                logprobs = logits.log_softmax(-1) + shift
-                top = logprobs.topk(k)
-                ranked = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-                entries = {
-                    str(i): {"logprob": value, "rank": rank} for rank, (i, value) in enumerate(ranked.items(), start=1)
-                }
-                rank = int((logprobs > logprobs[sampled]).sum()) + 1
-                entries[str(sampled)] = {"logprob": logprobs[sampled].item(), "rank": rank}
-                positions.append(entries)
-            return positions
-
-    with serving_http(Handler) as address:
-        yield address, asked
+# A stand-in for the server
 
 
 @pytest.fixture
@@ -142,7 +102,7 @@ def other(tiny_model_dir, tmp_path):
 def test_equal_to_the_teacher_loaded_here(make_trainer, other, implementation, context):
     """Loss and gradient, over two micro-batches with completions of different lengths."""
     results = []
-    with standing_in(other) as (url, asked):
+    with serving_teacher(other) as (url, asked):
         for where in (None, url):
             trainer = make_trainer(
                 teacher_model_name_or_path=other,
@@ -169,11 +129,22 @@ def test_equal_to_the_teacher_loaded_here(make_trainer, other, implementation, c
     assert (other_gradient - gradient).norm() <= 1e-4 * gradient.norm()
 
 
+def test_a_completion_without_tokens_has_its_place(make_trainer, other):
+    with serving_teacher(other) as (url, _):
+        trainer = make_trainer(teacher_model_name_or_path=other, teacher_model_server_url=url, **FLAGS)
+        completions = [Completion([5, 6, 7], None), Completion([], None), Completion([8], None), Completion([9], None)]
+        trainer.sampler.sample = lambda prompts: completions
+        (batch,) = rollout(trainer)
+        assert batch.teacher_top_ids.shape == (4, 3, TOP_K)
+        losses = trainer.token_losses(trainer.model, batch)
+        assert losses.loss.shape == (5,) and losses.loss.isfinite().all() and (losses.loss > 0).all()
+
+
 def test_training_preflight_and_saved_statistics(make_trainer, other, tmp_path):
     """The student comes nearer; the checks that need the teacher's weights say where they are; a resume goes on."""
     settings = FLAGS | {"teacher_model_name_or_path": other, "teacher_context": "none", "learning_rate": 3e-2}
     settings |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "save_token_statistics": 2}
-    with standing_in(other) as (url, asked):
+    with serving_teacher(other) as (url, asked):
         settings["teacher_model_server_url"] = url
         trainer = make_trainer(callbacks=[recorder := Recorder()], **settings)
         trainer._check_packing()
@@ -211,13 +182,13 @@ def test_training_preflight_and_saved_statistics(make_trainer, other, tmp_path):
     ],
 )
 def test_server_that_does_not_fit(make_trainer, other, stand_in, settings, message):
-    with standing_in(other, **stand_in) as (url, _), pytest.raises((ValueError, ConnectionError), match=message):
+    with serving_teacher(other, **stand_in) as (url, _), pytest.raises((ValueError, ConnectionError), match=message):
         make_trainer(teacher_model_name_or_path=other, teacher_model_server_url=url, **FLAGS | settings)
 
 
 def test_server_that_fails_and_a_sequence_that_is_too_long(make_trainer, other):
     settings = FLAGS | {"teacher_model_name_or_path": other}
-    with standing_in(other, max_length=30) as (url, _):
+    with serving_teacher(other, max_length=30) as (url, _):
         trainer = make_trainer(teacher_model_server_url=url, max_length=None, **settings)
         script_rollouts(trainer)
         with pytest.raises(ValueError, match="reads 30 tokens, and a prompt of the teacher with its completion has"):
