@@ -371,7 +371,11 @@ def write_output(file: Path, settings: Mapping[str, Any], arguments: Mapping[str
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s --base_model MODEL --dataset NAME ... --output_file FILE [flags]; --help explains them",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--base_model", help="folder or Hub id")
     add("--revision", help="commit, tag or branch of --base_model on the Hub (default: that of the training, or main)")
