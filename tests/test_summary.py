@@ -218,6 +218,10 @@ def test_dry_run_checks_the_data(flags, message, tiny_model_dir, train_file, tmp
         ({"beta": 0.5}, "no --fixed_teacher: .* 2.5 ± 2.5 % right, against 97.3 ± 0.6 %.*Add --fixed_teacher"),
         ({"fixed_teacher": True}, r"--beta 0 with --jsd_token_clip 0.05 \(pointwise\): .*35.5 ± 1.8 % .*scale"),
         ({"fixed_teacher": True, "jsd_clip_mode": "token"}, r"\(token\): .*33.1 ± 1.1 %"),
+        (
+            SAFE | {"teacher_context": "answer"},
+            "--teacher_context answer: .*6.5 ± 4.0 % right.*Watch rewards/accuracy",
+        ),
         (SAFE | {"student_thinking": True}, "--student_thinking with --teacher_thinking: .*project page"),
     ],
 )
