@@ -91,7 +91,7 @@ class Sums(Metrics):
         sums[0], sums[1] = sums[0] + total, sums[1] + count
 
 
-BASE = SimpleNamespace(is_base=True, weights=None, active=lambda model: nullcontext())  # a teacher
+BASE = SimpleNamespace(is_base=True, weights=None, server=None, active=lambda model: nullcontext())  # a teacher
 
 
 @pytest.fixture
@@ -451,7 +451,9 @@ def test_teacher_writes_with_its_own_weights_and_settings(build, tokenizer):
     writer.sync_weights = lambda: states.append(("sync", *is_active))
     writer.sample = lambda *args, **kwargs: states.append(("sample", *is_active)) or sample(*args, **kwargs)
     for is_base in (True, False):
-        teacher = SimpleNamespace(is_base=is_base, weights=None if is_base else "an average", active=active)
+        teacher = SimpleNamespace(
+            is_base=is_base, weights=None if is_base else "an average", server=None, active=active
+        )
         settings = {"reasoning_generation_kwargs": {"top_p": 0.5}, "max_reasoning_length": 7}
         build([FIRST], [box(1)], 1, writer, teacher, reason_first=True, **settings)
         sampling = {"temperature": 0.7, "top_p": 0.5, "top_k": 20, "max_tokens": 7}
