@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         )
         args.use_vllm, args.packing = use_vllm, packing
         del self.teacher_model
+        self._keep_precision()
         config = self.model.config.get_text_config()
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False  # for a loss that OPSD does not have, and that `generate` fails at
@@ -193,6 +195,12 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         self.add_callback(SavedStatistics(self))
         # Different noise in each process, or all of them would draw their rollouts with the same random numbers.
         set_seed(args.seed, device_specific=True)
+
+    def _keep_precision(self) -> None:
+        """Let FSDP2 leave the dtype of a forward's results: accelerate would have it round the losses to 16 bits."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     @property
     def end_ids(self) -> list[int]:
@@ -299,9 +307,7 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
     def _sample(self, rollouts: list[Rollout]) -> None:
         """Sample the completions from the student as it is now, or take those that are there already."""
         prompts, is_training = [rollout.prompt_ids for rollout in rollouts], self.model.training
-        completions = self.rollouts_ahead.take(prompts) if is_training else None
-        if not is_training and self.first_samples:
-            completions = [self.first_samples[tuple(prompt)] for prompt in prompts]
+        completions = self.rollouts_ahead.take(prompts) if is_training else self.take_held_out(prompts)
         self.sampler.sync(self.state.global_step, reuse=not is_training)
         if completions is None:
             completions = self.sampler.sample(prompts)
@@ -452,9 +458,13 @@ class OPSDTrainer(HeldOutAccuracy, CompleteCheckpoints, AdapterTraining, GOLDTra
         return batch.of_tokens(outputs.logits[:, :-1])
 
     def _in_forward(self, model: nn.Module, method: Callable, *args: Any) -> Any:
-        """Call a method inside the wrapped model's forward, where DDP, ZeRO and FSDP have their hooks."""
+        """
+        Call a method inside the wrapped model's forward, where DDP, ZeRO and FSDP have their hooks.
+
+        The wrapper does not see the arguments: FSDP2 would cast them to the dtype of the weights.
+        """
         policy = self.accelerator.unwrap_model(model)
-        return self._forward_redirection(model, policy, method, policy, *args)
+        return self._forward_redirection(model, policy, lambda module: method(module, *args), policy)
 
     def _check_head(self, policy: nn.Module) -> None:
         """Raise `ValueError` if the model's logits for a token are not those that the fused losses compute."""

@@ -598,7 +598,11 @@ class OPSDConfig(GOLDConfig):
         if self.top_k_loss_support != "teacher":
             self._refuse("top_k_loss_support", f"be teacher {why}")
         if (self.temperature if self.loss_temperature is None else self.loss_temperature) != 1.0:
-            self._refuse("loss_temperature", f"be 1 (by default it is --temperature) {why}")
+            self._refuse("loss_temperature", f"be given as 1 (by default it is --temperature) {why}")
+        if self.token_weights == "teacher_certainty":
+            self._refuse("token_weights", f"be another {why}: the teacher's entropy is not known")
+        if self.save_token_statistics:
+            self._refuse("save_token_statistics", f"be 0 {why}, and not that of each sampled token")
 
     def _check_context(self) -> None:
         """Raise `ValueError` for what does not go with the teacher's context."""

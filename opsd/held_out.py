@@ -5,7 +5,7 @@ import json
 import logging
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -44,6 +44,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), error
 
 
+class HeldOutSamples(NamedTuple):
+    """The completions of an evaluation."""
+
+    rows: Dataset  # of this process
+    completions: list[Completion]  # `eval_accuracy_samples` of each of its rows
+    firsts: dict[tuple[int, ...], Completion]  # prompt -> its first completion, of all processes
+
+
 class HeldOutAccuracy(Base):
     """
     Mixin for `OPSDTrainer`, in front of it among the bases: `--eval_accuracy_samples` completions of each held-out
@@ -55,7 +63,9 @@ class HeldOutAccuracy(Base):
     first completion of each problem.
     """
 
-    first_samples: dict[tuple[int, ...], Completion] = {}  # prompt -> completion, of the running evaluation
+    # Of the running evaluation, if it measures the accuracy
+    _held_out: Dataset | None = None
+    _samples: HeldOutSamples | None = None
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as the base class does, always with the same random numbers, which the training does not see."""
@@ -75,13 +85,38 @@ class HeldOutAccuracy(Base):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        measured = {}
-        if self.args.eval_accuracy_samples:
-            measured = self._measure_accuracy(dataloader.dataset, metric_key_prefix)
+        self._held_out, self._samples = (dataloader.dataset if self.args.eval_accuracy_samples else None), None
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        self.first_samples = {}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        if self._held_out is not None:
+            measured = self._measure_accuracy(self._held_out, metric_key_prefix)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        self._held_out = self._samples = None
         return output
+
+    def take_held_out(self, prompts: list[list[int]]) -> list[Completion] | None:
+        """
+        Return the first completion of each prompt of a batch of the evaluation; `None` if it measures no accuracy.
+
+        All processes call it together. The first batch samples the completions of all problems.
+        """
+        if self._held_out is None:
+            return None
+        firsts = self._sample_held_out(self._held_out).firsts
+        return [firsts[tuple(prompt)] for prompt in prompts]
+
+    def _sample_held_out(self, dataset: Dataset) -> HeldOutSamples:
+        """Sample the completions of this process's share of the problems, once in an evaluation."""
+        if self._samples is None:
+            number = self.args.eval_accuracy_samples
+            rows = dataset.select(range(self.accelerator.process_index, len(dataset), self.accelerator.num_processes))
+            prompts = [ids for ids in rows["student_prompt_ids"] for _ in range(number)]
+            with own_randomness(self.args.seed, self.accelerator):
+                completions = sample_apart(self.sampler, prompts, self.state.global_step)
+            firsts: dict[tuple[int, ...], Completion] = {}
+            for prompt, completion in gather_object(list(zip(prompts[::number], completions[::number], strict=True))):
+                firsts.setdefault(tuple(prompt), completion)
+            self._samples = HeldOutSamples(rows, completions, firsts)
+        return self._samples
 
     def _measure_accuracy(self, dataset: Dataset, prefix: str) -> dict[str, float]:
         """
@@ -109,13 +144,8 @@ class HeldOutAccuracy(Base):
     def _shares_right(self, dataset: Dataset) -> dict[int, float]:
         """Sample, grade, and return row -> share of right completions, over all processes and in the rows' order."""
         process, num_samples = self.accelerator.process_index, self.args.eval_accuracy_samples
-        own = dataset.select(range(process, len(dataset), self.accelerator.num_processes))
-        prompts = [ids for ids in own["student_prompt_ids"] for _ in range(num_samples)]
+        own, completions, _ = self._sample_held_out(dataset)
         answers = [answer for answer in own["answer"] for _ in range(num_samples)]
-        with own_randomness(self.args.seed, self.accelerator):
-            completions = sample_apart(self.sampler, prompts, self.state.global_step)
-        firsts = [(tuple(ids), completions[i * num_samples]) for i, ids in enumerate(own["student_prompt_ids"])]
-        self.first_samples = dict(gather_object(firsts))
         texts = [decode_response(self.processing_class, completion.ids) for completion in completions]
         rows = [texts_of(row) for row in own.remove_columns("student_prompt_ids") for _ in range(num_samples)]
         scores = self.teacher_context.verifier(texts, answers, rows)

@@ -140,8 +140,11 @@ def say_padded(reason: str | None, max_tokens: int | None) -> None:
 
 
 def cost(rollout: Rollout) -> int:
-    """Count the tokens of a rollout in both roles."""
-    return len(rollout.prompt_ids) + len(rollout.teacher_prompt_ids) + 2 * len(rollout.completion_ids)
+    """Count the tokens of a rollout that are computed here, in both roles unless the teacher is on a server."""
+    num_tokens = len(rollout.prompt_ids) + len(rollout.completion_ids)
+    if rollout.teacher_top is None:
+        num_tokens += len(rollout.teacher_prompt_ids) + len(rollout.completion_ids)
+    return num_tokens
 
 
 def divide_evenly(rollouts: Sequence[Rollout], num_batches: int) -> list[list[Rollout]]:

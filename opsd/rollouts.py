@@ -523,8 +523,10 @@ def _most_requests(args: OPSDConfig, num_processes: int, held_out: Sequence[Data
     """Return how many sequences an engine samples at once: a step's rollouts, or more of the held-out problems."""
     of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
     of_evaluation = max((math.ceil(len(dataset) / num_processes) for dataset in held_out), default=0)
-    of_evaluation = min(of_evaluation * args.eval_accuracy_samples, MOST_HELD_OUT)
-    return max(of_step, of_evaluation) * args.vllm_tensor_parallel_size
+    of_evaluation *= args.eval_accuracy_samples
+    return max(
+        of_step * args.vllm_tensor_parallel_size, min(of_evaluation * args.vllm_tensor_parallel_size, MOST_HELD_OUT)
+    )
 
 
 def make_vllm_sampler(

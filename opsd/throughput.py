@@ -110,16 +110,20 @@ class Throughput(TrainerCallback):
             "student": [len(r.prompt_ids) + n for r, n in zip(rollouts, generated, strict=True)],
             "teacher": [len(r.teacher_prompt_ids) + n for r, n in zip(rollouts, generated, strict=True)],
         }
+        prompts = {"student": "prompt_ids", "teacher": "teacher_prompt_ids"}
+        if any(rollout.teacher_top is not None for rollout in rollouts):  # a server computes the teacher's
+            del lengths["teacher"], prompts["teacher"]
         num_real = num_computed = sum(map(sum, lengths.values()))
         if not is_packed:
             num_computed = sum(
-                b.prompt_ids.numel() + b.teacher_prompt_ids.numel() + 2 * b.completion_ids.numel() for b in batches
+                getattr(b, prompt).numel() + b.completion_ids.numel() for b in batches for prompt in prompts.values()
             )
         self.metrics.add("padding_ratio", num_computed - num_real, num_computed)
         self._counts["generated"] += num_generated
         self._counts["trained"] += num_real
-        for role, operations in self._operations.items():
-            self._counts["flops"] += operations.count(lengths[role], num_generated, role == "student")
+        if self._operations:
+            for role, of_role in lengths.items():
+                self._counts["flops"] += self._operations[role].count(of_role, num_generated, role == "student")
 
     def record(self) -> None:
         """Log the figures of the optimizer steps since the last call."""

@@ -160,12 +160,18 @@ class KeptTrainer(OPSDTrainer):
     kept: list[OPSDTrainer] = []
     extra_callbacks: list[TrainerCallback] = []
     is_scripted = False  # whether its rollouts are given
+    loss_dtypes: set[str] = set()  # of the losses of tokens, over all runs
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, callbacks=self.extra_callbacks, **kwargs)
         self.kept.append(self)
         if self.is_scripted:
             helpers.script_rollouts(self)
+
+    def token_losses(self, *args, **kwargs):
+        losses = super().token_losses(*args, **kwargs)
+        self.loss_dtypes |= {str(losses.loss.dtype), str(losses.statistics.divergence.dtype)}
+        return losses
 
 
 class KillServer(TrainerCallback):
@@ -333,6 +339,7 @@ def main(model: str, dataset: str, folder: str, *further: str) -> None:
     results["bfloat16"] = trainer.state.log_history
     results["processes"] += gather_object([describe(trainer)])
     results["moved_base_weights"] = moved_base_weights(trainer, model)
+    results["loss_dtypes"] = sorted(KeptTrainer.loss_dtypes)
 
     if "full" in further:
         full = {"use_peft": False, "learning_rate": 1e-4, "max_steps": 3}

@@ -26,7 +26,8 @@ CODE = [file for pattern in ("*.py", "opsd/**/*.py", "eval/*.py") for file in RO
 FOREIGN_FLAGS = {
     "accelerate": {"config_file", "num_processes", "mixed_precision"},
     "sbatch": {"nodes", "signal", "array", "gpus", "wrap"},
-    "vllm": {"enable-lora", "max-lora-rank", "lora-modules", "logprobs-mode", "host", "max-model-len", "max-logprobs"},
+    "vllm": {"enable-lora", "max-lora-rank", "lora-modules", "logprobs-mode", "host", "max-model-len"}
+    | {"max-logprobs", "max-num-batched-tokens"},
     "pip": {"no-build-isolation", "no-deps"},
     "mkdocs": {"strict"},
     "any": {"help", "help_all", "version", "config"},

@@ -53,6 +53,40 @@ def test_accuracy_and_gain_by_hand(make_trainer, problems):
     assert [logs["epoch"] for logs in recorder.logs if "eval_accuracy" in logs][0] == 0
 
 
+def test_an_evaluation_samples_once_and_its_loss_is_of_the_first_completions(make_trainer, problems):
+    """With a problem that is there twice, and a last batch that is not full."""
+    held_out = problems.select([40, 41, 40, 42, 43])
+    trainer = make_trainer(eval_dataset=held_out, eval_accuracy_samples=2, **EVALUATION)
+    sampled, is_training, scored, sample = [], [], [], trainer.sampler.sample
+
+    def keep(prompts, **settings):
+        is_training.append(trainer.model_wrapped.training)
+        sampled.append(list(zip(map(tuple, prompts), sample(prompts, **settings), strict=True)))
+        return [completion for _, completion in sampled[-1]]
+
+    trainer.sampler.sample = keep
+    collate = trainer.collator
+
+    class Collator(type(collate)):
+        def __call__(self, rollouts):
+            scored.extend(rollouts)
+            return super().__call__(rollouts)
+
+    collate.__class__ = Collator
+    for _ in range(2):
+        sampled.clear(), scored.clear()
+        trainer.evaluate()
+        assert [len(prompts) for prompts in sampled] == [10] and not any(is_training)
+        firsts = dict(reversed(sampled[0]))  # prompt -> its first
+        assert [rollout.prompt_ids for rollout in scored] == held_out_prompts(trainer)
+        assert all(r.completion_ids == firsts[tuple(r.prompt_ids)].ids for r in scored)
+    assert trainer._samples is None and trainer.take_held_out([[1]]) is None
+
+
+def held_out_prompts(trainer):
+    return trainer.eval_dataset["student_prompt_ids"][:]
+
+
 def keep_samples(trainer):
     """A list that gets what the sampler returns, call by call."""
     kept, sample = [], trainer.sampler.sample

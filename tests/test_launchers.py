@@ -118,6 +118,7 @@ def check_resumed_and_bfloat16(folder: Path, results: dict) -> None:
     assert len(values(results["bfloat16"], "loss")) == 10
     assert all(weight.any() for weight in adapter(folder / "bfloat16").values())
     assert results["moved_base_weights"] == []
+    assert results["loss_dtypes"] == ["torch.float32"]
 
 
 @pytest.mark.multiprocess

@@ -35,6 +35,27 @@ from opsd_trainer import OPSDConfig
 # One step
 
 
+def test_wrappers_do_not_see_what_the_losses_need(make_trainer, monkeypatch):
+    """FSDP2 casts the tensors among the arguments of a forward to the dtype of the weights."""
+    trainer = make_trainer()
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.seen = trainer.model, []
+
+        def forward(self, *args, **kwargs):
+            self.seen += [*args, *kwargs.values()]
+            return self.module(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.accelerator, "unwrap_model", lambda model, **_: trainer.model)
+    script_rollouts(trainer)
+    (batch,) = rollout(trainer)
+    losses = trainer.token_losses(wrapper := Wrapper(), batch)
+    assert losses.loss.dtype == torch.float32
+    assert len(wrapper.seen) == 2 and all(seen is trainer.model for seen in wrapper.seen)  # teacher and student
+
+
 @pytest.mark.parametrize("loss_implementation", ["fused", "dense"])
 def test_both_roles_score_the_same_tokens_behind_their_own_prompts(make_trainer, tiny_model_dir, loss_implementation):
     trainer = make_trainer(loss_implementation=loss_implementation)

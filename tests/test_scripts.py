@@ -253,6 +253,14 @@ def test_recipe_has_no_other_settings(name, start, resolve):
     assert differing - recipe.settings.keys() - OURS - FOLLOWING == set()
 
 
+def test_documented_teacher_on_a_server(start, resolve):
+    page = (ROOT / "docs" / "baselines.md").read_text().replace("\\\n", " ")
+    (flags,) = re.findall(r"bash scripts/run_opd_1b\.sh (--teacher_model_server_url .*)", page)
+    settings = resolve(*start("run_opd_1b.sh", *flags.split(), TEACHER="Qwen/Qwen3-32B").checked)
+    expected = {"teacher_model_name_or_path": "Qwen/Qwen3-32B", "top_k_loss": 100, "top_k_loss_add_tail": True}
+    assert_equal(settings, expected | {"teacher_model_server_url": "http://localhost:8001"})
+
+
 @pytest.mark.parametrize("name", [name for name in RECIPES if name not in WHOLE])
 def test_variant_shows_its_difference(name):
     """Any other recipe is a short command that calls a whole one."""

@@ -140,10 +140,10 @@ def test_a_completion_without_tokens_has_its_place(make_trainer, other):
         assert losses.loss.shape == (5,) and losses.loss.isfinite().all() and (losses.loss > 0).all()
 
 
-def test_training_preflight_and_saved_statistics(make_trainer, other, tmp_path):
+def test_training_and_preflight(make_trainer, other, tmp_path):
     """The student comes nearer; the checks that need the teacher's weights say where they are; a resume goes on."""
     settings = FLAGS | {"teacher_model_name_or_path": other, "teacher_context": "none", "learning_rate": 3e-2}
-    settings |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 4, "save_token_statistics": 2}
+    settings |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
     with serving_teacher(other) as (url, asked):
         settings["teacher_model_server_url"] = url
         trainer = make_trainer(callbacks=[recorder := Recorder()], **settings)
@@ -156,7 +156,10 @@ def test_training_preflight_and_saved_statistics(make_trainer, other, tmp_path):
         trainer.train()
         losses = recorder.values("loss")
         assert losses[-1] < 0.9 * losses[0]  # 0.57 of it in the run looked at
-        assert len(list((tmp_path / "run" / "token_statistics").iterdir())) == 1
+        *_, logs = (logs for logs in recorder.logs if "loss" in logs)
+        num_tokens = sum(len(body["prompt"][0]) for body in asked[-4:])  # of the last step, in either role
+        seconds = logs["seconds/teacher"] + logs["seconds/student"]
+        assert logs["tokens_per_second/training"] * seconds == pytest.approx(num_tokens)  # of the student alone
         resumed = make_trainer(callbacks=[again := Recorder()], **settings)
         script_rollouts(resumed)
         resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
@@ -219,8 +222,10 @@ def test_heads_that_differ_and_a_capped_student(make_trainer, tiny_model_dir, tm
         ({"top_k_loss_add_tail": False}, "--top_k_loss 20: must be given, and --top_k_loss_add_tail"),
         ({"top_k_loss_support": "both"}, "--top_k_loss_support both: must be teacher"),
         ({"use_tinker_loss": True}, "--use_tinker_loss True: must be false"),
-        ({"temperature": 1.1}, "--loss_temperature None: must be 1 (by default it is --temperature)"),
-        ({"loss_temperature": 0.9}, "--loss_temperature 0.9: must be 1"),
+        ({"temperature": 1.1}, "--loss_temperature None: must be given as 1 (by default it is --temperature)"),
+        ({"loss_temperature": 0.9}, "--loss_temperature 0.9: must be given as 1"),
+        ({"token_weights": "teacher_certainty"}, "--token_weights teacher_certainty: must be another"),
+        ({"save_token_statistics": 2}, "--save_token_statistics 2: must be 0"),
     ],
 )
 def test_flags_against_each_other(settings, message):
