@@ -114,7 +114,7 @@ VARIANTS = {
         "use_ema_teacher": True,
         "ema_decay": 0.5,
     },
-    "server": {
+    "served_teacher": {
         "teacher_model_name_or_path": "TEACHER",
         "teacher_model_server_url": "SERVER",
         "fixed_teacher": False,

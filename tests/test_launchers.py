@@ -251,7 +251,7 @@ def test_variants_under_zero3(names, tiny_model_dir, data, teacher_model, deepsp
     assert all(process["world_size"] == 2 and process["zero_stage"] == 3 for process in processes)
     for name, history in results.items():
         assert len(values(history, "loss")) == 3
-        assert bool(values(history, "rewards/accuracy/mean")) == (name != "sampled_token")
+        assert len(values(history, "rewards/accuracy/mean")) == 3
         assert bool(values(history, "rationales/mean_length")) == ("reason_first" in VARIANTS[name])
         assert rollouts(tmp_path / "zero3" / name) == rollouts(tmp_path / "cpu" / name), name
         for metric in ("loss", "divergence", "rewards/accuracy/mean", "rationales/mean_length"):
