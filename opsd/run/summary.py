@@ -273,8 +273,8 @@ def find_risks(args: TrainingArguments) -> list[str]:
     if args.teacher_context == "answer":
         risks.append(
             "--teacher_context answer: the final answer alone may not be enough for the teacher. On the quickstart's "
-            f"task, whose model copies worked references, this ended at 6.5 ± 4.0 % right, against 96.5 ± 0.9 % with "
-            f"the solution and 45.1 % of the base ({ABLATIONS}). Watch rewards/accuracy/mean"
+            "task, whose model copies worked references, this ended at 6.5 ± 4.0 % right, against 96.5 ± 0.9 % "
+            f"with the solution and 45.1 % of the base ({ABLATIONS}). Watch rewards/accuracy/mean"
         )
     if args.student_thinking and args.teacher_thinking:
         risks.append(
