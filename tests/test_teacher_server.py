@@ -142,8 +142,8 @@ def test_a_completion_without_tokens_has_its_place(make_trainer, other):
 
 def test_training_and_preflight(make_trainer, other, tmp_path):
     """The student comes nearer; the checks that need the teacher's weights say where they are; a resume goes on."""
-    settings = FLAGS | {"teacher_model_name_or_path": other, "teacher_context": "none", "learning_rate": 3e-2}
-    settings |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 4}
+    settings = FLAGS | {"teacher_model_name_or_path": other, "teacher_context": "none", "learning_rate": 1e-2}
+    settings |= {"max_steps": 16, "save_strategy": "steps", "save_steps": 8}
     with serving_teacher(other) as (url, asked):
         settings["teacher_model_server_url"] = url
         trainer = make_trainer(callbacks=[recorder := Recorder()], **settings)
@@ -153,19 +153,24 @@ def test_training_and_preflight(make_trainer, other, tmp_path):
         (check,) = (check for check in checks if check.name == "teacher's weights")
         assert check.passed is None and check.measured == "on a server"
         script_rollouts(trainer)
+        (batch,) = rollout(trainer)
+        start = trainer.token_losses(trainer.model, batch).loss.mean()
+        asked.clear()
         trainer.train()
         losses = recorder.values("loss")
-        assert losses[-1] < 0.9 * losses[0]  # 0.57 of it in the run looked at
+        # On the same rollouts, after 16 steps on others: 0.53 to 0.92 of it, with three models and three seeds each
+        end = trainer.token_losses(trainer.model, batch).loss.mean()
+        assert end < 0.97 * start
         *_, logs = (logs for logs in recorder.logs if "loss" in logs)
         num_tokens = sum(len(body["prompt"][0]) for body in asked[-4:])  # of the last step, in either role
         seconds = logs["seconds/teacher"] + logs["seconds/student"]
         assert logs["tokens_per_second/training"] * seconds == pytest.approx(num_tokens)  # of the student alone
         resumed = make_trainer(callbacks=[again := Recorder()], **settings)
         script_rollouts(resumed)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-        assert again.values("loss") == pytest.approx(losses[4:], rel=1e-4)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
+        assert again.values("loss") == pytest.approx(losses[8:], rel=1e-4)
         with pytest.raises(ValueError, match="its teacher is the server, and with these flags it would be the base"):
-            make_trainer().train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+            make_trainer().train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
 
 
 # Refused
