@@ -26,7 +26,7 @@ def main(result: str) -> None:
         trainer.teacher_context.verifier = lambda texts, *data: sizes.append(len(texts)) or grade(texts, *data)
         trainer.train()
     measured = {name: recorder.values(name) for logs in recorder.logs for name in logs if "accuracy" in name}
-    measured |= {"world_size": dist.get_world_size(), "num_samples": gather_object([sizes[0]])}
+    measured |= {"world_size": dist.get_world_size(), "num_samples": gather_object([sizes[1]])}
     if trainer.accelerator.is_main_process:
         Path(result).write_text(json.dumps(measured))
     dist.barrier()
