@@ -235,14 +235,6 @@ class OPSDConfig(GOLDConfig):
             "both factors are averaged separately."
         },
     )
-    teacher_model_server_url: str | None = field(
-        default=None,
-        metadata={
-            "help": "URL of a vLLM server of --teacher_model_name_or_path, such as http://host:8001. It scores the "
-            "rollouts, and the model is not loaded here. It tells the --top_k_loss largest log-probabilities of each "
-            "token; --top_k_loss_add_tail takes the others together."
-        },
-    )
     ema_decay: float = field(
         default=0.999,
         metadata={"help": "With --use_ema_teacher: at each update, teacher = decay teacher + (1 - decay) student."},
@@ -252,6 +244,14 @@ class OPSDConfig(GOLDConfig):
         metadata={
             "help": "With --use_ema_teacher: number of optimizer steps between two updates. With --ema_decay 0 the "
             "teacher is the student as it was at the last update."
+        },
+    )
+    teacher_model_server_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL of a vLLM server of --teacher_model_name_or_path, such as http://host:8001. It scores the "
+            "rollouts, and the model is not loaded here. It tells the --top_k_loss largest log-probabilities of each "
+            "token; --top_k_loss_add_tail takes the others together."
         },
     )
 

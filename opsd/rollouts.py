@@ -521,12 +521,10 @@ MOST_HELD_OUT = 256  # sequences at once, more than which need memory and hardly
 
 def _most_requests(args: OPSDConfig, num_processes: int, held_out: Sequence[Dataset]) -> int:
     """Return how many sequences an engine samples at once: a step's rollouts, or more of the held-out problems."""
-    of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    of_evaluation = max((math.ceil(len(dataset) / num_processes) for dataset in held_out), default=0)
-    of_evaluation *= args.eval_accuracy_samples
-    return max(
-        of_step * args.vllm_tensor_parallel_size, min(of_evaluation * args.vllm_tensor_parallel_size, MOST_HELD_OUT)
-    )
+    num_problems = math.ceil(max(map(len, held_out), default=0) / num_processes)
+    of_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.vllm_tensor_parallel_size
+    of_evaluation = num_problems * args.eval_accuracy_samples * args.vllm_tensor_parallel_size
+    return max(of_step, min(of_evaluation, MOST_HELD_OUT))
 
 
 def make_vllm_sampler(

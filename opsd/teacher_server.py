@@ -1,6 +1,5 @@
 """Another model in the teacher's role, on a vLLM server: it tells the most probable next tokens, and no more."""
 
-import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,6 @@ from opsd.losses import TopLogprobs
 
 if TYPE_CHECKING:
     from opsd.config import OPSDConfig
-
-logger = logging.getLogger(__name__)
 
 NUM_REQUESTS = 16  # of a process at once: with k = 100, 10,000 tokens make a reply of 0.4 GB when it is read
 MAX_SUM = 1.001  # of probabilities

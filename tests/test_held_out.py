@@ -78,13 +78,9 @@ def test_an_evaluation_samples_once_and_its_loss_is_of_the_first_completions(mak
         trainer.evaluate()
         assert [len(prompts) for prompts in sampled] == [10] and not any(is_training)
         firsts = dict(reversed(sampled[0]))  # prompt -> its first
-        assert [rollout.prompt_ids for rollout in scored] == held_out_prompts(trainer)
+        assert [rollout.prompt_ids for rollout in scored] == trainer.eval_dataset["student_prompt_ids"][:]
         assert all(r.completion_ids == firsts[tuple(r.prompt_ids)].ids for r in scored)
     assert trainer._samples is None and trainer.take_held_out([[1]]) is None
-
-
-def held_out_prompts(trainer):
-    return trainer.eval_dataset["student_prompt_ids"][:]
 
 
 def keep_samples(trainer):

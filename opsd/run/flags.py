@@ -39,9 +39,8 @@ GROUPS = {
     ),
     "teacher": (
         "fixed_teacher", "use_ema_teacher", "ema_decay", "ema_update_steps", "teacher_model_name_or_path",
-        "teacher_model_revision", "teacher_model_server_url", "teacher_context",
-        "reference_fallback", "reason_first", "max_reasoning_length", "reasoning_prompt",
-        "reasoning_generation_kwargs",
+        "teacher_model_revision", "teacher_model_server_url", "teacher_context", "reference_fallback", "reason_first",
+        "max_reasoning_length", "reasoning_prompt", "reasoning_generation_kwargs",
     ),
     "objective": (
         "reward", "beta", "jsd_token_clip", "jsd_clip_mode", "loss_temperature", "top_k_loss", "top_k_loss_support",

@@ -28,15 +28,9 @@ MAY_CHANGE = OPTIMIZER | {
     *("answer_column", "model_name_or_path", "model_revision", "model_init_kwargs", "chat_template_kwargs"),
     *("use_vllm", "vllm_mode", "vllm_adapter_dir", "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization"),
     *("vllm_group_port", "vllm_max_model_length", "vllm_model_impl", "vllm_server_base_url", "vllm_server_host"),
-    *(
-        "vllm_server_port",
-        "vllm_server_timeout",
-        "teacher_model_server_url",
-        "vllm_tensor_parallel_size",
-        "attn_implementation",
-    ),
+    *("vllm_server_port", "vllm_server_timeout", "vllm_tensor_parallel_size", "attn_implementation"),
     *("gradient_checkpointing", "gradient_checkpointing_kwargs", "loss_implementation", "loss_chunk_size", "use_cpu"),
-    "max_tokens_per_micro_batch",
+    *("max_tokens_per_micro_batch", "teacher_model_server_url"),
     *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "tf32", "torch_empty_cache_steps", "local_rank"),
     *(
         "output_dir",
